@@ -1,0 +1,189 @@
+"""What a call may ask for. Everything wrong raises here, before any launch: the argument, what came, what may come."""
+
+import math
+import numbers
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .plan import HEAD_DIM_MAX, Problem
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+LAYOUTS = ("bhsd", "bshd")
+ALIGNMENT = 8  # elements of 2 bytes: TMA moves multiples of 16 bytes from multiples of 16
+SIZE_MAX = 1 << 30  # rows of a sequence, and tiles of a launch: indices are int32
+SCALE_MAX = 2.3e38  # times log2(e) it is still a float32
+
+
+class Spec(NamedTuple):
+    """What a check needs of a tensor, hashable."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def spec(name: str, x) -> Spec:
+    if type(x) is not torch.Tensor and not isinstance(x, torch.Tensor):
+        way_out = f"; torch.from_dlpack({name}) shares its memory" if hasattr(x, "__dlpack__") else ""
+        raise TypeError(f"{name}: a torch.Tensor is needed, {type(x).__module__}.{type(x).__name__} came{way_out}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: a dense tensor is needed, layout {x.layout} came; use {name}.to_dense()")
+    return Spec(x.shape, x.stride(), x.dtype, x.device)
+
+
+@lru_cache(maxsize=4096)
+def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str) -> Problem:
+    """The problem that q, k, v state together; kept, so that a repeated call pays for a look-up."""
+    if type(causal) is not bool:
+        raise TypeError(f"causal: a bool is needed, {causal!r} came")
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout: {layout!r} is not known; use "bhsd" (torch SDPA) or "bshd" (FlashAttention)')
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        _one_tensor(name, x, layout)
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: {x.dtype} does not match q's {q.dtype}; convert one with .to(dtype)")
+        if x.device != q.device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one with .to(device)")
+    h, s = layout.index("h"), layout.index("s")
+    batch, heads, heads_kv, d = q.shape[0], q.shape[h], k.shape[h], q.shape[3]
+    if v.shape != k.shape:
+        want = _words(layout, "Hk", "Sk")
+        raise ValueError(f"v: shape {tuple(v.shape)} is not k's {tuple(k.shape)}; both are {want}")
+    if k.shape[0] != batch or k.shape[3] != d:
+        want = _words(layout, "Hk", "Sk")
+        raise ValueError(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; k is {want} with q's B and D")
+    if heads and (heads_kv == 0 or heads % heads_kv):
+        raise ValueError(f"k: {heads_kv} heads do not divide q's {heads}; use Hk with H % Hk == 0 (MHA, GQA, MQA)")
+    tiles = -(-q.shape[s] // 64) * heads * batch
+    if tiles >= SIZE_MAX:
+        raise ValueError(f"q: {tiles} tiles of 64 rows in one call; split the batch to stay below {SIZE_MAX}")
+    return Problem(batch, heads, heads_kv, q.shape[s], k.shape[s], d, DTYPES[q.dtype], layout, causal)
+
+
+def warmup_problem(head_dim, dtype, layout, causal) -> Problem:
+    """A small problem that the kernel for these serves."""
+    dtype = {word: t for t, word in DTYPES.items()}.get(dtype, dtype)
+    x = Spec(torch.Size((1, 1, 1, head_dim)), (head_dim, head_dim, head_dim, 1), dtype, torch.device("cpu"))
+    return problem(x, x, x, causal, layout)
+
+
+def _words(layout: str, h: str, s: str) -> str:
+    return f"(B, {h}, {s}, D)" if layout == "bhsd" else f"(B, {s}, {h}, D)"
+
+
+def _one_tensor(name: str, x: Spec, layout: str) -> None:
+    h, s = ("H", "Sq") if name in ("q", "out") else ("Hk", "Sk")
+    if len(x.shape) != 4:
+        want = _words(layout, h, s)
+        raise ValueError(f"{name}: {len(x.shape)} dimensions, shape {tuple(x.shape)}; 4 are needed: {want}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: {x.dtype} is not supported; use torch.bfloat16 or torch.float16")
+    d = x.shape[3]
+    if d % ALIGNMENT or not 0 < d <= HEAD_DIM_MAX:
+        raise ValueError(f"{name}: head_dim {d} is not supported; use a multiple of 8 up to {HEAD_DIM_MAX}")
+    if x.shape[layout.index("s")] > SIZE_MAX:
+        raise ValueError(f"{name}: {x.shape[layout.index('s')]} rows in a sequence; at most {SIZE_MAX} are supported")
+    if x.device.type == "cuda":
+        strides(name, x)
+    elif x.device.type != "cpu":
+        raise ValueError(f"{name}: device {x.device} is not supported; use a CUDA device (sm_90), or the CPU")
+
+
+def strides(name: str, x: Spec) -> None:
+    """The last dimension contiguous, the others at multiples of 16 bytes; sizes of 1 may have any stride."""
+    way_out = f"use {name}.contiguous(), or pad the rows of its storage to a multiple of 8 elements"
+    if x.stride[3] != 1:
+        what = f"stride {x.stride[3]} in the last dimension, strides {x.stride}"
+        raise ValueError(f"{name}: {what}; 1 is needed: {way_out}")
+    for i in range(3):
+        if x.shape[i] > 1 and x.stride[i] % ALIGNMENT:
+            what = f"stride {x.stride[i]} in dimension {i}, strides {x.stride}"
+            raise ValueError(f"{name}: {what}; a multiple of {ALIGNMENT} elements (16 bytes) is needed: {way_out}")
+
+
+def odd(stride: tuple[int, ...]) -> bool:
+    """Whether TMA would refuse these strides, if only for a size of 1."""
+    return bool((stride[0] | stride[1] | stride[2]) % ALIGNMENT) or stride[3] != 1
+
+
+def address(name: str, x: torch.Tensor) -> None:
+    """Where the data starts: a multiple of 16 bytes."""
+    if x.data_ptr() % 16:
+        raise ValueError(
+            f"{name}: its data starts {x.data_ptr() % 16} bytes past a multiple of 16, storage offset "
+            f"{x.storage_offset()}; slice at a multiple of 8 elements, or use {name}.clone()"
+        )
+
+
+def gradients(q, k, v) -> None:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        name = next(n for n, x in zip("qkv", (q, k, v), strict=True) if x.requires_grad)
+        raise ValueError(
+            f"{name}: requires grad, and flash_fwd has no backward yet; call it under torch.no_grad(), or pass "
+            f"{name}.detach()"
+        )
+
+
+def scale(value, head_dim: int) -> float:
+    if value is None:
+        return head_dim**-0.5
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"scale: a real number is needed, {type(value).__name__} came; for a tensor pass scale.item()")
+    value = float(value)
+    if not abs(value) <= SCALE_MAX:  # also NaN
+        raise ValueError(f"scale: {value} is not finite in float32; use a number between {-SCALE_MAX} and {SCALE_MAX}")
+    return value
+
+
+def out(o, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
+    """`out` is like q, addresses no element twice, and shares none with q, k or v."""
+    s = spec("out", o)
+    _one_tensor("out", s, layout)
+    if s.shape != q.shape:
+        raise ValueError(f"out: shape {tuple(s.shape)} is not q's {tuple(q.shape)}")
+    if s.dtype != q.dtype or s.device != q.device:
+        raise (TypeError if s.dtype != q.dtype else ValueError)(
+            f"out: {s.dtype} on {s.device} came; q's {q.dtype} on {q.device} is needed"
+        )
+    if o.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: requires grad; pass out.detach(), or call under torch.no_grad()")
+    if o.is_cuda:
+        address("out", o)
+    if o.numel() and _overlaps_itself(s):
+        what = f"strides {s.stride} address elements of shape {tuple(s.shape)} more than once"
+        raise ValueError(f"out: {what}; use a dense out")
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        if overlap(o, x):
+            raise ValueError(f"out: shares memory with {name}; pass an out of its own, or omit it")
+
+
+def _extent(dims) -> int:
+    """Elements from the first to the last that these (size, stride) pairs reach."""
+    return 1 + sum((size - 1) * stride for size, stride in dims)
+
+
+def _overlaps_itself(x: Spec) -> bool:
+    dims = sorted(((n, s) for n, s in zip(x.shape, x.stride, strict=True) if n > 1), key=lambda dim: dim[1])
+    return any(stride < _extent(dims[:i]) for i, (_, stride) in enumerate(dims))
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors may share an element; slices that interleave in one buffer, as of a packed qkv, do not.
+
+    Exact where the outer strides of both have a common divisor that the inner extents fit in, else cautious.
+    """
+    if not a.numel() or not b.numel() or a.device != b.device:
+        return False
+    dims = [[(n, s) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1] for x in (a, b)]
+    gap = (b.data_ptr() - a.data_ptr()) // a.element_size()
+    if gap >= _extent(dims[0]) or -gap >= _extent(dims[1]):
+        return False
+    for period in {s for x in dims for _, s in x if s > 1}:
+        period = math.gcd(*(s for x in dims for _, s in x if s >= period))
+        inner = [_extent([(n, s) for n, s in x if s < period]) for x in dims]
+        if gap % period >= inner[0] and gap % period + inner[1] <= period:
+            return False  # in every period a's elements come first, then b's
+    return True

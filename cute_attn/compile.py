@@ -1,0 +1,138 @@
+"""FwdConfig -> compiled callable: kept in memory, and on disk for the next process.
+
+A file of the disk cache is the object code followed by its SHA-256; whatever does not end in its own digest is compiled
+again. Its name is the digest of the config, the kernel sources, the DSL's and the FFI's versions and the target, so a
+file is never stale. `CUTE_ATTN_CACHE_DIR` moves the cache, `CUTE_ATTN_CACHE=0` turns it off.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import cutlass
+import filelock
+import platformdirs
+from cutlass import Float32, Int32, cute
+from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
+
+from .kernels.config import FwdConfig
+from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
+
+ARCH = "sm_90a"
+SYMBOL = "cute_attn_fwd"
+KERNELS = Path(__file__).parent / "kernels"
+
+_compiled: dict[FwdConfig, Callable] = {}
+_lock = threading.Lock()  # the DSL compiles in one thread at a time, or it aborts the process
+
+
+def get(config: FwdConfig) -> Callable:
+    """The compiled `FlashFwdSm90.__call__`: (q, k, v, o, lse, ticket, scale, num_sms) on torch's current stream."""
+    function = _compiled.get(config)
+    if function is None:
+        with _lock:
+            function = _compiled.get(config) or _load_or_compile(config)
+            _compiled[config] = function
+    return function
+
+
+def cache_dir() -> Path | None:
+    """Where compiled kernels are kept; None where the disk cache is off."""
+    if os.environ.get("CUTE_ATTN_CACHE", "1") == "0":
+        return None
+    return Path(os.environ.get("CUTE_ATTN_CACHE_DIR") or platformdirs.user_cache_dir("cute_attn"))
+
+
+def cache_file(config: FwdConfig) -> Path | None:
+    """The config's file in the disk cache, there or not."""
+    directory = cache_dir()
+    if directory is None:
+        return None
+    digest = hashlib.sha256(f"{config!r} {fingerprint()}".encode()).hexdigest()
+    return directory / f"{config.name}_{digest[:32]}.o"
+
+
+@lru_cache(maxsize=1)
+def fingerprint() -> str:
+    """Of everything beside the config that the object code depends on."""
+    digest = hashlib.sha256()
+    for source in sorted(KERNELS.glob("*.py")):  # the symlink itself: rglob from above would not enter it
+        digest.update(source.name.encode() + source.read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    versions = [cutlass.__version__, str(cutlass.CUDA_VERSION), importlib.metadata.version("apache-tvm-ffi")]
+    digest.update(" ".join([*versions, ARCH, platform.machine()]).encode())
+    return digest.hexdigest()
+
+
+def compile(config: FwdConfig, options: str = ""):
+    """Compile for sm_90a, on any machine; only one call at a time in a process."""
+    b, h, h_kv, s_q, s_k, d = (cute.sym_int() for _ in range(6))
+
+    def tensor(heads, seqlen):
+        shape = (b, heads, seqlen, d) if config.layout == "bhsd" else (b, seqlen, heads, d)
+        strides = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
+        return make_fake_tensor(ELEMENT[config.dtype], shape, strides, assumed_align=16)
+
+    lse_shape, lse_strides = [cute.sym_int() for _ in range(3)], [cute.sym_int64() for _ in range(2)]
+    lse = make_fake_tensor(Float32, tuple(lse_shape), (*lse_strides, 1), assumed_align=4)
+    ticket = make_fake_tensor(Int32, (1,), (1,), assumed_align=4)
+    return cute.compile(
+        FlashFwdSm90(config),
+        *(tensor(h, s_q), tensor(h_kv, s_k), tensor(h_kv, s_k), tensor(h, s_q)),
+        *(lse, ticket, Float32(1.0), Int32(1)),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+        options=f"--enable-tvm-ffi --gpu-arch {ARCH} {options}",
+    )
+
+
+def _load_or_compile(config: FwdConfig) -> Callable:
+    path = cache_file(config)
+    if path is None or not _writable(path.parent):
+        with tempfile.TemporaryDirectory() as directory:
+            return _load(_write(Path(directory) / f"{config.name}.o", config))
+    with filelock.FileLock(path.with_suffix(".lock")):  # many processes: one compiles, the others load
+        if not _intact(path):
+            _write(path, config)
+        return _load(path)
+
+
+def _writable(directory: Path) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(directory, os.W_OK | os.X_OK)
+
+
+def _write(path: Path, config: FwdConfig) -> Path:
+    """Compile into `path`, which appears whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp.o")
+    os.close(descriptor)
+    try:
+        compile(config).export_to_c(temporary, SYMBOL)
+        with open(temporary, "r+b") as file:
+            digest = hashlib.sha256(file.read()).digest()
+            file.write(digest)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def _intact(path: Path) -> bool:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return len(data) > 32 and hashlib.sha256(data[:-32]).digest() == data[-32:]
+
+
+def _load(path: Path) -> Callable:
+    return getattr(load_module(str(path), enable_tvm_ffi=True), SYMBOL)

@@ -1,0 +1,70 @@
+"""What the host keeps per GPU: its size, and the counters from which running launches draw their tiles."""
+
+import threading
+
+import torch
+
+TICKETS = 4096  # counters of 4 bytes in a slab
+
+
+class Device:
+    """A Hopper GPU and its ticket counters, each 0 between launches (a launch leaves 0 behind).
+
+    Two launches that may run at once never share a counter: launches of one stream follow each other, so a stream has
+    one; a captured launch may be replayed beside anything, so each has one of its own, for good.
+    """
+
+    def __init__(self, index: int):
+        properties = torch.cuda.get_device_properties(index)
+        if (properties.major, properties.minor) != (9, 0):
+            raise ValueError(
+                f"q: on cuda:{index}, {properties.name} (sm_{properties.major}{properties.minor}); the kernels are for "
+                "Hopper (sm_90: H100, H200, GH200); use torch.nn.functional.scaled_dot_product_attention there"
+            )
+        self.index = index
+        self.num_sms = properties.multi_processor_count
+        self.no_lse = torch.empty((1, 1, 0), dtype=torch.float32, device=index)
+        self.no_ticket = torch.empty(1, dtype=torch.int32, device=index)
+        self._lock = threading.Lock()
+        self._of_stream: dict[int, torch.Tensor] = {}
+        self._unused: list[torch.Tensor] = []
+        self._of_graphs: list[torch.Tensor] = []  # never given back: a graph does not say when it dies
+
+    def ticket(self) -> torch.Tensor:
+        """The counter for a launch on this device's current stream."""
+        if torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):
+                return self.ticket()
+        if torch.cuda.is_current_stream_capturing():
+            return self._captured()
+        stream = torch.cuda.current_stream(self.index).cuda_stream
+        ticket = self._of_stream.get(stream)
+        return self._new(stream) if ticket is None else ticket
+
+    def _new(self, stream: int) -> torch.Tensor:
+        with self._lock:
+            if not self._unused:
+                slab = torch.zeros(TICKETS, dtype=torch.int32, device=self.index)
+                torch.cuda.current_stream(self.index).synchronize()  # once: other streams may use it next
+                self._unused = list(slab.split(1))
+            return self._of_stream.setdefault(stream, self._unused.pop())
+
+    def _captured(self) -> torch.Tensor:
+        with self._lock:
+            # Without a slab, or with a used-up one, the graph itself zeroes a counter before each replay.
+            ticket = self._unused.pop() if self._unused else torch.zeros(1, dtype=torch.int32, device=self.index)
+            self._of_graphs.append(ticket)
+            return ticket
+
+
+_devices: dict[int, Device] = {}
+_lock = threading.Lock()
+
+
+def get(index: int) -> Device:
+    """The device with this index; ValueError where it is no Hopper GPU."""
+    found = _devices.get(index)
+    if found is None:
+        with _lock:
+            found = _devices.setdefault(index, _devices.get(index) or Device(index))
+    return found

@@ -1,0 +1,86 @@
+"""Problem -> FwdConfig: which kernel runs, and from which measurement. Pure Python: no GPU, no torch."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from .kernels.config import FwdConfig
+from .kernels.mask import Causal, Full
+from .kernels.tile_scheduler import DynamicLongest, StaticTiles
+
+HEAD_DIM_MAX = 256
+HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the kernels; D runs on the next one up
+
+
+class Problem(NamedTuple):
+    """What is asked of one call: sizes, element type ("bf16" or "fp16"), mode order and mask."""
+
+    batch: int
+    heads: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    dtype: str = "bf16"
+    layout: str = "bhsd"
+    causal: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to multiply: no output, or no keys."""
+        return 0 in (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        return self.batch, self.heads, self.seqlen_q
+
+    def flops(self) -> float:
+        """4 B H Sq Sk D: two products' multiplications and additions; halved for causal (FlashAttention's count)."""
+        return 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim / (2 if self.causal else 1)
+
+
+class Choice(NamedTuple):
+    """One row of the tuned table: FwdConfig fields for a head dim, and those that only full or causal takes."""
+
+    both: dict
+    full: dict
+    causal: dict
+
+
+TUNED_ON = "NVIDIA H200, 2026-11-20"
+TUNED = {
+    32: Choice(dict(tile_m=192), {}, {}),
+    64: Choice(dict(tile_m=192), {}, {}),
+    96: Choice(dict(), dict(cluster=2), {}),
+    128: Choice(dict(q_in_regs=True, late_wait=True), dict(cluster=2), {}),
+    160: Choice(dict(tile_n=96, late_wait=True), dict(cluster=2), {}),
+    192: Choice(dict(tile_n=96, late_wait=True), dict(cluster=2), {}),
+    224: Choice(dict(tile_n=80, late_wait=True), dict(cluster=2), {}),
+    256: Choice(dict(tile_n=80, late_wait=True), dict(cluster=2), {}),
+}
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: Problem) -> FwdConfig:
+    """The kernel for a problem; a head dim that has none of its own runs on the next larger one."""
+    head_dim = next(d for d in HEAD_DIMS if problem.head_dim <= d)
+    return config(head_dim, problem.dtype, problem.layout, problem.causal)
+
+
+def config(head_dim: int, dtype: str, layout: str, causal: bool) -> FwdConfig:
+    choice = TUNED[head_dim]
+    if causal:
+        fields = dict(mask=Causal(), scheduler=DynamicLongest) | choice.both | choice.causal
+    else:
+        fields = dict(mask=Full(), scheduler=StaticTiles) | choice.both | choice.full
+    return FwdConfig(head_dim, dtype, layout, **fields)
+
+
+def shipped() -> list[FwdConfig]:
+    """Every kernel that some problem can reach."""
+    return [
+        config(head_dim, dtype, layout, causal)
+        for head_dim in HEAD_DIMS
+        for dtype in ("bf16", "fp16")
+        for layout in ("bhsd", "bshd")
+        for causal in (False, True)
+    ]

@@ -1,0 +1,506 @@
+"""FlashAttention-3 forward (arXiv:2407.08608): a TMA producer warp, and warpgroups that own 64 query rows each.
+
+A step of the main loop, per warpgroup: QK of this block and PV of the one before are issued together; softmax of this
+block starts when its QK is done, beside the PV and beside the other warpgroups' GEMMs.
+"""
+
+from typing import NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int32, cute, pipeline
+from cutlass.cute.nvgpu import cpasync, warp, warpgroup
+from cutlass.utils import LayoutEnum, SmemAllocator
+
+from . import mask as mask_ops
+from .config import LAYOUTS, REGISTERS, FwdConfig
+from .layout import acc_as_A, acc_mn, normalise_rows, scale_rows
+from .ping_pong import WARPGROUP, PingPong
+from .softmax import Softmax
+from .tile_scheduler import Grid, Tile
+
+ROWS = 64  # query rows of a warpgroup: the M of one WGMMA
+OWN_BARRIER = 1  # and the next two: one named barrier per warpgroup
+L2_KV_BYTES = 16 << 20  # K/V of the heads worked on at a time, of 50 MB
+LOG2_E = 1.4426950408889634
+TINY = 1.1754943508222875e-38  # the least normal float32: times a hidden score's -inf it is still -inf, not NaN
+ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
+
+
+class Tma(NamedTuple):
+    atom: cute.CopyAtom
+    tensor: cute.Tensor
+
+
+class Gmem(NamedTuple):
+    q: Tma
+    k: Tma
+    v: Tma
+    o: Tma
+    lse: cute.Tensor  # (b, h, s), or (b, h, 0): not asked for
+    ticket: cute.Tensor  # (1,) Int32, 0 between launches
+
+
+class Smem(NamedTuple):
+    q: cute.Tensor  # (64, d, warpgroups)
+    k: cute.Tensor  # (tile_n, d, stages)
+    v: cute.Tensor  # (tile_n, d, stages)
+    o: cute.Tensor  # (64, d, warpgroups)
+    tile: cute.Tensor  # (4, 2) the tiles to do: m_block, head, batch, valid
+
+
+class Pipes(NamedTuple):
+    q: pipeline.PipelineAsync
+    k: pipeline.PipelineAsync
+    v: pipeline.PipelineAsync
+    tile: pipeline.PipelineAsync
+
+
+class Tiling(NamedTuple):
+    """Static tiling: MLIR values, so it crosses into the kernel as an argument, never via self."""
+
+    mma_qk: cute.TiledMma
+    mma_pv: cute.TiledMma
+    sQ: cute.ComposedLayout  # (64, d, warpgroups)
+    sKV: cute.ComposedLayout  # (tile_n, d, stages)
+
+
+class Problem(NamedTuple):
+    grid: Grid
+    seqlen_q: Int32
+    seqlen_k: Int32
+    group: Int32  # query heads per K/V head
+    scale_log2: Float32  # |scale| * log2(e)
+    q_sign: Float32  # 1, 0 or -1: the scale's sign, applied to Q
+
+
+class Frag(NamedTuple):
+    """What one warpgroup multiplies, and where it accumulates."""
+
+    wg: Int32  # which one
+    thread: Int32  # of its 128
+    tSrQ: cute.Tensor
+    tSrK: cute.Tensor
+    tOrV: cute.Tensor
+    tOrP: cute.Tensor
+    acc_O: cute.Tensor
+    softmax: Softmax
+    cS: cute.Tensor  # (rows, cols) coordinates of this thread's S
+
+
+class FlashFwdSm90:
+    """One forward kernel, as its config says; `__call__` is what the host compiles and calls."""
+
+    def __init__(self, config: FwdConfig):
+        self.config = config
+        self.dtype = ELEMENT[config.dtype]
+        self.turns = PingPong(config.warpgroups, config.pingpong)
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # (b, h, s_q, d) or (b, s_q, h, d), as the layout says; mO alike
+        mK: cute.Tensor,  # (b, h_kv, s_k, d) or (b, s_k, h_kv, d); mV alike
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,  # (b, h, s_q) float32, or (b, h, 0)
+        mTicket: cute.Tensor,  # (1,) int32, zeroed once by the host
+        scale: Float32,
+        num_sms: Int32,
+        stream: cuda.CUstream,
+        /,
+    ):
+        """Mode order, TMA atoms, tiled MMAs, grid, launch."""
+        c = self.config
+        mQ, mK, mV, mO = [
+            cute.make_tensor(t.iterator, cute.select(t.layout, mode=LAYOUTS[c.layout])) for t in (mQ, mK, mV, mO)
+        ]  # (s, d, h, b)
+        tiling = self._tiling()
+        q, kv = cute.select(tiling.sQ, mode=[0, 1]), cute.select(tiling.sKV, mode=[0, 1])
+        g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        shared = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else g2s
+        gmem = Gmem(
+            Tma(*cpasync.make_tiled_tma_atom(g2s, mQ, q, (ROWS, c.head_dim))),
+            Tma(*cpasync.make_tiled_tma_atom(shared, mK, kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
+            Tma(*cpasync.make_tiled_tma_atom(shared, mV, kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
+            Tma(*cpasync.make_tiled_tma_atom(s2g, mO, q, (ROWS, c.head_dim))),
+            mLSE,
+            mTicket,
+        )
+        (seqlen_q, _, heads, batch), (seqlen_k, _, heads_kv, _) = mQ.shape, mK.shape
+        ratio = heads // heads_kv
+        group = cutlass.max(L2_KV_BYTES // (cutlass.Int64(seqlen_k) * (4 * c.head_dim)) * ratio, 1)
+        m_blocks = cute.ceil_div(seqlen_q, c.tile_m * c.cluster) * c.cluster
+        grid = Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
+        q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
+        scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY))
+        problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign)
+        self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
+        self.kernel(gmem, problem, tiling).launch(
+            grid=c.scheduler.grid(grid, num_sms // c.cluster * c.cluster),
+            block=(WARPGROUP * (1 + c.warpgroups), 1, 1),
+            cluster=(c.cluster, 1, 1),
+            stream=stream,
+        )
+
+    def _tiling(self) -> Tiling:
+        c = self.config
+        K, MN = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
+        smem, rmem = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
+
+        def mma(b_major, n, a_source):
+            one = (1, 1, 1)
+            return sm90.make_trivial_tiled_mma(
+                self.dtype, self.dtype, K, b_major, Float32, one, (ROWS, n), a_source=a_source
+            )
+
+        q_source = rmem if c.q_in_regs else smem
+        swizzle = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, c.head_dim)
+        atom = warpgroup.make_smem_layout_atom(swizzle, self.dtype)
+        return Tiling(
+            mma(K, c.tile_n, q_source),
+            mma(MN, c.head_dim, rmem),
+            cute.tile_to_shape(atom, (ROWS, c.head_dim, c.warpgroups), (0, 1, 2)),
+            cute.tile_to_shape(atom, (c.tile_n, c.head_dim, c.stages), (0, 1, 2)),
+        )
+
+    @cute.kernel
+    def kernel(self, gmem: Gmem, problem: Problem, tiling: Tiling):
+        """Allocate, then split into one producer warpgroup and the MMA warpgroups."""
+        c = self.config
+        producer, consumer = REGISTERS[c.warpgroups]
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        smem, pipes = self._allocate(tiling)
+        self._cta_sync()
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(producer)
+            if warp == 0:
+                self.load(gmem, smem, pipes, problem)
+        else:
+            cute.arch.setmaxregister_increase(consumer)
+            self.mma(gmem, smem, pipes, problem, tiling)
+        if cutlass.const_expr(c.cluster > 1):
+            self._cta_sync()  # a peer may still write here
+
+    def _cta_sync(self):
+        if self.config.cluster > 1:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+    def _allocate(self, tiling: Tiling):
+        c = self.config
+        alloc = SmemAllocator()
+        q = alloc.allocate_tensor(self.dtype, tiling.sQ.outer, 1024, tiling.sQ.inner)
+        k = alloc.allocate_tensor(self.dtype, tiling.sKV.outer, 1024, tiling.sKV.inner)
+        v = alloc.allocate_tensor(self.dtype, tiling.sKV.outer, 1024, tiling.sKV.inner)
+        o = alloc.allocate_tensor(self.dtype, tiling.sQ.outer, 1024, tiling.sQ.inner) if c.separate_o else q
+        tile = alloc.allocate_tensor(Int32, cute.make_layout((4, 2)), 16)
+
+        def group(n):
+            return pipeline.CooperativeGroup(pipeline.Agent.Thread, n)
+
+        def ring(stages, layout, cluster=1):
+            return pipeline.PipelineTmaAsync.create(
+                barrier_storage=alloc.allocate_array(cutlass.Int64, 2 * stages),
+                num_stages=stages,
+                producer_group=group(1),
+                consumer_group=group(4 * c.warpgroups * cluster),
+                tx_count=cute.size_in_bytes(self.dtype, layout),
+                cta_layout_vmnk=cute.make_layout((1, cluster, 1, 1)),
+            )
+
+        tiles = pipeline.PipelineAsync.create(
+            barrier_storage=alloc.allocate_array(cutlass.Int64, 4),
+            num_stages=2,
+            producer_group=group(1),
+            consumer_group=group(4 * c.warpgroups),
+        )
+        kv = cute.select(tiling.sKV, mode=[0, 1])
+        pipes = Pipes(ring(1, tiling.sQ), ring(c.stages, kv, c.cluster), ring(c.stages, kv, c.cluster), tiles)
+        return Smem(q, k, v, o, tile), pipes
+
+    @cute.jit
+    def load(self, gmem: Gmem, smem: Smem, pipes: Pipes, problem: Problem):
+        """Run by warp 0. Tells the others each tile; fills empty stages: Q once, K one block ahead of V, last first."""
+        c = self.config
+        q_state, k_state, v_state, t_state = self._states(pipeline.PipelineUserType.Producer)
+        index = cute.arch.block_idx()[0]
+        tile = c.scheduler.decode(index, problem.grid)
+        while tile.valid:
+            t_state = tell(smem, pipes, t_state, tile)
+            head_kv = tile.head // problem.group
+            load_q = self._tma_load(gmem.q, smem.q, ROWS, (tile.head, tile.batch), pipes.q, 1)
+            load_k = self._tma_load(gmem.k, smem.k, c.tile_n, (head_kv, tile.batch), pipes.k, c.cluster)
+            load_v = self._tma_load(gmem.v, smem.v, c.tile_n, (head_kv, tile.batch), pipes.v, c.cluster)
+            n_max, _ = mask_ops.block_range(c.mask, tile.m_block * c.tile_m, c.tile_m, c.tile_n, problem)
+            pipes.k.producer_acquire(k_state)
+            load_k(n_max - 1, k_state.index, k_state)
+            k_state.advance()
+            pipes.q.producer_acquire(q_state)
+            for wg in cutlass.range_constexpr(c.warpgroups):
+                load_q(tile.m_block * c.warpgroups + wg, wg, q_state)
+            q_state.advance()
+            for i in cutlass.range(1, n_max, unroll=1):
+                pipes.k.producer_acquire(k_state)
+                load_k(n_max - 1 - i, k_state.index, k_state)
+                k_state.advance()
+                pipes.v.producer_acquire(v_state)
+                load_v(n_max - i, v_state.index, v_state)
+                v_state.advance()
+            pipes.v.producer_acquire(v_state)
+            load_v(0, v_state.index, v_state)
+            v_state.advance()
+            index = c.scheduler.upcoming(index, problem.grid, gmem.ticket)
+            tile = c.scheduler.decode(index, problem.grid)
+        tell(smem, pipes, t_state, tile)
+
+    def _states(self, user):
+        stages = self.config.stages
+        return [pipeline.make_pipeline_state(user, n) for n in (1, stages, stages, 2)]  # q, k, v, tile
+
+    def _tma_load(self, tma, s, rows, head_batch, pipe, cluster):
+        g = tma.tensor[None, None, head_batch[0], head_batch[1]]  # (s, d)
+        g = cute.local_tile(g, (rows, self.config.head_dim), (None, 0))  # (rows, d, blocks)
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) if cluster > 1 else 0
+        sT, gT = cpasync.tma_partition(
+            tma.atom, rank, cute.make_layout(cluster), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
+        )
+        share = dict(mcast_mask=cutlass.Int16((1 << cluster) - 1)) if cluster > 1 else {}
+
+        def copy(block, slot, state):
+            barrier = pipe.producer_get_barrier(state)
+            cute.copy(tma.atom, gT[None, block], sT[None, slot], tma_bar_ptr=barrier, **share)
+
+        return copy
+
+    @cute.jit
+    def mma(self, gmem: Gmem, smem: Smem, pipes: Pipes, problem: Problem, tiling: Tiling):
+        """Run by each MMA warpgroup on its own 64 rows. Waits for full Q, K, V stages and releases them."""
+        c = self.config
+        f = self._fragments(smem, tiling, problem)
+        q_state, k_state, v_state, t_state = self._states(pipeline.PipelineUserType.Consumer)
+        self.turns.start(f.wg)
+        tile, t_state = hear(smem, pipes, t_state)
+        while tile.valid:
+            row0 = tile.m_block * c.tile_m
+            n_max, _ = mask_ops.block_range(c.mask, row0, c.tile_m, c.tile_n, problem)
+            row0 = row0 + f.wg * ROWS
+            n_mine, n_whole = mask_ops.block_range(c.mask, row0, ROWS, c.tile_n, problem)
+            f.softmax.reset()
+            f.acc_O.fill(0.0)
+            pipes.q.consumer_wait(q_state)
+            self._sign_q(f, smem, problem.q_sign)
+            self._read_q(f, smem, tiling)
+            release_if(c.early_q, pipes.q, q_state)
+            for _ in cutlass.range(n_max - n_mine, unroll=1):
+                k_state, v_state = self._pass_over(f, pipes, k_state, v_state)
+            k_state = self._first(f, pipes, tiling, k_state, (row0, n_mine - 1), problem)
+            for n in cutlass.range(n_mine - 1 - n_whole, unroll=1):
+                at = (row0, n_mine - 2 - n)
+                k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, True)
+            for n in cutlass.range(n_whole, unroll=1):
+                at = (row0, n_whole - 1 - n)
+                k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, False)
+            release_if(c.separate_o and not c.early_q, pipes.q, q_state)
+            v_state = self._last(f, pipes, tiling, v_state)
+            self.epilogue(gmem, smem, tiling, f, tile, problem)
+            release_if(not c.separate_o, pipes.q, q_state)  # only now: sO is sQ's memory
+            q_state.advance()
+            tile, t_state = hear(smem, pipes, t_state)
+        self.turns.finish(f.wg)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def _fragments(self, smem: Smem, tiling: Tiling, problem: Problem) -> Frag:
+        c = self.config
+        tid = cute.arch.thread_idx()[0]
+        wg, thread = cute.arch.make_warp_uniform(tid // WARPGROUP) - 1, tid % WARPGROUP
+        qk, pv, thr = tiling.mma_qk.get_slice(0), tiling.mma_pv.get_slice(0), tiling.mma_qk.get_slice(thread)
+        if c.q_in_regs:
+            tSrQ = cute.make_rmem_tensor(thr.partition_shape_A((ROWS, c.head_dim)), self.dtype)
+        else:
+            tSrQ = qk.make_fragment_A(qk.partition_A(smem.q[None, None, wg]))
+        tSrK = qk.make_fragment_B(qk.partition_B(smem.k))  # (MMA, N, d / 16, stages)
+        sVt = cute.make_tensor(smem.v.iterator, cute.select(smem.v.layout, mode=[1, 0, 2]))  # (d, tile_n, stages)
+        tOrV = pv.make_fragment_B(pv.partition_B(sVt))  # (MMA, N, tile_n / 16, stages)
+        acc_O = cute.make_rmem_tensor(pv.partition_shape_C((ROWS, c.head_dim)), Float32)
+        acc_S = cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), Float32)
+        tOrP = cute.make_rmem_tensor_like(acc_as_A(acc_S), self.dtype)  # ((2, 2, 2), 1, tile_n / 16)
+        cS = acc_mn(thr.partition_C(cute.make_identity_tensor((ROWS, c.tile_n))))  # (rows, cols)
+        softmax = Softmax.create(problem.scale_log2, cute.size(cS, mode=[0]))
+        return Frag(wg, thread, tSrQ, tSrK, tOrV, tOrP, acc_O, softmax, cS)
+
+    @cute.jit
+    def _sign_q(self, f: Frag, smem: Smem, q_sign: Float32):
+        """A scale of 0 or below, once a tile: the softmax then always sees a positive one, and needs no cases."""
+        if q_sign != 1.0:
+            flat = cute.make_layout(ROWS * self.config.head_dim)  # any order serves, swizzled or not
+            sQ = cute.make_tensor(smem.q[None, None, f.wg].iterator, flat)
+            for i in cutlass.range(f.thread, cute.size(flat), WARPGROUP, unroll=1):
+                sQ[i] = (sQ[i].to(Float32) * q_sign).to(self.dtype)
+            cute.arch.fence_view_async_shared()
+            self._warpgroup_sync(f.wg)
+
+    def _read_q(self, f: Frag, smem: Smem, tiling: Tiling):
+        if self.config.q_in_regs:
+            atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
+            copy = cute.make_tiled_copy_A(atom, tiling.mma_qk).get_slice(f.thread)
+            cute.copy(copy, copy.partition_S(smem.q[None, None, f.wg]), copy.retile(f.tSrQ))
+
+    @cute.jit
+    def _pass_over(self, f, pipes, k_state, v_state):
+        """A block that only later warpgroups' rows see."""
+        pipes.k.consumer_wait(k_state)
+        pipes.k.consumer_release(k_state)
+        k_state.advance()
+        pipes.v.consumer_wait(v_state)
+        pipes.v.consumer_release(v_state)
+        v_state.advance()
+        self.turns.take(f.wg)
+        self.turns.give(f.wg)
+        return k_state, v_state
+
+    @cute.jit
+    def _first(self, f, pipes, tiling, k_state, at, problem):
+        """P of the last block, so that every step finds one."""
+        pipes.k.consumer_wait(k_state)
+        acc_S = self._issue_qk(f, tiling, k_state)
+        warpgroup.wait_group(0)
+        pipes.k.consumer_release(k_state)
+        k_state.advance()
+        self._softmax(f, acc_S, at, problem, True)
+        self._to_P(f, acc_S)
+        return k_state
+
+    @cute.jit
+    def _step(self, f, pipes, tiling, k_state, v_state, at, problem, edge: cutlass.Constexpr):
+        """QK of this block and PV of the one before, then softmax of this block. edge: the mask may cut it."""
+        c = self.config
+        pipes.k.consumer_wait(k_state)
+        self.turns.take(f.wg)
+        acc_S = self._issue_qk(f, tiling, k_state)
+        pipes.v.consumer_wait(v_state)
+        self._issue_pv(f, tiling, v_state)
+        self.turns.give(f.wg)
+        warpgroup.wait_group(1)
+        pipes.k.consumer_release(k_state)
+        k_state.advance()
+        changed = self._softmax(f, acc_S, at, problem, edge)
+        if cutlass.const_expr(c.late_wait):
+            if changed:  # a branch: ptxas moves the wait up over the exps otherwise
+                warpgroup.wait_group(0)
+                scale_rows(f.acc_O, f.softmax.rescale)
+        warpgroup.wait_group(0)
+        pipes.v.consumer_release(v_state)
+        v_state.advance()
+        self._to_P(f, acc_S)
+        if cutlass.const_expr(not c.late_wait):
+            if changed:
+                scale_rows(f.acc_O, f.softmax.rescale)
+        return k_state, v_state
+
+    @cute.jit
+    def _last(self, f, pipes, tiling, v_state):
+        pipes.v.consumer_wait(v_state)
+        self._issue_pv(f, tiling, v_state)
+        warpgroup.wait_group(0)
+        pipes.v.consumer_release(v_state)
+        v_state.advance()
+        return v_state
+
+    def _issue_qk(self, f, tiling, state):
+        shape = tiling.mma_qk.get_slice(0).partition_shape_C((ROWS, self.config.tile_n))
+        acc_S = cute.make_rmem_tensor(shape, Float32)  # ((2, 2, tile_n / 8), 1, 1)
+        issue(tiling.mma_qk, acc_S, f.tSrQ, f.tSrK[None, None, None, state.index], False)
+        return acc_S
+
+    def _issue_pv(self, f, tiling, state):
+        issue(tiling.mma_pv, f.acc_O, f.tOrP, f.tOrV[None, None, None, state.index], True)
+
+    def _softmax(self, f, acc_S, at, problem, edge):
+        S = acc_mn(acc_S)  # (rows, cols)
+        if edge:
+            row0, n_block = at
+            mask_ops.apply(self.config.mask, S, f.cS, row0, n_block * self.config.tile_n, problem)
+        return f.softmax.step(S)
+
+    def _to_P(self, f, acc_S):
+        P = acc_as_A(acc_S)  # ((2, 2, 2), 1, tile_n / 16)
+        for k in range(cute.size(P, mode=[2])):  # by 8: a whole-tensor .to() is not cvt.rn.bf16x2 at tile_n 80
+            f.tOrP[None, None, k].store(P[None, None, k].load().to(self.dtype))
+
+    @cute.jit
+    def epilogue(self, gmem: Gmem, smem: Smem, tiling: Tiling, f: Frag, tile: Tile, problem: Problem):
+        """O and LSE of this warpgroup's rows, through shared memory and TMA. No other warpgroup is waited for."""
+        c = self.config
+        lse = f.softmax.finish()
+        normalise_rows(f.acc_O, f.softmax.rescale, lse)
+        rO = cute.make_rmem_tensor_like(f.acc_O, self.dtype)
+        rO.store(f.acc_O.load().to(self.dtype))
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
+        copy = cute.make_tiled_copy_C(atom, tiling.mma_pv).get_slice(f.thread)
+        sO = smem.o[None, None, f.wg]  # (64, d)
+        if f.thread // 32 == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the tile before has left sO
+        self._warpgroup_sync(f.wg)
+        cute.copy(copy, copy.retile(rO), copy.partition_D(sO))
+        cute.arch.fence_view_async_shared()
+        self._warpgroup_sync(f.wg)
+        if f.thread // 32 == 0:
+            g = gmem.o.tensor[None, None, tile.head, tile.batch]  # (s, d)
+            g = cute.local_tile(g, (ROWS, c.head_dim), (tile.m_block * c.warpgroups + f.wg, 0))  # (64, d)
+            sT, gT = cpasync.tma_partition(
+                gmem.o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)
+            )
+            cute.copy(gmem.o.atom, sT, gT)
+            cute.arch.cp_async_bulk_commit_group()
+            if cutlass.const_expr(not c.separate_o):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+        for r in cutlass.range_constexpr(cute.size(lse)):
+            row = tile.m_block * c.tile_m + f.wg * ROWS + f.cS[r, 0][0]
+            if (f.thread % 4 == 0) & (row < gmem.lse.shape[2]):
+                gmem.lse[tile.batch, tile.head, row] = lse[r]
+
+    def _warpgroup_sync(self, wg):
+        cute.arch.barrier(barrier_id=OWN_BARRIER + wg, number_of_threads=WARPGROUP)
+
+
+@cute.jit
+def tell(smem: Smem, pipes: Pipes, state, tile: Tile):
+    """The producer hands the next tile to the MMA warpgroups, decoded: divisions stay off their path."""
+    pipes.tile.producer_acquire(state)
+    with cute.arch.elect_one():
+        for i in cutlass.range_constexpr(4):
+            smem.tile[i, state.index] = Int32(tile[i])
+        pipes.tile.producer_commit(state)
+    state.advance()
+    return state
+
+
+@cute.jit
+def hear(smem: Smem, pipes: Pipes, state):
+    pipes.tile.consumer_wait(state)
+    m_block, head, batch, valid = [cute.arch.make_warp_uniform(smem.tile[i, state.index]) for i in range(4)]
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        pipes.tile.consumer_release(state)
+    state.advance()
+    return Tile(m_block, head, batch, valid != 0), state
+
+
+def release_if(when, pipe, state):
+    if when:
+        pipe.consumer_release(state)
+
+
+def issue(mma, acc, A, B, accumulate):
+    """One asynchronous GEMM, acc (+)= A B: one commit group."""
+    warpgroup.fence()
+    atom = cute.make_mma_atom(mma.op)
+    atom.set(warpgroup.Field.ACCUMULATE, accumulate)
+    for k in range(cute.size(A.shape[2])):
+        cute.gemm(atom, acc, A[None, None, k], B[None, None, k], acc)
+        atom.set(warpgroup.Field.ACCUMULATE, True)
+    warpgroup.commit_group()

@@ -1,0 +1,46 @@
+"""Views of WGMMA accumulators, and what is done to their rows."""
+
+import cutlass
+from cutlass import Float32, cute
+
+
+def acc_mn(acc):
+    """((2, 2, V), MMA_M, MMA_N) accumulator -> (rows, cols) view."""
+    l = acc.layout
+    s, d = l.shape, l.stride
+    return cute.make_tensor(
+        acc.iterator,
+        cute.make_layout(
+            ((s[0][1], s[1]), (s[0][0], s[0][2], s[2])), stride=((d[0][1], d[1]), (d[0][0], d[0][2], d[2]))
+        ),
+    )
+
+
+def acc_as_A(acc):
+    """S accumulator ((2,2,N/8), M, N') -> A operand ((2,2,2), M, (N/16, N'))."""
+    l = cute.logical_divide(acc.layout, ((None, None, 2), None, None))
+    s, d = l.shape, l.stride
+    return cute.make_tensor(
+        acc.iterator,
+        cute.make_layout(
+            ((s[0][0], s[0][1], s[0][2][0]), s[1], (s[0][2][1], s[2])),
+            stride=((d[0][0], d[0][1], d[0][2][0]), d[1], (d[0][2][1], d[2])),
+        ),
+    )
+
+
+def scale_rows(acc, scale):
+    """acc's row r times scale[r]."""
+    rows = acc_mn(acc)  # (rows, cols)
+    for r in range(cute.size(scale)):
+        rows[r, None].store(rows[r, None].load() * scale[r])
+
+
+@cute.jit
+def normalise_rows(acc: cute.Tensor, scale: cute.Tensor, lse: cute.Tensor):
+    """acc's row r times scale[r]; 0 where the row saw no key, whatever 0 * V left there."""
+    scale_rows(acc, scale)
+    rows = acc_mn(acc)  # (rows, cols)
+    for r in cutlass.range_constexpr(cute.size(scale)):
+        if lse[r] == -Float32.inf:
+            rows[r, None].fill(0.0)
