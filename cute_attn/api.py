@@ -1,11 +1,15 @@
 """The whole path of a call: check -> plan -> compile -> allocate -> launch."""
 
+from collections.abc import Callable
+from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 import torch
 
 from . import checks, compile, device, reference
-from .plan import HEAD_DIMS, plan
+from .checks import Spec
+from .plan import HEAD_DIMS, Problem, plan
 
 
 def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=False, out=None):
@@ -31,27 +35,69 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    problem = checks.problem(checks.spec("q", q), checks.spec("k", k), checks.spec("v", v), causal, layout)
-    scale = checks.scale(scale, problem.head_dim)
-    checks.gradients(q, k, v)
+    call = _call(q, k, v, out, causal, layout)
+    scale = call.scale if scale is None else checks.scale(scale)
     if type(return_lse) is not bool:
         raise TypeError(f"return_lse: a bool is needed, {return_lse!r} came")
+    checks.gradients(q, k, v)
     if out is not None:
-        checks.out(out, q, k, v, layout)
-    if not q.is_cuda:
-        return _on_cpu(problem, q, k, v, scale, return_lse, out)
-    gpu = device.get(q.device.index)
-    o = out if out is not None else _empty_like(q)
-    lse = q.new_empty(problem.lse_shape, dtype=torch.float32) if return_lse else gpu.no_lse
-    if problem.empty:
+        checks.out_memory(out, (q, k, v), call.nbytes)
+    if call.gpu is None:
+        return _on_cpu(call.problem, q, k, v, scale, return_lse, out)
+    checks.addresses(q, k, v, out)
+    o = _like(q) if out is None else out
+    lse = q.new_empty(call.problem.lse_shape, dtype=torch.float32) if return_lse else call.gpu.no_lse
+    if call.kernel is None:
         o.zero_()
         lse.fill_(-torch.inf)
     else:
-        tuned = plan(problem)
-        ticket = gpu.ticket() if tuned.scheduler.draws else gpu.no_ticket
-        args = (_for_tma("q", q), _for_tma("k", k), _for_tma("v", v), _for_tma("out", o))
-        compile.get(tuned)(*args, lse, ticket, scale, gpu.num_sms)
+        ticket = call.gpu.ticket() if call.draws else call.gpu.no_ticket
+        tensors = (q, k, v, o) if call.plain else map(_for_tma, (q, k, v, o))
+        call.kernel(*tensors, lse, ticket, scale, call.gpu.num_sms)
     return (o, lse) if return_lse else o
+
+
+class Call(NamedTuple):
+    """What the shapes, strides, types and devices of a call's arguments say, whatever their addresses and values."""
+
+    problem: Problem
+    scale: float  # the default
+    gpu: device.Device | None  # None: the CPU
+    kernel: Callable | None  # None: the CPU, or nothing to multiply
+    draws: bool  # the kernel's CTAs draw their tiles
+    plain: bool  # no size of 1 has a stride that TMA would refuse
+    nbytes: tuple[int, ...]  # that q, k, v and o reach over
+
+
+def _call(q, k, v, out, causal, layout) -> Call:
+    """Checked, planned and compiled; a look-up where the like has come before."""
+    try:
+        specs = [
+            (q.shape, q.stride(), q.dtype, q.device),
+            (k.shape, k.stride(), k.dtype, k.device),
+            (v.shape, v.stride(), v.dtype, v.device),
+            None if out is None else (out.shape, out.stride(), out.dtype, out.device),
+        ]
+    except (AttributeError, RuntimeError, TypeError):
+        for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
+            checks.dense_tensor(name, x)
+        raise
+    checks.words(causal, layout)
+    return _prepared(*specs, causal, layout)
+
+
+@lru_cache(maxsize=4096)
+def _prepared(q, k, v, out, causal, layout) -> Call:
+    q, k, v, o = (Spec(*x) for x in (q, k, v, out or q))
+    problem = checks.problem(q, k, v, causal, layout)
+    if out is not None:
+        checks.out(o, q, layout)
+    gpu = None if q.device.type == "cpu" else device.get(q.device.index)
+    config = plan(problem)
+    kernel = None if gpu is None or problem.empty else compile.get(config)
+    plain = not any(checks.odd(x.stride) for x in (q, k, v, o))
+    nbytes = tuple(x.nbytes for x in (q, k, v, o))
+    return Call(problem, problem.head_dim**-0.5, gpu, kernel, config.scheduler.draws, plain, nbytes)
 
 
 def warmup(head_dim=HEAD_DIMS, *, dtype=("bf16", "fp16"), layout=("bhsd", "bshd"), causal=(False, True)):
@@ -71,17 +117,14 @@ def warmup(head_dim=HEAD_DIMS, *, dtype=("bf16", "fp16"), layout=("bhsd", "bshd"
     return ready
 
 
-def _empty_like(q):
-    """Like q, as torch's empty_like makes it: q's order of dimensions, dense."""
+def _like(q):
+    """An output as torch's empty_like makes it: q's order of dimensions, dense."""
     o = torch.empty_like(q, requires_grad=False)
-    return o if not checks.odd(o.stride()) else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device) if checks.odd(o.stride()) else o
 
 
-def _for_tma(name, x):
-    """x itself, its start checked; or a view of it whose sizes of 1 have strides that TMA takes."""
-    checks.address(name, x)
-    if not checks.odd(x.stride()):
-        return x
+def _for_tma(x):
+    """A view of x whose sizes of 1 have strides that TMA takes."""
     return x.as_strided(x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), (8, 8, 8, 1), strict=True)])
 
 

@@ -2,7 +2,6 @@
 
 import math
 import numbers
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,23 +23,34 @@ class Spec(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def dims(self) -> list[tuple[int, int]]:
+        """(size, stride) of each dimension that has more than one element."""
+        return [(n, s) for n, s in zip(self.shape, self.stride, strict=True) if n > 1]
 
-def spec(name: str, x) -> Spec:
-    if type(x) is not torch.Tensor and not isinstance(x, torch.Tensor):
+    @property
+    def nbytes(self) -> int:
+        """From the first element to past the last."""
+        return extent(self.dims) * self.dtype.itemsize if self.shape.numel() else 0
+
+
+def dense_tensor(name: str, x) -> None:
+    if not isinstance(x, torch.Tensor):
         way_out = f"; torch.from_dlpack({name}) shares its memory" if hasattr(x, "__dlpack__") else ""
         raise TypeError(f"{name}: a torch.Tensor is needed, {type(x).__module__}.{type(x).__name__} came{way_out}")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: a dense tensor is needed, layout {x.layout} came; use {name}.to_dense()")
-    return Spec(x.shape, x.stride(), x.dtype, x.device)
 
 
-@lru_cache(maxsize=4096)
-def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str) -> Problem:
-    """The problem that q, k, v state together; kept, so that a repeated call pays for a look-up."""
+def words(causal, layout) -> None:
     if type(causal) is not bool:
         raise TypeError(f"causal: a bool is needed, {causal!r} came")
     if layout not in LAYOUTS:
         raise ValueError(f'layout: {layout!r} is not known; use "bhsd" (torch SDPA) or "bshd" (FlashAttention)')
+
+
+def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str) -> Problem:
+    """The problem that q, k, v state together."""
     for name, x in zip("qkv", (q, k, v), strict=True):
         _one_tensor(name, x, layout)
         if x.dtype != q.dtype:
@@ -49,11 +59,10 @@ def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str) -> Problem:
             raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one with .to(device)")
     h, s = layout.index("h"), layout.index("s")
     batch, heads, heads_kv, d = q.shape[0], q.shape[h], k.shape[h], q.shape[3]
+    want = _words(layout, "Hk", "Sk")
     if v.shape != k.shape:
-        want = _words(layout, "Hk", "Sk")
         raise ValueError(f"v: shape {tuple(v.shape)} is not k's {tuple(k.shape)}; both are {want}")
     if k.shape[0] != batch or k.shape[3] != d:
-        want = _words(layout, "Hk", "Sk")
         raise ValueError(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; k is {want} with q's B and D")
     if heads and (heads_kv == 0 or heads % heads_kv):
         raise ValueError(f"k: {heads_kv} heads do not divide q's {heads}; use Hk with H % Hk == 0 (MHA, GQA, MQA)")
@@ -65,6 +74,7 @@ def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str) -> Problem:
 
 def warmup_problem(head_dim, dtype, layout, causal) -> Problem:
     """A small problem that the kernel for these serves."""
+    words(causal, layout)
     dtype = {word: t for t, word in DTYPES.items()}.get(dtype, dtype)
     x = Spec(torch.Size((1, 1, 1, head_dim)), (head_dim, head_dim, head_dim, 1), dtype, torch.device("cpu"))
     return problem(x, x, x, causal, layout)
@@ -109,13 +119,16 @@ def odd(stride: tuple[int, ...]) -> bool:
     return bool((stride[0] | stride[1] | stride[2]) % ALIGNMENT) or stride[3] != 1
 
 
-def address(name: str, x: torch.Tensor) -> None:
-    """Where the data starts: a multiple of 16 bytes."""
-    if x.data_ptr() % 16:
-        raise ValueError(
-            f"{name}: its data starts {x.data_ptr() % 16} bytes past a multiple of 16, storage offset "
-            f"{x.storage_offset()}; slice at a multiple of 8 elements, or use {name}.clone()"
-        )
+def addresses(q, k, v, out) -> None:
+    """Each tensor's data starts at a multiple of 16 bytes."""
+    o = q if out is None else out
+    if not (q.data_ptr() | k.data_ptr() | v.data_ptr() | o.data_ptr()) % 16:
+        return
+    name, x = next((n, x) for n, x in (("q", q), ("k", k), ("v", v), ("out", o)) if x.data_ptr() % 16)
+    raise ValueError(
+        f"{name}: its data starts {x.data_ptr() % 16} bytes past a multiple of 16, storage offset "
+        f"{x.storage_offset()}; slice at a multiple of 8 elements, or use {name}.clone()"
+    )
 
 
 def gradients(q, k, v) -> None:
@@ -127,63 +140,57 @@ def gradients(q, k, v) -> None:
         )
 
 
-def scale(value, head_dim: int) -> float:
-    if value is None:
-        return head_dim**-0.5
+def scale(value) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"scale: a real number is needed, {type(value).__name__} came; for a tensor pass scale.item()")
-    value = float(value)
-    if not abs(value) <= SCALE_MAX:  # also NaN
-        raise ValueError(f"scale: {value} is not finite in float32; use a number between {-SCALE_MAX} and {SCALE_MAX}")
-    return value
+    number = float(value)
+    if not abs(number) <= SCALE_MAX:  # also NaN
+        raise ValueError(f"scale: {number} is not finite in float32; use one between {-SCALE_MAX} and {SCALE_MAX}")
+    return number
 
 
-def out(o, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
-    """`out` is like q, addresses no element twice, and shares none with q, k or v."""
-    s = spec("out", o)
-    _one_tensor("out", s, layout)
-    if s.shape != q.shape:
-        raise ValueError(f"out: shape {tuple(s.shape)} is not q's {tuple(q.shape)}")
-    if s.dtype != q.dtype or s.device != q.device:
-        raise (TypeError if s.dtype != q.dtype else ValueError)(
-            f"out: {s.dtype} on {s.device} came; q's {q.dtype} on {q.device} is needed"
-        )
+def out(o: Spec, q: Spec, layout: str) -> None:
+    """`out` is like q and addresses no element twice."""
+    _one_tensor("out", o, layout)
+    if o.shape != q.shape:
+        raise ValueError(f"out: shape {tuple(o.shape)} is not q's {tuple(q.shape)}")
+    if o.dtype != q.dtype:
+        raise TypeError(f"out: {o.dtype} came, q's {q.dtype} is needed")
+    if o.device != q.device:
+        raise ValueError(f"out: on {o.device}, but q is on {q.device}")
+    dims = sorted(o.dims, key=lambda dim: dim[1])
+    if any(stride < extent(dims[:i]) for i, (_, stride) in enumerate(dims)):
+        what = f"strides {o.stride} address elements of shape {tuple(o.shape)} more than once"
+        raise ValueError(f"out: {what}; use a dense out")
+
+
+def out_memory(o: torch.Tensor, inputs, nbytes) -> None:
+    """`out` shares no element with q, k or v; nbytes: from each one's first to past its last element, out's last."""
     if o.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: requires grad; pass out.detach(), or call under torch.no_grad()")
-    if o.is_cuda:
-        address("out", o)
-    if o.numel() and _overlaps_itself(s):
-        what = f"strides {s.stride} address elements of shape {tuple(s.shape)} more than once"
-        raise ValueError(f"out: {what}; use a dense out")
-    for name, x in zip("qkv", (q, k, v), strict=True):
-        if overlap(o, x):
-            raise ValueError(f"out: shares memory with {name}; pass an out of its own, or omit it")
+    start = o.data_ptr()
+    end = start + nbytes[3]
+    for i, x in enumerate(inputs):
+        address = x.data_ptr()
+        if start < address + nbytes[i] and address < end and overlap(o, x):
+            raise ValueError(f"out: shares memory with {'qkv'[i]}; pass an out of its own, or omit it")
 
 
-def _extent(dims) -> int:
+def extent(dims: list[tuple[int, int]]) -> int:
     """Elements from the first to the last that these (size, stride) pairs reach."""
     return 1 + sum((size - 1) * stride for size, stride in dims)
 
 
-def _overlaps_itself(x: Spec) -> bool:
-    dims = sorted(((n, s) for n, s in zip(x.shape, x.stride, strict=True) if n > 1), key=lambda dim: dim[1])
-    return any(stride < _extent(dims[:i]) for i, (_, stride) in enumerate(dims))
-
-
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors may share an element; slices that interleave in one buffer, as of a packed qkv, do not.
+    """Whether two tensors whose ranges of addresses meet may share an element; slices of a packed qkv do not.
 
     Exact where the outer strides of both have a common divisor that the inner extents fit in, else cautious.
     """
-    if not a.numel() or not b.numel() or a.device != b.device:
-        return False
-    dims = [[(n, s) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1] for x in (a, b)]
     gap = (b.data_ptr() - a.data_ptr()) // a.element_size()
-    if gap >= _extent(dims[0]) or -gap >= _extent(dims[1]):
-        return False
-    for period in {s for x in dims for _, s in x if s > 1}:
-        period = math.gcd(*(s for x in dims for _, s in x if s >= period))
-        inner = [_extent([(n, s) for n, s in x if s < period]) for x in dims]
+    dims = [Spec(x.shape, x.stride(), x.dtype, x.device).dims for x in (a, b)]
+    for stride in {s for _, s in dims[0] + dims[1] if s > 1}:
+        period = math.gcd(*(s for _, s in dims[0] + dims[1] if s >= stride))
+        inner = [extent([(n, s) for n, s in x if s < stride]) for x in dims]
         if gap % period >= inner[0] and gap % period + inner[1] <= period:
             return False  # in every period a's elements come first, then b's
     return True

@@ -37,7 +37,7 @@ class Device:
                 return self.ticket()
         if torch.cuda.is_current_stream_capturing():
             return self._captured()
-        stream = torch.cuda.current_stream(self.index).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(self.index)  # current_stream().cuda_stream takes 1.2 us, not 0.1
         ticket = self._of_stream.get(stream)
         return self._new(stream) if ticket is None else ticket
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .mask import Causal, Full
-from .tile_scheduler import StaticTiles
+from .tile_scheduler import Static, StaticTiles
 
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
 DTYPES = ("bf16", "fp16")
@@ -20,7 +20,7 @@ class FwdConfig:
     tile_m: int = 128  # query rows per CTA, 64 per MMA warpgroup
     tile_n: int = 128  # key rows per K/V stage
     stages: int = 2  # K/V ring depth
-    scheduler: type = StaticTiles
+    scheduler: type[Static] = StaticTiles
     pingpong: bool = True  # MMA warpgroups issue their GEMMs in turn
     q_in_regs: bool = False  # Q is read from shared memory once per tile, not once per block
     late_wait: bool = False  # all of exp before the wait for PV; else ptxas puts most of it behind

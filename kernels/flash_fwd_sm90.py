@@ -10,8 +10,9 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, cute, pipeline
-from cutlass.cute.nvgpu import cpasync, warp, warpgroup
-from cutlass.utils import LayoutEnum, SmemAllocator
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
 
 from . import mask as mask_ops
 from .config import LAYOUTS, REGISTERS, FwdConfig
@@ -146,7 +147,7 @@ class FlashFwdSm90:
 
     def _tiling(self) -> Tiling:
         c = self.config
-        K, MN = warpgroup.OperandMajorMode.K, warpgroup.OperandMajorMode.MN
+        K, MN = OperandMajorMode.K, OperandMajorMode.MN
         smem, rmem = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
 
         def mma(b_major, n, a_source):
@@ -216,7 +217,7 @@ class FlashFwdSm90:
             barrier_storage=alloc.allocate_array(cutlass.Int64, 4),
             num_stages=2,
             producer_group=group(1),
-            consumer_group=group(4 * c.warpgroups),
+            consumer_group=group(WARPGROUP * c.warpgroups),  # each reader arrives for itself: racecheck sees that
         )
         kv = cute.select(tiling.sKV, mode=[0, 1])
         pipes = Pipes(ring(1, tiling.sQ), ring(c.stages, kv, c.cluster), ring(c.stages, kv, c.cluster), tiles)
@@ -285,33 +286,53 @@ class FlashFwdSm90:
         self.turns.start(f.wg)
         tile, t_state = hear(smem, pipes, t_state)
         while tile.valid:
-            row0 = tile.m_block * c.tile_m
-            n_max, _ = mask_ops.block_range(c.mask, row0, c.tile_m, c.tile_n, problem)
-            row0 = row0 + f.wg * ROWS
-            n_mine, n_whole = mask_ops.block_range(c.mask, row0, ROWS, c.tile_n, problem)
-            f.softmax.reset()
-            f.acc_O.fill(0.0)
+            n_max, _ = mask_ops.block_range(c.mask, tile.m_block * c.tile_m, c.tile_m, c.tile_n, problem)
+            row0 = tile.m_block * c.tile_m + f.wg * ROWS
             pipes.q.consumer_wait(q_state)
-            self._sign_q(f, smem, problem.q_sign)
-            self._read_q(f, smem, tiling)
-            release_if(c.early_q, pipes.q, q_state)
-            for _ in cutlass.range(n_max - n_mine, unroll=1):
-                k_state, v_state = self._pass_over(f, pipes, k_state, v_state)
-            k_state = self._first(f, pipes, tiling, k_state, (row0, n_mine - 1), problem)
-            for n in cutlass.range(n_mine - 1 - n_whole, unroll=1):
-                at = (row0, n_mine - 2 - n)
-                k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, True)
-            for n in cutlass.range(n_whole, unroll=1):
-                at = (row0, n_whole - 1 - n)
-                k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, False)
-            release_if(c.separate_o and not c.early_q, pipes.q, q_state)
-            v_state = self._last(f, pipes, tiling, v_state)
-            self.epilogue(gmem, smem, tiling, f, tile, problem)
-            release_if(not c.separate_o, pipes.q, q_state)  # only now: sO is sQ's memory
+            if row0 < problem.seqlen_q:
+                k_state, v_state = self._tile(gmem, smem, pipes, tiling, f, q_state, k_state, v_state, tile, problem)
+            else:
+                k_state, v_state = self._sit_out(f, pipes, k_state, v_state, n_max)
+                pipes.q.consumer_release(q_state)
             q_state.advance()
             tile, t_state = hear(smem, pipes, t_state)
         self.turns.finish(f.wg)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _tile(self, gmem, smem, pipes, tiling, f, q_state, k_state, v_state, tile, problem):
+        """A warpgroup's 64 rows of a tile, blocks from the last to the first: those that the mask cuts, then the rest."""
+        c = self.config
+        row0 = tile.m_block * c.tile_m
+        n_max, _ = mask_ops.block_range(c.mask, row0, c.tile_m, c.tile_n, problem)
+        row0 = row0 + f.wg * ROWS
+        n_mine, n_whole = mask_ops.block_range(c.mask, row0, ROWS, c.tile_n, problem)
+        f.softmax.reset()
+        f.acc_O.fill(0.0)
+        self._sign_q(f, smem, problem.q_sign)
+        self._read_q(f, smem, tiling)
+        release_if(c.early_q, pipes.q, q_state)
+        for _ in cutlass.range(n_max - n_mine, unroll=1):
+            k_state, v_state = self._pass_over(f, pipes, k_state, v_state)
+        k_state = self._first(f, pipes, tiling, k_state, (row0, n_mine - 1), problem)
+        for n in cutlass.range(n_mine - 1 - n_whole, unroll=1):
+            at = (row0, n_mine - 2 - n)
+            k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, True)
+        for n in cutlass.range(n_whole, unroll=1):
+            at = (row0, n_whole - 1 - n)
+            k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, False)
+        release_if(c.separate_o and not c.early_q, pipes.q, q_state)
+        v_state = self._last(f, pipes, tiling, v_state)
+        self.epilogue(gmem, smem, tiling, f, tile, problem)
+        release_if(not c.separate_o, pipes.q, q_state)  # only now: sO is sQ's memory
+        return k_state, v_state
+
+    @cute.jit
+    def _sit_out(self, f, pipes, k_state, v_state, n_max):
+        """A tile whose rows of this warpgroup all lie beyond the last query: the others get the tensor cores."""
+        for _ in cutlass.range(n_max - 1, unroll=1):
+            k_state, v_state = self._pass_over(f, pipes, k_state, v_state)
+        return self._drop(pipes.k, k_state), self._drop(pipes.v, v_state)
 
     def _fragments(self, smem: Smem, tiling: Tiling, problem: Problem) -> Frag:
         c = self.config
@@ -352,15 +373,17 @@ class FlashFwdSm90:
     @cute.jit
     def _pass_over(self, f, pipes, k_state, v_state):
         """A block that only later warpgroups' rows see."""
-        pipes.k.consumer_wait(k_state)
-        pipes.k.consumer_release(k_state)
-        k_state.advance()
-        pipes.v.consumer_wait(v_state)
-        pipes.v.consumer_release(v_state)
-        v_state.advance()
+        k_state, v_state = self._drop(pipes.k, k_state), self._drop(pipes.v, v_state)
         self.turns.take(f.wg)
         self.turns.give(f.wg)
         return k_state, v_state
+
+    @cute.jit
+    def _drop(self, pipe, state):
+        pipe.consumer_wait(state)
+        pipe.consumer_release(state)
+        state.advance()
+        return state
 
     @cute.jit
     def _first(self, f, pipes, tiling, k_state, at, problem):
@@ -483,9 +506,7 @@ def tell(smem: Smem, pipes: Pipes, state, tile: Tile):
 def hear(smem: Smem, pipes: Pipes, state):
     pipes.tile.consumer_wait(state)
     m_block, head, batch, valid = [cute.arch.make_warp_uniform(smem.tile[i, state.index]) for i in range(4)]
-    cute.arch.sync_warp()
-    with cute.arch.elect_one():
-        pipes.tile.consumer_release(state)
+    pipes.tile.consumer_release(state)
     state.advance()
     return Tile(m_block, head, batch, valid != 0), state
 

@@ -1,0 +1,257 @@
+"""`python -m cute_attn.bench`: conditions first, then one row per contender. Without a Hopper GPU, the static report.
+
+    python -m cute_attn.bench --shape 16,16,2048,64 --causal --vs cudnn,fa3 --json out.json
+    python -m cute_attn.bench --sweep --csv sweep.csv --plot sweep.png
+
+Times follow `benchmark/timing.py`'s method. Needs `pip install "cute_attn[bench]"`.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checks import ALIGNMENT
+from .plan import HEAD_DIM_MAX, Problem
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ImportError:
+    raise SystemExit('python -m cute_attn.bench: rich is missing; pip install "cute_attn[bench]"') from None
+
+from .benchmark import machine, report
+from .benchmark.cells import Setup, cell_word, gpu_setup, measure, sweep
+from .benchmark.contenders import DEFAULT_PEERS, OURS, PEERS, Contender, CuteAttn
+from .benchmark.timing import METHOD, ROUNDS
+
+DEFAULT_SHAPE = (16, 16, 2048, 64)
+WIDTH = 160  # of tables in a file or pipe
+NOT_TIMED = "No Hopper GPU here: nothing was timed."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when all went well, 1 where cute_attn failed or was wrong, 2 for bad arguments, 130 when interrupted."""
+    args, problems = parse(argv)
+    console = Console(width=None if sys.stdout.isatty() else max(WIDTH, Console().width), highlight=False)
+    reason = machine.no_hopper()
+    if reason is not None:
+        return without_gpu(args, problems, console, reason)
+    return Run(args, problems, console, machine.Nvml()).run()
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m cute_attn.bench", description="Time cute_attn's forward beside others.")
+    add = p.add_argument
+    add("--shape", type=_shape, action="append", metavar="B,H,S,D", help="may be repeated; default 16,16,2048,64")
+    add("--kv-heads", type=_positive, metavar="N", help="heads of k and v; default H")
+    add("--seqlen-k", type=_positive, metavar="N", help="rows of k and v; default S")
+    add("--causal", action="store_true", help="with the causal mask; --sweep without it runs full and causal")
+    add("--dtype", choices=("bf16", "fp16"), default="bf16", help="default bf16")
+    add("--layout", choices=("bhsd", "bshd"), default="bshd", help="order of the inputs in memory; default bshd")
+    add("--vs", type=_peers, default=DEFAULT_PEERS, metavar="NAME,...", help=f"of {', '.join(PEERS)}; '' for none")
+    add("--sweep", action="store_true", help="36 cells: 16k tokens, hidden 2048, D 64 to 256, S 512 to 16k")
+    add("--graph", action="store_true", help="also CUDA-graph replays, and the host time of an eager call")
+    add("--rounds", type=_positive, default=ROUNDS, metavar="N", help=f"default {ROUNDS}")
+    add("--json", type=_file, metavar="FILE", help="everything; complete after each cell")
+    add("--csv", type=_file, metavar="FILE", help="a line per contender and cell")
+    add("--plot", type=_file, metavar="FILE.png", help="TFLOPS over S, or bars for a few shapes")
+    add(
+        "--peers",
+        type=Path,
+        metavar="FILE",
+        help="JSON with best_over_cudnn per cell: also reports ours over that best",
+    )
+    return p
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Problem]]:
+    """The arguments and the problems that they name; exits with 2 on bad ones, naming the argument."""
+    p = parser()
+    args = p.parse_args(argv)
+    masks = [True] if args.causal else [False]
+    shapes = args.shape or ([] if args.sweep else [DEFAULT_SHAPE])
+    cells = [(shape, causal) for shape in shapes for causal in masks]
+    if args.sweep:
+        cells += [cell for cell in sweep() if cell[1] or not args.causal]
+    problems = []
+    for (batch, heads, seqlen, head_dim), causal in dict.fromkeys(cells):
+        heads_kv = args.kv_heads or heads
+        if heads % heads_kv:
+            shape = f"{batch},{heads},{seqlen},{head_dim}"
+            p.error(f"argument --kv-heads: {heads_kv} does not divide the {heads} heads of shape {shape}")
+        sizes = batch, heads, heads_kv, seqlen, args.seqlen_k or seqlen, head_dim
+        problems.append(Problem(*sizes, args.dtype, args.layout, causal))
+    args.best_over_cudnn = {}
+    if args.peers is not None:
+        if "cudnn" not in args.vs:
+            p.error("argument --peers: goes through this run's cudnn; put cudnn in --vs")
+        try:
+            args.best_over_cudnn = report.read_peers(args.peers, args.dtype)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            p.error(f"argument --peers: {args.peers} does not serve: {type(error).__name__}: {error}")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        p.error('argument --plot: matplotlib is missing; pip install "cute_attn[bench]"')
+    return args, problems
+
+
+def _shape(word: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in word.split(","))
+    except ValueError:
+        sizes = ()
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not four positive integers B,H,S,D, such as 16,16,2048,64")
+    if sizes[3] % ALIGNMENT or sizes[3] > HEAD_DIM_MAX:
+        raise argparse.ArgumentTypeError(
+            f"{word!r}: head_dim {sizes[3]} is not supported; use a multiple of {ALIGNMENT} up to {HEAD_DIM_MAX}"
+        )
+    return sizes
+
+
+def _positive(word: str) -> int:
+    if not word.isascii() or not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a positive integer")
+    return int(word)
+
+
+def _peers(word: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in word.split(",") if name.strip()))
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not known; use {', '.join(PEERS)}")
+    return names
+
+
+def _file(word: str) -> Path:
+    path = Path(word)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{word!r} cannot be written: a file in a folder that is there is needed")
+    return path
+
+
+def run_facts(args: argparse.Namespace, problems: list[Problem]) -> dict[str, Any]:
+    """The conditions that the arguments set."""
+    return {"dtype": args.dtype, "layout": args.layout, "shapes": [cell_word(problem) for problem in problems]}
+
+
+def without_gpu(args: argparse.Namespace, problems: list[Problem], console: Console, reason: str) -> int:
+    from .benchmark import static
+
+    facts = machine.conditions(machine.Nvml()) | run_facts(args, problems)
+    report.print_facts(console, report.conditions_in_words(facts))
+    kernels = []
+    try:
+        for config in static.configs(problems):
+            kernels.append(static.describe(config))
+            static.print_kernel(console, kernels[-1])
+    except FileNotFoundError as error:  # nvdisasm; it says how to get it
+        print(error, file=sys.stderr)
+        return 1
+    console.print(f"\n{NOT_TIMED} ({reason}; the reports above are of the compiled code.)")
+    if args.json is not None:
+        content = {"timed": False, "reason": reason, "conditions": facts, "kernels": kernels, "records": []}
+        report.write_json(args.json, content)
+    for name in ("csv", "plot"):
+        if getattr(args, name) is not None:
+            print(f"--{name}: not written, there are no times", file=sys.stderr)
+    return 0
+
+
+class Run:
+    """A timed run: cell after cell, each written as soon as it is finished."""
+
+    def __init__(self, args: argparse.Namespace, problems: list[Problem], console: Console, nvml: machine.Nvml):
+        self.args, self.problems, self.console, self.nvml = args, problems, console, nvml
+        self.contenders: list[Contender] = [CuteAttn(), *(PEERS[name] for name in args.vs)]
+        reasons = {contender.name: contender.absent() for contender in self.contenders}
+        self.absent = {name: reason for name, reason in reasons.items() if reason}
+        self.facts: dict[str, Any] = {}
+        self.records: list[dict[str, Any]] = []
+
+    def run(self) -> int:
+        try:
+            setup = self._prepare()
+            self._cells(setup)
+        except KeyboardInterrupt:
+            print(f"interrupted: {self._cells_done()} of {len(self.problems)} cells are finished", file=sys.stderr)
+            self._finish(complete=False)
+            return 130
+        self._finish(complete=True)
+        ours = [record for record in self.records if record["contender"] == OURS]
+        return 1 if any(record["reason"] for record in ours) else 0
+
+    def _prepare(self) -> Setup:
+        """Prints the conditions, the steady cuBLAS rate among them, and who is absent."""
+        torch.set_float32_matmul_precision("highest")  # the reference's products in float32, not TF32
+        self.facts = machine.conditions(self.nvml) | run_facts(self.args, self.problems)
+        self.facts["versions"] = {c.name: c.version() for c in self.contenders if c.name not in self.absent}
+        report.print_facts(self.console, report.conditions_in_words(self.facts) | self.facts["versions"] | self.absent)
+        cublas = machine.cublas(self.nvml)
+        self.facts["cublas_tflops"] = machine.cublas_tflops(cublas)
+        self.facts["cublas_watts"], self.facts["cublas_sm_mhz"] = cublas.watts, cublas.sm_mhz
+        report.print_facts(self.console, {"cuBLAS bf16 8192^3, settled": report.rate(self.facts)})
+        return gpu_setup(
+            monitor=lambda: machine.Monitor(self.nvml.read),
+            rounds=self.args.rounds,
+            graph=self.args.graph,
+            cublas_tflops=self.facts["cublas_tflops"],
+        )
+
+    def _cells(self, setup: Setup) -> None:
+        steps = self.args.rounds * (len(self.contenders) - len(self.absent)) * (2 if self.args.graph else 1)
+        progress = cell_progress()
+        task = progress.add_task("", total=len(self.problems) * steps)
+        for i, problem in enumerate(self.problems):
+            progress.update(task, completed=i * steps, description=f"cell {i + 1} of {len(self.problems)}")
+            stepping = replace(setup, step=lambda name: progress.advance(task))
+            with progress:
+                records = measure(problem, self.contenders, self.absent, stepping)
+            self.records += records
+            report.print_cell(self.console, records, self.absent)
+            self._write(complete=False)
+
+    def _cells_done(self) -> int:
+        return len({(record["shape"], record["causal"]) for record in self.records})
+
+    def _finish(self, complete: bool) -> None:
+        """The summary and the plot of whatever is finished."""
+        self._write(complete)
+        if self._cells_done() > 1 or self.args.best_over_cudnn:
+            report.print_summary(self.console, self.records, self.args.best_over_cudnn)
+        if self.args.plot is not None and any(record["tflops"] for record in self.records):
+            from .benchmark import plot
+
+            plot.draw(self.args.plot, self.records, self.facts)
+
+    def _write(self, complete: bool) -> None:
+        if self.args.json is not None:
+            content = {
+                "timed": True,
+                "complete": complete,
+                "conditions": self.facts,
+                "method": METHOD | {"rounds": self.args.rounds},
+                "absent": self.absent,
+                "summary": report.summary(self.records, self.args.best_over_cudnn),
+                "records": self.records,
+            }
+            report.write_json(self.args.json, content)
+        if self.args.csv is not None:
+            report.write_csv(self.args.csv, self.facts, self.records)
+
+
+def cell_progress() -> Progress:
+    """On stderr, gone when a cell is finished, so that tables in stdout stay clean."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,32 @@
+"""GPU tests run where there is a Hopper GPU, and say why they did not run elsewhere."""
+
+import pytest
+import torch
+
+
+def why_no_hopper() -> str:
+    if not torch.cuda.is_available():
+        return "needs a Hopper GPU (sm_90): torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if (major, minor) == (9, 0) else f"needs a Hopper GPU (sm_90): this one is sm_{major}{minor}"
+
+
+def pytest_collection_modifyitems(items):
+    reason = why_no_hopper()
+    if reason:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty disk cache, and none in memory."""
+    from cute_attn import api, compile
+
+    monkeypatch.setenv("CUTE_ATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("CUTE_ATTN_CACHE", raising=False)
+    monkeypatch.setattr(compile, "_compiled", {})
+    api._prepared.cache_clear()
+    yield tmp_path
+    api._prepared.cache_clear()
