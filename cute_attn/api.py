@@ -73,14 +73,14 @@ def _call(q, k, v, out, causal, layout) -> Call:
     """Checked, planned and compiled; a look-up where the like has come before."""
     try:
         specs = [
-            (q.shape, q.stride(), q.dtype, q.device),
-            (k.shape, k.stride(), k.dtype, k.device),
-            (v.shape, v.stride(), v.dtype, v.device),
-            None if out is None else (out.shape, out.stride(), out.dtype, out.device),
+            (q.shape, q.stride(), q.dtype, q.device, q.layout),
+            (k.shape, k.stride(), k.dtype, k.device, k.layout),
+            (v.shape, v.stride(), v.dtype, v.device, v.layout),
+            None if out is None else tuple(Spec.of(out)),
         ]
     except (AttributeError, RuntimeError, TypeError):
         for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
-            checks.dense_tensor(name, x)
+            checks.tensor(name, x)
         raise
     checks.words(causal, layout)
     return _prepared(*specs, causal, layout)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .checks import ALIGNMENT
+from .checks import ALIGNMENT, DTYPES, LAYOUTS
 from .plan import HEAD_DIM_MAX, Problem
 
 try:
@@ -52,21 +52,16 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-heads", type=_positive, metavar="N", help="heads of k and v; default H")
     add("--seqlen-k", type=_positive, metavar="N", help="rows of k and v; default S")
     add("--causal", action="store_true", help="with the causal mask; --sweep without it runs full and causal")
-    add("--dtype", choices=("bf16", "fp16"), default="bf16", help="default bf16")
-    add("--layout", choices=("bhsd", "bshd"), default="bshd", help="order of the inputs in memory; default bshd")
+    add("--dtype", choices=tuple(DTYPES.values()), default="bf16", help="default bf16")
+    add("--layout", choices=LAYOUTS, default="bshd", help="order of the inputs in memory; default bshd")
     add("--vs", type=_peers, default=DEFAULT_PEERS, metavar="NAME,...", help=f"of {', '.join(PEERS)}; '' for none")
     add("--sweep", action="store_true", help="36 cells: 16k tokens, hidden 2048, D 64 to 256, S 512 to 16k")
     add("--graph", action="store_true", help="also CUDA-graph replays, and the host time of an eager call")
     add("--rounds", type=_positive, default=ROUNDS, metavar="N", help=f"default {ROUNDS}")
     add("--json", type=_file, metavar="FILE", help="everything; complete after each cell")
     add("--csv", type=_file, metavar="FILE", help="a line per contender and cell")
-    add("--plot", type=_file, metavar="FILE.png", help="TFLOPS over S, or bars for a few shapes")
-    add(
-        "--peers",
-        type=Path,
-        metavar="FILE",
-        help="JSON with best_over_cudnn per cell: also reports ours over that best",
-    )
+    add("--plot", type=_png, metavar="FILE.png", help="TFLOPS over S, or bars for a few shapes")
+    add("--peers", type=Path, metavar="FILE", help="JSON of cells with best_over_cudnn: also ours over that best")
     return p
 
 
@@ -74,9 +69,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Problem]
     """The arguments and the problems that they name; exits with 2 on bad ones, naming the argument."""
     p = parser()
     args = p.parse_args(argv)
-    masks = [True] if args.causal else [False]
     shapes = args.shape or ([] if args.sweep else [DEFAULT_SHAPE])
-    cells = [(shape, causal) for shape in shapes for causal in masks]
+    cells = [(shape, args.causal) for shape in shapes]
     if args.sweep:
         cells += [cell for cell in sweep() if cell[1] or not args.causal]
     problems = []
@@ -135,6 +129,12 @@ def _file(word: str) -> Path:
     return path
 
 
+def _png(word: str) -> Path:
+    if not word.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{word!r} is not the name of a .png file")
+    return _file(word)
+
+
 def run_facts(args: argparse.Namespace, problems: list[Problem]) -> dict[str, Any]:
     """The conditions that the arguments set."""
     return {"dtype": args.dtype, "layout": args.layout, "shapes": [cell_word(problem) for problem in problems]}
@@ -190,12 +190,13 @@ class Run:
         """Prints the conditions, the steady cuBLAS rate among them, and who is absent."""
         torch.set_float32_matmul_precision("highest")  # the reference's products in float32, not TF32
         self.facts = machine.conditions(self.nvml) | run_facts(self.args, self.problems)
-        self.facts["versions"] = {c.name: c.version() for c in self.contenders if c.name not in self.absent}
-        report.print_facts(self.console, report.conditions_in_words(self.facts) | self.facts["versions"] | self.absent)
+        peers = {peer.name: peer.version() for peer in self.contenders[1:] if peer.name not in self.absent}
+        self.facts["peers"] = peers
+        report.print_facts(self.console, report.conditions_in_words(self.facts) | peers | self.absent)
         cublas = machine.cublas(self.nvml)
         self.facts["cublas_tflops"] = machine.cublas_tflops(cublas)
         self.facts["cublas_watts"], self.facts["cublas_sm_mhz"] = cublas.watts, cublas.sm_mhz
-        report.print_facts(self.console, {"cuBLAS bf16 8192^3, settled": report.rate(self.facts)})
+        report.print_facts(self.console, {"cuBLAS": report.rate(self.facts)})
         return gpu_setup(
             monitor=lambda: machine.Monitor(self.nvml.read),
             rounds=self.args.rounds,
@@ -212,7 +213,7 @@ class Run:
             stepping = replace(setup, step=lambda name: progress.advance(task))
             with progress:
                 records = measure(problem, self.contenders, self.absent, stepping)
-            self.records += records
+            self.records += report.with_best(records, self.args.best_over_cudnn)
             report.print_cell(self.console, records, self.absent)
             self._write(complete=False)
 
@@ -223,7 +224,7 @@ class Run:
         """The summary and the plot of whatever is finished."""
         self._write(complete)
         if self._cells_done() > 1 or self.args.best_over_cudnn:
-            report.print_summary(self.console, self.records, self.args.best_over_cudnn)
+            report.print_summary(self.console, self.records, with_peers=bool(self.args.best_over_cudnn))
         if self.args.plot is not None and any(record["tflops"] for record in self.records):
             from .benchmark import plot
 
@@ -237,7 +238,7 @@ class Run:
                 "conditions": self.facts,
                 "method": METHOD | {"rounds": self.args.rounds},
                 "absent": self.absent,
-                "summary": report.summary(self.records, self.args.best_over_cudnn),
+                "summary": report.summary(self.records),
                 "records": self.records,
             }
             report.write_json(self.args.json, content)
@@ -248,9 +249,8 @@ class Run:
 def cell_progress() -> Progress:
     """On stderr, gone when a cell is finished, so that tables in stdout stay clean."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
-    )
+    stderr = Console(stderr=True)
+    return Progress(*columns, console=stderr, transient=True, redirect_stdout=False, redirect_stderr=False)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,11 @@ class Spec(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    storage: torch.layout = torch.strided
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> "Spec":
+        return cls(x.shape, x.stride(), x.dtype, x.device, x.layout)
 
     @property
     def dims(self) -> list[tuple[int, int]]:
@@ -34,12 +39,16 @@ class Spec(NamedTuple):
         return extent(self.dims) * self.dtype.itemsize if self.shape.numel() else 0
 
 
-def dense_tensor(name: str, x) -> None:
+def tensor(name: str, x) -> None:
     if not isinstance(x, torch.Tensor):
         way_out = f"; torch.from_dlpack({name}) shares its memory" if hasattr(x, "__dlpack__") else ""
         raise TypeError(f"{name}: a torch.Tensor is needed, {type(x).__module__}.{type(x).__name__} came{way_out}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: a dense tensor is needed, layout {x.layout} came; use {name}.to_dense()")
+    _dense(name, x.layout)
+
+
+def _dense(name: str, storage: torch.layout) -> None:
+    if storage != torch.strided:
+        raise TypeError(f"{name}: a dense tensor is needed, {storage} came; use {name}.to_dense()")
 
 
 def words(causal, layout) -> None:
@@ -86,6 +95,7 @@ def _words(layout: str, h: str, s: str) -> str:
 
 def _one_tensor(name: str, x: Spec, layout: str) -> None:
     h, s = ("H", "Sq") if name in ("q", "out") else ("Hk", "Sk")
+    _dense(name, x.storage)
     if len(x.shape) != 4:
         want = _words(layout, h, s)
         raise ValueError(f"{name}: {len(x.shape)} dimensions, shape {tuple(x.shape)}; 4 are needed: {want}")
@@ -108,7 +118,7 @@ def strides(name: str, x: Spec) -> None:
     if x.stride[3] != 1:
         what = f"stride {x.stride[3]} in the last dimension, strides {x.stride}"
         raise ValueError(f"{name}: {what}; 1 is needed: {way_out}")
-    for i in range(3):
+    for i in (2, 1, 0):
         if x.shape[i] > 1 and x.stride[i] % ALIGNMENT:
             what = f"stride {x.stride[i]} in dimension {i}, strides {x.stride}"
             raise ValueError(f"{name}: {what}; a multiple of {ALIGNMENT} elements (16 bytes) is needed: {way_out}")
@@ -187,7 +197,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     Exact where the outer strides of both have a common divisor that the inner extents fit in, else cautious.
     """
     gap = (b.data_ptr() - a.data_ptr()) // a.element_size()
-    dims = [Spec(x.shape, x.stride(), x.dtype, x.device).dims for x in (a, b)]
+    dims = [Spec.of(x).dims for x in (a, b)]
     for stride in {s for _, s in dims[0] + dims[1] if s > 1}:
         period = math.gcd(*(s for _, s in dims[0] + dims[1] if s >= stride))
         inner = [extent([(n, s) for n, s in x if s < stride]) for x in dims]

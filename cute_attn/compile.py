@@ -29,14 +29,14 @@ SYMBOL = "cute_attn_fwd"
 KERNELS = Path(__file__).parent / "kernels"
 
 _compiled: dict[FwdConfig, Callable] = {}
-_lock = threading.Lock()  # the DSL compiles in one thread at a time, or it aborts the process
+lock = threading.Lock()  # the DSL compiles in one thread at a time, or it aborts the process
 
 
 def get(config: FwdConfig) -> Callable:
     """The compiled `FlashFwdSm90.__call__`: (q, k, v, o, lse, ticket, scale, num_sms) on torch's current stream."""
     function = _compiled.get(config)
     if function is None:
-        with _lock:
+        with lock:
             function = _compiled.get(config) or _load_or_compile(config)
             _compiled[config] = function
     return function

@@ -201,7 +201,7 @@ def build(config: FwdConfig) -> Build:
     """Compile for inspection; the machine code is the same as `compile.get` runs."""
     nvdisasm = _tool("nvdisasm")
     with tempfile.TemporaryDirectory() as directory:
-        with compile._lock, contextlib.redirect_stderr(io.StringIO()) as log:
+        with compile.lock, contextlib.redirect_stderr(io.StringIO()) as log:
             compile.compile(config, options=f"--keep-cubin --keep-ptx --dump-dir {directory} remarks{{ptx}}")
         (cubin,), (ptx,) = (list(Path(directory).glob(f"*.{kind}")) for kind in ("cubin", "ptx"))
         done = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True)

@@ -8,7 +8,7 @@ from .tile_scheduler import Static, StaticTiles
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
 DTYPES = ("bf16", "fp16")
 LAYOUTS = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0)}  # where s, d, h, b stand in q, k, v and o
-REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}  # MMA warpgroups: registers per thread (producer, consumer)
+REGISTERS = {2: (24, 240), 3: (32, 160)}  # MMA warpgroups: registers per thread (producer, consumer)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,12 @@ class FwdConfig:
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in LAYOUTS
         assert self.head_dim % 32 == 0 and self.head_dim <= 256, "whole swizzle atoms, one WGMMA N"
-        assert self.tile_m in (64, 128, 192) and self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
+        assert (
+            self.tile_m // 64 in REGISTERS
+            and self.tile_m % 64 == 0
+            and self.tile_n % 16 == 0
+            and 16 <= self.tile_n <= 256
+        )
         assert self.cluster == 1 or not (self.mask.causal or self.scheduler.draws), "a cluster's CTAs must stay in step"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -57,4 +62,5 @@ class FwdConfig:
 
     @property
     def name(self) -> str:
-        return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{self.mask.name}_{self.tile_m}x{self.tile_n}"
+        tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}"
+        return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{self.mask.name}_{tile}"

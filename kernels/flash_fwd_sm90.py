@@ -301,7 +301,7 @@ class FlashFwdSm90:
 
     @cute.jit
     def _tile(self, gmem, smem, pipes, tiling, f, q_state, k_state, v_state, tile, problem):
-        """A warpgroup's 64 rows of a tile, blocks from the last to the first: those that the mask cuts, then the rest."""
+        """A warpgroup's 64 rows of a tile, blocks from the last to the first: those the mask cuts, then the rest."""
         c = self.config
         row0 = tile.m_block * c.tile_m
         n_max, _ = mask_ops.block_range(c.mask, row0, c.tile_m, c.tile_n, problem)
@@ -315,9 +315,10 @@ class FlashFwdSm90:
         for _ in cutlass.range(n_max - n_mine, unroll=1):
             k_state, v_state = self._pass_over(f, pipes, k_state, v_state)
         k_state = self._first(f, pipes, tiling, k_state, (row0, n_mine - 1), problem)
-        for n in cutlass.range(n_mine - 1 - n_whole, unroll=1):
-            at = (row0, n_mine - 2 - n)
-            k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, True)
+        if cutlass.const_expr(c.mask.causal):  # else the mask cuts the last block only
+            for n in cutlass.range(n_mine - 1 - n_whole, unroll=1):
+                at = (row0, n_mine - 2 - n)
+                k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, True)
         for n in cutlass.range(n_whole, unroll=1):
             at = (row0, n_whole - 1 - n)
             k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, False)

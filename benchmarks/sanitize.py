@@ -1,0 +1,87 @@
+"""Runs compute-sanitizer's memcheck, initcheck and racecheck over a small case of every shipped kernel, and records it.
+
+python benchmarks/sanitize.py [--out FILE] [--logs FOLDER]
+
+A case has more tiles than the GPU has SMs, so that CTAs reuse their buffers, and partial tiles and blocks, GQA, rows
+without keys, an LSE, and a scale of either sign.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import torch
+from gpu_tests import where
+
+from cute_attn import compile, flash_fwd
+from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ("memcheck", "initcheck", "racecheck")
+SEQLENS = ((700, 333), (1000, 200), (64, 300))  # the second leaves warpgroups of a tile of 192 rows without rows
+
+
+def problems(head_dim: int) -> list[Problem]:
+    """Small problems that reach every shipped kernel of a head dim."""
+    every = product(SEQLENS, ("bf16", "fp16"), (False, True))
+    return [Problem(2, 40, 4, s_q, s_k, head_dim - 8, dtype, "bhsd", causal) for (s_q, s_k), dtype, causal in every]
+
+
+def run_cases(head_dim: int) -> None:
+    """What one sanitized process runs. The inputs come from the host: only our kernels and copies are on trial."""
+    for p in problems(head_dim):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[p.dtype]
+        q = torch.randn(p.batch, p.heads, p.seqlen_q, p.head_dim).to(dtype).cuda()
+        k, v = (torch.randn(p.batch, p.heads_kv, p.seqlen_k, p.head_dim).to(dtype).cuda() for _ in range(2))
+        for scale in (None, -0.1):
+            o, lse = flash_fwd(q, k, v, causal=p.causal, scale=scale, return_lse=True)
+            assert not o.cpu().isnan().any()
+            assert not lse.cpu().isnan().any()
+    print("kernels:", *sorted({plan(p).name for p in problems(head_dim)}))
+
+
+def sanitize(tool: str, head_dim: int, logs: Path) -> dict:
+    command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--print-limit", "20"]
+    command += [sys.executable, str(Path(__file__)), "--head-dim", str(head_dim)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    (logs / f"{tool}_d{head_dim}.log").write_text(done.stdout + done.stderr)
+    kernels = re.search(r"^kernels: (.*)$", done.stdout, re.MULTILINE)
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", done.stdout)
+    return dict(
+        tool=tool,
+        head_dim=head_dim,
+        summary=summary[1] if summary else f"no summary, exit status {done.returncode}",
+        clean=bool(kernels and summary and re.match(r"0 (errors|hazards)", summary[1])),
+        kernels=kernels[1].split() if kernels else [],
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sanitizer.json")
+    parser.add_argument("--logs", type=Path, default=Path("."))
+    parser.add_argument("--head-dim", type=int, help="run this head dim's cases, unsanitized, in this process")
+    arguments = parser.parse_args()
+    if arguments.head_dim:
+        run_cases(arguments.head_dim)
+        return 0
+    for config in {plan(p) for d in HEAD_DIMS for p in problems(d)}:
+        compile.get(config)  # into the disk cache, for the processes to come
+    with ThreadPoolExecutor(6) as pool:
+        runs = list(pool.map(lambda case: sanitize(*case, arguments.logs), product(TOOLS, HEAD_DIMS)))
+    seen = {(run["tool"], name) for run in runs if run["clean"] for name in run["kernels"]}
+    want = {(tool, config.name) for tool in TOOLS for config in shipped()}
+    record = {**where(), "runs": runs, "not_clean": sorted(map(list, want - seen))}
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    for run in runs:
+        print(run["tool"], run["head_dim"], run["summary"])
+    return 1 if record["not_clean"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

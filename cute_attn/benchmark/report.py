@@ -1,0 +1,280 @@
+"""What was measured, for people and for programs: tables, JSON, CSV and the summary over cells."""
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .cells import EAGER, GRAPH
+from .contenders import OURS
+from .timing import geomean
+
+Record = dict[str, Any]
+
+
+class Column(NamedTuple):
+    header: str
+    cell: Callable[[Record], str]
+
+
+def us(value: float | None) -> str:
+    """Four or five figures."""
+    if value is None:
+        return "-"
+    return f"{value:.{2 if value < 100 else 1 if value < 10_000 else 0}f}"
+
+
+def _number(key: str, form: str) -> Callable[[Record], str]:
+    return lambda record: "-" if record[key] is None else format(record[key], form)
+
+
+def _us(key: str) -> Callable[[Record], str]:
+    return lambda record: us(record[key])
+
+
+def _error(key: str) -> Callable[[Record], str]:
+    return lambda record: "-" if record[key] is None else f"{record[key]:.1e}".replace("e-0", "e-")
+
+
+def name(record: Record) -> str:
+    return record["contender"] + ("" if record["mode"] == EAGER else f" {record['mode']}")
+
+
+def _over_ours(record: Record) -> str:
+    ratio = record["ratios"].get(OURS)
+    return f"{1 / ratio:.3f}" if ratio else ("1" if record["contender"] == OURS and record["p50_us"] else "-")
+
+
+COLUMNS = (
+    Column("", name),
+    Column("p50\nus", _us("p50_us")),
+    Column("p95\nus", _us("p95_us")),
+    Column("p99\nus", _us("p99_us")),
+    Column("mean\nus", _us("mean_us")),
+    Column("std\nus", _us("std_us")),
+    Column("spread", _number("spread", ".1%")),
+    Column("TFLOPS", _number("tflops", ".1f")),
+    Column("of\ncuBLAS", _number("of_cublas", ".1%")),
+    Column("us per\nhead", _number("us_per_head", ".3g")),
+    Column("W", _number("watts", ".0f")),
+    Column("TFLOPS\nper W", _number("tflops_per_watt", ".2f")),
+    Column("SM\nMHz", _number("sm_mhz", ".0f")),
+    Column("max\nerror", _error("max_error")),
+    Column("rel.\nerror", _error("relative_error")),
+    Column("time /\nours", _over_ours),
+    Column("host\nus", _us("host_us")),
+)
+
+
+def title(record: Record) -> str:
+    r = record
+    heads = f"H {r['heads']}" + (f" (K/V {r['heads_kv']})" if r["heads_kv"] != r["heads"] else "")
+    seqlen = f"S {r['seqlen_q']}" + (f" (K/V {r['seqlen_k']})" if r["seqlen_k"] != r["seqlen_q"] else "")
+    mask = "causal" if r["causal"] else "full"
+    return f"B {r['batch']}, {heads}, {seqlen}, D {r['head_dim']}, {mask}, {r['dtype']}: {r['flops'] / 1e9:.4g} GFLOP"
+
+
+def print_cell(console: Console, records: Sequence[Record], absent: Container[str] = ()) -> None:
+    """A row per contender, in as many tables as the width takes; then why some, other than the absent, have none."""
+    timed = [record for record in records if record["p50_us"] is not None]
+    console.print(Text(f"\n{title(records[0])}", style="bold"))
+    if timed:
+        columns = [c for c in COLUMNS if c.header != "host\nus" or any(r["host_us"] is not None for r in timed)]
+        for table in _fitting(console, columns, timed):
+            console.print(table)
+    for record in records:
+        if record["reason"] and record["contender"] not in absent:
+            console.print(Text(f"  {name(record)}: {record['reason']}"), soft_wrap=True)
+    heads = records[0]["batch"] * records[0]["heads"]
+    checked = max((record["checked_heads"] or 0 for record in records), default=0)
+    if checked:
+        console.print(
+            Text(f"  errors: against float32 attention, {checked} of {heads} (batch, head) pairs", style="dim")
+        )
+
+
+def _fitting(console: Console, columns: Sequence[Column], records: Sequence[Record]) -> list[Table]:
+    """One table, with narrow gaps if need be; else two or more, so that no number is ever cut."""
+    for gap in (1, 0):
+        table = _table(columns, records, gap)
+        wanted = console.measure(table, options=console.options.update(width=1000)).maximum
+        if wanted <= console.width or len(columns) < 4:
+            return [table]
+    half = (len(columns) + 1) // 2
+    rest = [columns[0], *columns[half:]]
+    return [*_fitting(console, columns[:half], records), *_fitting(console, rest, records)]
+
+
+def _table(columns: Sequence[Column], records: Sequence[Record], gap: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
+    for column in columns:
+        table.add_column(column.header, justify="right" if column.header else "left", no_wrap=True)
+    for record in records:
+        style = "bold" if record["contender"] == OURS else None
+        table.add_row(*(column.cell(record) for column in columns), style=style)
+    return table
+
+
+def print_facts(console: Console, facts: dict[str, Any]) -> None:
+    """`name  value` lines."""
+    width = max(12, *(len(key) for key in facts))
+    for key, value in facts.items():
+        console.print(Text(f"{key:{width}}  ", style="dim") + Text(str(value), style="not dim"), soft_wrap=True)
+
+
+def conditions_in_words(facts: dict[str, Any]) -> dict[str, str]:
+    """The conditions of a run, as `machine.conditions` and the command line have them, for people."""
+    f = {key: "unknown" if value is None else value for key, value in facts.items()}
+    sm, memory = (f"{f[f'{x}_mhz_now']} MHz now, {f[f'{x}_mhz_max']} max" for x in ("sm", "mem"))
+    return {
+        "GPU": f"{f['gpu']}, {f['sms']} SMs" if facts["gpu"] else "none",
+        "clocks": f"SM {sm}; memory {memory}" if facts["sm_mhz_now"] is not None else "unknown",
+        "power limit": f"{f['power_limit_watts']} W" if facts["power_limit_watts"] else "unknown",
+        "sensors": f["sensors"],
+        "software": f"driver {f['driver']}, CUDA {f['cuda']}, cuDNN {f['cudnn']}, torch {f['torch']}, "
+        f"nvidia-cutlass-dsl {f['cutlass_dsl']}, cute_attn {f['cute_attn']}, Python {f['python']}",
+        "kernels": f"sha256 {f['kernels_sha256']}",
+        "date": f["date"],
+        "problem": f"{f['dtype']}, {f['layout']} in memory, "
+        + ("; ".join(facts["shapes"]) if len(facts["shapes"]) <= 4 else f"{len(facts['shapes'])} cells"),
+        "FLOP": f["flop"],
+    }
+
+
+def rate(facts: dict[str, Any]) -> str:
+    """The cuBLAS rate of a run, and the power and clock it was reached at."""
+    sensors = (facts["cublas_watts"], "W"), (facts["cublas_sm_mhz"], "MHz")
+    return "bf16 8192^3, settled: " + ", ".join(
+        [f"{facts['cublas_tflops']:.1f} TFLOPS", *(f"{x:.0f} {unit}" for x, unit in sensors if x)]
+    )
+
+
+def summary(records: Sequence[Record]) -> dict[str, Any]:
+    """Over all cells: the geometric mean of each peer's time over ours; and ours over the best of the peers' file."""
+    ours = [record for record in records if record["contender"] == OURS and record["p50_us"] is not None]
+    out: dict[str, Any] = {}
+    for mode in (EAGER, GRAPH):
+        ratios: dict[str, list[float]] = {}
+        for record in ours:
+            if record["mode"] == mode:
+                for peer, ratio in record["ratios"].items():
+                    ratios.setdefault(peer, []).append(ratio)
+        over = {p: {"geomean": geomean(x), "min": min(x), "cells": len(x)} for p, x in ratios.items()}
+        if over:
+            out[mode] = {"ours_over": over}
+    reached = [record["over_best_peer"] for record in ours if record["over_best_peer"] is not None]
+    if reached:
+        out["ours_over_best_peer"] = {"geomean": geomean(reached), "min": min(reached), "cells": len(reached)}
+    return out
+
+
+def with_best(records: list[Record], best_over_cudnn: dict[tuple, float]) -> list[Record]:
+    """Sets ours' `over_best_peer`, (cuDNN's time / ours) / (cuDNN's / the best peer's): 1 where it is as fast."""
+    for record in records:
+        best = best_over_cudnn.get((record["shape"], record["causal"], record["mode"] == GRAPH))
+        cudnn = record["ratios"].get("cudnn")
+        if record["contender"] == OURS and best and cudnn:
+            record["over_best_peer"] = cudnn / best
+    return records
+
+
+def read_peers(path: Path, dtype: str) -> dict[tuple, float]:
+    """(shape, causal, graph) -> best_over_cudnn of a peers file, whose cells are of one dtype."""
+    peers = json.loads(path.read_text())
+    if peers.get("dtype", dtype) != dtype:
+        raise ValueError(f"its numbers are for {peers['dtype']}, this run is {dtype}")
+    cells = peers["cells"]
+    return {(c["shape"], c["causal"], c.get("graph", False)): float(c["best_over_cudnn"]) for c in cells}
+
+
+def print_summary(console: Console, records: Sequence[Record], with_peers: bool) -> None:
+    """A row per cell, ours against each peer; then the means."""
+    ours = [record for record in records if record["contender"] == OURS and record["p50_us"] is not None]
+    if not ours:
+        return
+    peers = list(dict.fromkeys(peer for record in ours for peer in record["ratios"]))
+    columns = [
+        Column(
+            "", lambda r: f"{r['shape']} {'causal' if r['causal'] else 'full'}{'' if r['mode'] == EAGER else ' graph'}"
+        ),
+        Column("TFLOPS", _number("tflops", ".1f")),
+        Column("of\ncuBLAS", _number("of_cublas", ".1%")),
+        *(Column(f"over\n{peer}", _ratio_to(peer)) for peer in peers),
+    ]
+    if with_peers:
+        columns.append(Column("over\nbest peer", lambda r: _ratio(r["over_best_peer"])))
+    console.print(Text("\ncute_attn in each cell: how many times as fast as the others", style="bold"))
+    for table in _fitting(console, columns, ours):
+        console.print(table)
+    found = summary(records)
+    for line in summary_lines(found):
+        console.print(Text(line), soft_wrap=True)
+    if with_peers and "ours_over_best_peer" not in found:
+        console.print(Text("ours over the best peer of --peers: no cell of this run is in that file"))
+
+
+def summary_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for mode in (EAGER, GRAPH):
+        for peer, x in found.get(mode, {}).get("ours_over", {}).items():
+            what = f"ours over {peer}" + ("" if mode == EAGER else f", {mode}")
+            lines.append(f"{what}: geometric mean {x['geomean']:.3f}, least {x['min']:.3f}, {x['cells']} cells")
+    if "ours_over_best_peer" in found:
+        x = found["ours_over_best_peer"]
+        lines.append(
+            f"ours over the best peer of --peers, through cuDNN: geometric mean {x['geomean']:.3f}, "
+            f"least {x['min']:.3f}, {x['cells']} cells"
+        )
+    return lines
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _ratio_to(peer: str) -> Callable[[Record], str]:
+    return lambda record: _ratio(record["ratios"].get(peer))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    _write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, conditions: dict[str, Any], records: Sequence[Record]) -> None:
+    """A line per record; each ratio in a column of its own, the rounds joined by spaces."""
+    peers = list(dict.fromkeys(peer for record in records for peer in record["ratios"]))
+    kept = {key: conditions.get(key) for key in ("gpu", "date", "kernels_sha256")}
+    lines = []
+    for record in records:
+        flat = {key: value for key, value in record.items() if key not in ("ratios", "rounds_us")}
+        rounds = " ".join(f"{x:.3f}" for x in record["rounds_us"] or ())
+        ratios = {f"over_{peer}": record["ratios"].get(peer) for peer in peers}
+        lines.append({**flat, "rounds_us": rounds, **ratios, **kept})
+    text = io.StringIO()
+    if lines:
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    _write(path, text.getvalue())
+
+
+def _write(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,153 @@
+"""Compiling without a GPU: the memory and the disk cache, many threads, many processes, damaged files."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cute_attn import compile, plan, warmup
+
+CONFIG = plan.config(64, "bf16", "bhsd", False)
+
+
+def files(cache):
+    return sorted(p.name for p in cache.iterdir() if p.suffix != ".lock")
+
+
+def test_second_call_is_a_look_up(cache, monkeypatch):
+    first = compile.get(CONFIG)
+    assert files(cache) == [compile.cache_file(CONFIG).name]
+    monkeypatch.setattr(compile, "_load_or_compile", None)
+    assert compile.get(CONFIG) is first
+
+
+def test_next_process_loads_from_disk(cache):
+    code = (
+        "import time, cute_attn; from cute_attn import compile, plan\n"
+        "if {refuse}: compile.compile = None\n"
+        "t = time.perf_counter(); compile.get(plan.config(64, 'bf16', 'bhsd', False)); print(time.perf_counter() - t)"
+    )
+    seconds = []
+    for refuse in (False, True):
+        done = subprocess.run([sys.executable, "-c", code.format(refuse=refuse)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        seconds.append(float(done.stdout))
+    assert seconds[1] < 0.5
+    assert len(files(cache)) == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "flipped", "foreign object"])
+def test_a_damaged_file_is_compiled_again(cache, monkeypatch, damage):
+    compile.get(CONFIG)
+    path = compile.cache_file(CONFIG)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    other = Path(os.__file__).read_bytes()
+    bad = {
+        "empty": b"",
+        "cut": whole[:-100],
+        "foreign": other,
+        "flipped": bytes(flipped),
+        "foreign object": whole[:-32],
+    }
+    path.write_bytes(bad[damage])
+    monkeypatch.setattr(compile, "_compiled", {})
+    assert callable(compile.get(CONFIG))
+    assert compile._intact(path)
+
+
+def test_the_key_follows_sources_versions_and_config(cache, monkeypatch, tmp_path):
+    files = {compile.cache_file(c) for c in plan.shipped()}
+    assert len(files) == len(plan.shipped())
+    kernels = tmp_path / "kernels"
+    kernels.mkdir()
+    for source in compile.KERNELS.glob("*.py"):
+        (kernels / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setattr(compile, "KERNELS", kernels)
+    compile.fingerprint.cache_clear()
+    same = compile.fingerprint()
+    (kernels / "mask.py").write_text((kernels / "mask.py").read_text() + "\n")
+    compile.fingerprint.cache_clear()
+    assert compile.fingerprint() != same
+    monkeypatch.setattr(compile.cutlass, "__version__", "0.0.0")
+    now = compile.fingerprint()
+    compile.fingerprint.cache_clear()
+    assert compile.fingerprint() != now
+    monkeypatch.undo()
+    compile.fingerprint.cache_clear()
+    assert compile.fingerprint() == same
+
+
+def test_threads_compile_once(cache, monkeypatch):
+    compiled = []
+    original = compile.compile
+    monkeypatch.setattr(compile, "compile", lambda config: compiled.append(config) or original(config))
+    configs = [CONFIG, plan.config(64, "fp16", "bhsd", False)]
+    results = {c: set() for c in configs}
+    threads = [
+        threading.Thread(target=lambda c=c: results[c].add(id(compile.get(c)))) for c in configs for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, compiled)) == sorted(map(str, configs))
+    assert all(len(found) == 1 for found in results.values())
+
+
+def test_processes_share_the_cache(cache):
+    code = "from cute_attn import compile, plan; compile.get(plan.config(64, 'bf16', 'bhsd', False))"
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [p.wait() for p in running] == [0] * 4
+    assert files(cache) == [compile.cache_file(CONFIG).name]
+    assert compile._intact(compile.cache_file(CONFIG))
+
+
+def test_a_failed_write_leaves_nothing(cache, monkeypatch):
+    def fails(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile, "compile", fails)
+    with pytest.raises(KeyboardInterrupt):
+        compile.get(CONFIG)
+    assert files(cache) == []
+
+
+def test_cache_can_be_off_or_impossible(cache, monkeypatch):
+    monkeypatch.setenv("CUTE_ATTN_CACHE", "0")
+    assert compile.cache_dir() is None
+    assert callable(compile.get(CONFIG))
+    assert files(cache) == []
+    (cache / "a file").touch()
+    monkeypatch.setenv("CUTE_ATTN_CACHE", "1")
+    monkeypatch.setenv("CUTE_ATTN_CACHE_DIR", str(cache / "a file"))
+    monkeypatch.setattr(compile, "_compiled", {})
+    assert callable(compile.get(CONFIG))
+
+
+def test_default_directory(monkeypatch):
+    monkeypatch.delenv("CUTE_ATTN_CACHE_DIR", raising=False)
+    monkeypatch.delenv("CUTE_ATTN_CACHE", raising=False)
+    assert compile.cache_dir().name == "cute_attn"
+
+
+def test_warmup(cache):
+    ready = warmup((64, 72), dtype="bf16", layout="bhsd", causal=False)
+    assert [c.head_dim for c in ready] == [64, 96]
+    assert files(cache) == sorted(compile.cache_file(c).name for c in ready)
+
+
+def test_cold_compile_takes_three_seconds_at_most(cache):
+    started = time.process_time()
+    compile.get(plan.config(128, "bf16", "bhsd", True))
+    assert time.process_time() - started < 6  # 3 s on the machines that have a Hopper GPU; this one may be slow
+
+
+@pytest.mark.parametrize("config", plan.shipped(), ids=lambda c: f"{c.name}_{c.layout}_{c.scheduler.__name__}")
+def test_every_shipped_kernel_compiles(config):
+    assert callable(compile.get(config))

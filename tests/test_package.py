@@ -1,0 +1,53 @@
+"""The package as a whole: what importing does, what it offers, and that its numbers are recorded."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cute_attn
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, check=True
+    ).stdout
+
+
+def test_importing_compiles_nothing_and_needs_no_gpu(tmp_path):
+    code = (
+        "import cutlass.cute as cute; cute.compile = None\n"
+        "import torch, cute_attn, sys\n"
+        "print(torch.cuda.is_initialized(), 'rich' in sys.modules, 'matplotlib' in sys.modules)"
+    )
+    assert run(code, CUDA_VISIBLE_DEVICES="", CUTE_ATTN_CACHE_DIR=str(tmp_path)).split() == ["False"] * 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_names():
+    assert set(cute_attn.__all__) == {"__version__", "flash_fwd", "warmup"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", cute_attn.__version__)
+
+
+def test_kernels_import_under_the_package_only():
+    assert (ROOT / "cute_attn" / "kernels").resolve() == (ROOT / "kernels").resolve()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for source in (ROOT / "kernels").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (torch|cute_attn)", source.read_text(), re.MULTILINE), source
+
+
+def test_gpu_record_names_what_it_tested():
+    record = json.loads((ROOT / "benchmarks" / "results" / "gpu_tests.json").read_text())
+    assert {"date", "gpu", "versions", "passed", "failed", "skipped", "kernels_sha256"} <= set(record)
+    assert record["failed"] == 0
+    assert record["passed"] > 100
+    sources = b"".join(p.read_bytes() for p in sorted((ROOT / "kernels").glob("*.py")))
+    if record["kernels_sha256"] != hashlib.sha256(sources).hexdigest():
+        import pytest
+
+        pytest.skip("kernels/ has changed since the recorded GPU run")

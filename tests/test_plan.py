@@ -1,0 +1,104 @@
+"""plan.py without a GPU: every problem gets a kernel that serves it, and the shipped list has them all."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cute_attn import plan as room
+from cute_attn.kernels.config import SMEM_BYTES, FwdConfig
+from cute_attn.kernels.mask import Causal
+from cute_attn.kernels.tile_scheduler import DynamicLongest
+from cute_attn.plan import Problem, plan, shipped
+
+PROBLEMS = st.builds(
+    Problem,
+    batch=st.integers(1, 9),
+    heads=st.just(8),
+    heads_kv=st.sampled_from([1, 2, 8]),
+    seqlen_q=st.integers(1, 20_000),
+    seqlen_k=st.integers(1, 20_000),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+    dtype=st.sampled_from(["bf16", "fp16"]),
+    layout=st.sampled_from(["bhsd", "bshd"]),
+    causal=st.booleans(),
+)
+
+
+@given(problem=PROBLEMS)
+def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
+    config = plan(problem)
+    assert config.head_dim >= problem.head_dim
+    assert config.head_dim - problem.head_dim < 32
+    assert (config.dtype, config.layout) == (problem.dtype, problem.layout)
+    assert config.mask.causal == problem.causal
+    assert config in shipped()
+
+
+def test_every_head_dim():
+    for head_dim in range(8, 257, 8):
+        assert plan(Problem(1, 1, 1, 128, 128, head_dim)).head_dim in room.HEAD_DIMS
+
+
+def test_shipped_kernels_are_distinct_by_name_dtype_and_layout():
+    configs = shipped()
+    assert len(set(configs)) == len(configs)
+    assert all(c.smem_bytes <= SMEM_BYTES for c in configs)
+    assert all(c.dtype in c.name and f"d{c.head_dim}" in c.name and c.mask.name in c.name for c in configs)
+
+
+def test_uneven_tiles_are_drawn():
+    """192 rows a tile: 512 queries leave a warpgroup of the third tile without rows, 576 do not."""
+    assert plan(Problem(4, 4, 4, 512, 512, 64)).scheduler is DynamicLongest
+    assert plan(Problem(4, 4, 4, 576, 512, 64)).scheduler is not DynamicLongest
+    assert plan(Problem(4, 4, 4, 64 * 192 + 1, 512, 64)).scheduler is not DynamicLongest
+
+
+def test_flops():
+    assert Problem(2, 3, 1, 5, 7, 64).flops() == 4 * 2 * 3 * 5 * 7 * 64
+    assert Problem(2, 3, 1, 5, 7, 64, causal=True).flops() == 2 * 2 * 3 * 5 * 7 * 64
+
+
+def test_the_config_is_the_compile_key():
+    """Each field makes another key, and prints, since the disk cache's key is the printed config."""
+    base = FwdConfig(128)
+    others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
+    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, late_wait=True, cluster=2)
+    assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
+    configs = [base, *(dataclasses.replace(base, **{name: value}) for name, value in others.items())]
+    assert len({repr(c) for c in configs}) == len(set(configs)) == len(configs)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(head_dim=520),
+        dict(head_dim=72),
+        dict(head_dim=64, tile_m=96),
+        dict(head_dim=64, tile_m=64),
+        dict(head_dim=64, tile_n=24),
+        dict(head_dim=64, dtype="fp8"),
+        dict(head_dim=256, tile_n=128),
+        dict(head_dim=64, cluster=2, mask=Causal()),
+        dict(head_dim=64, cluster=2, scheduler=DynamicLongest),
+    ],
+    ids=str,
+)
+def test_impossible_configs(fields):
+    with pytest.raises(AssertionError):
+        FwdConfig(**fields)
+
+
+def test_planning_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import cute_attn.kernels.config"
+    assert "cute_attn.kernels" in code
+    done = subprocess.run(
+        [sys.executable, "-c", "import ast, cute_attn.plan as p; print(open(p.__file__).read())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "import torch" not in done.stdout
