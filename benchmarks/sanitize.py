@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from gpu_tests import where
 
-from cute_attn import compile, flash_fwd
+from cute_attn import flash_fwd
 from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ SEQLENS = ((700, 333), (1000, 200), (64, 300))  # the second leaves warpgroups o
 def problems(head_dim: int) -> list[Problem]:
     """Small problems that reach every shipped kernel of a head dim."""
     every = product(SEQLENS, ("bf16", "fp16"), (False, True))
-    return [Problem(2, 40, 4, s_q, s_k, head_dim - 8, dtype, "bhsd", causal) for (s_q, s_k), dtype, causal in every]
+    return [Problem(3, 12, 4, s_q, s_k, head_dim - 8, dtype, "bhsd", causal) for (s_q, s_k), dtype, causal in every]
 
 
 def run_cases(head_dim: int) -> None:
@@ -38,16 +38,21 @@ def run_cases(head_dim: int) -> None:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[p.dtype]
         q = torch.randn(p.batch, p.heads, p.seqlen_q, p.head_dim).to(dtype).cuda()
         k, v = (torch.randn(p.batch, p.heads_kv, p.seqlen_k, p.head_dim).to(dtype).cuda() for _ in range(2))
-        for scale in (None, -0.1):
-            o, lse = flash_fwd(q, k, v, causal=p.causal, scale=scale, return_lse=True)
-            assert not o.cpu().isnan().any()
-            assert not lse.cpu().isnan().any()
+        o, lse = flash_fwd(q, k, v, causal=p.causal, scale=-0.1 if p.seqlen_q == 64 else None, return_lse=True)
+        assert not o.cpu().isnan().any()
+        assert not lse.cpu().isnan().any()
     print("kernels:", *sorted({plan(p).name for p in problems(head_dim)}))
 
 
+def case(head_dim: int) -> list[str]:
+    return [sys.executable, str(Path(__file__)), "--head-dim", str(head_dim)]
+
+
 def sanitize(tool: str, head_dim: int, logs: Path) -> dict:
-    command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--print-limit", "20"]
-    command += [sys.executable, str(Path(__file__)), "--head-dim", str(head_dim)]
+    flags = (
+        ["--report-api-errors", "no"] if tool == "memcheck" else []
+    )  # the driver's probing of itself is none of ours
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", *flags, *case(head_dim)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     (logs / f"{tool}_d{head_dim}.log").write_text(done.stdout + done.stderr)
     kernels = re.search(r"^kernels: (.*)$", done.stdout, re.MULTILINE)
@@ -70,9 +75,9 @@ def main() -> int:
     if arguments.head_dim:
         run_cases(arguments.head_dim)
         return 0
-    for config in {plan(p) for d in HEAD_DIMS for p in problems(d)}:
-        compile.get(config)  # into the disk cache, for the processes to come
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(12) as pool:
+        for done in pool.map(lambda d: subprocess.run(case(d), cwd=ROOT), HEAD_DIMS):  # into the disk cache
+            done.check_returncode()
         runs = list(pool.map(lambda case: sanitize(*case, arguments.logs), product(TOOLS, HEAD_DIMS)))
     seen = {(run["tool"], name) for run in runs if run["clean"] for name in run["kernels"]}
     want = {(tool, config.name) for tool in TOOLS for config in shipped()}

@@ -44,8 +44,7 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         checks.out_memory(out, (q, k, v), call.nbytes)
     if call.gpu is None:
         return _on_cpu(call.problem, q, k, v, scale, return_lse, out)
-    checks.addresses(q, k, v, out)
-    o = _like(q) if out is None else out
+    o = out if out is not None else _like(q, call)
     lse = q.new_empty(call.problem.lse_shape, dtype=torch.float32) if return_lse else call.gpu.no_lse
     if call.kernel is None:
         o.zero_()
@@ -53,7 +52,11 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
     else:
         ticket = call.gpu.ticket() if call.draws else call.gpu.no_ticket
         tensors = (q, k, v, o) if call.plain else map(_for_tma, (q, k, v, o))
-        call.kernel(*tensors, lse, ticket, scale, call.gpu.num_sms)
+        try:
+            call.kernel(*tensors, lse, ticket, scale, call.gpu.num_sms)
+        except ValueError:  # the call's own check, before the launch: in other words than ours
+            checks.addresses(q, k, v, o)
+            raise
     return (o, lse) if return_lse else o
 
 
@@ -72,22 +75,24 @@ class Call(NamedTuple):
 def _call(q, k, v, out, causal, layout) -> Call:
     """Checked, planned and compiled; a look-up where the like has come before."""
     try:
-        specs = [
+        return _prepared(
             (q.shape, q.stride(), q.dtype, q.device, q.layout),
             (k.shape, k.stride(), k.dtype, k.device, k.layout),
             (v.shape, v.stride(), v.dtype, v.device, v.layout),
             None if out is None else tuple(Spec.of(out)),
-        ]
+            causal,
+            layout,
+        )
     except (AttributeError, RuntimeError, TypeError):
+        checks.words(causal, layout)
         for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
             checks.tensor(name, x)
         raise
-    checks.words(causal, layout)
-    return _prepared(*specs, causal, layout)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)  # typed: 1 is no bool
 def _prepared(q, k, v, out, causal, layout) -> Call:
+    checks.words(causal, layout)
     q, k, v, o = (Spec(*x) for x in (q, k, v, out or q))
     problem = checks.problem(q, k, v, causal, layout)
     if out is not None:
@@ -117,10 +122,9 @@ def warmup(head_dim=HEAD_DIMS, *, dtype=("bf16", "fp16"), layout=("bhsd", "bshd"
     return ready
 
 
-def _like(q):
+def _like(q, call):
     """An output as torch's empty_like makes it: q's order of dimensions, dense."""
-    o = torch.empty_like(q, requires_grad=False)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device) if checks.odd(o.stride()) else o
+    return torch.empty_like(q) if call.plain else torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def _for_tma(x):

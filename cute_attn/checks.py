@@ -129,16 +129,13 @@ def odd(stride: tuple[int, ...]) -> bool:
     return bool((stride[0] | stride[1] | stride[2]) % ALIGNMENT) or stride[3] != 1
 
 
-def addresses(q, k, v, out) -> None:
+def addresses(q, k, v, o) -> None:
     """Each tensor's data starts at a multiple of 16 bytes."""
-    o = q if out is None else out
-    if not (q.data_ptr() | k.data_ptr() | v.data_ptr() | o.data_ptr()) % 16:
-        return
-    name, x = next((n, x) for n, x in (("q", q), ("k", k), ("v", v), ("out", o)) if x.data_ptr() % 16)
-    raise ValueError(
-        f"{name}: its data starts {x.data_ptr() % 16} bytes past a multiple of 16, storage offset "
-        f"{x.storage_offset()}; slice at a multiple of 8 elements, or use {name}.clone()"
-    )
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", o)):
+        past = x.data_ptr() % 16
+        if past:
+            what = f"its data starts {past} bytes past a multiple of 16, storage offset {x.storage_offset()}"
+            raise ValueError(f"{name}: {what}; slice at a multiple of 8 elements, or use {name}.clone()")
 
 
 def gradients(q, k, v) -> None:
