@@ -18,7 +18,7 @@ from . import mask as mask_ops
 from .config import LAYOUTS, REGISTERS, FwdConfig
 from .layout import acc_as_A, acc_mn, normalise_rows, scale_rows
 from .ping_pong import WARPGROUP, PingPong
-from .softmax import Softmax
+from .softmax import SLACK_LOG2, Softmax
 from .tile_scheduler import Grid, Tile
 
 ROWS = 64  # query rows of a warpgroup: the M of one WGMMA
@@ -96,6 +96,7 @@ class FlashFwdSm90:
     def __init__(self, config: FwdConfig):
         self.config = config
         self.dtype = ELEMENT[config.dtype]
+        self.slack = SLACK_LOG2[config.dtype]
         self.turns = PingPong(config.warpgroups, config.pingpong)
 
     @cute.jit
@@ -319,6 +320,7 @@ class FlashFwdSm90:
             for n in cutlass.range(n_mine - 1 - n_whole, unroll=1):
                 at = (row0, n_mine - 2 - n)
                 k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, True)
+        f.softmax.settle()
         for n in cutlass.range(n_whole, unroll=1):
             at = (row0, n_whole - 1 - n)
             k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, False)
@@ -394,7 +396,9 @@ class FlashFwdSm90:
         warpgroup.wait_group(0)
         pipes.k.consumer_release(k_state)
         k_state.advance()
-        self._softmax(f, acc_S, at, problem, True)
+        S = acc_mn(acc_S)  # (rows, cols)
+        self._mask(f, S, at, problem)
+        f.softmax.step(S, self.slack)
         self._to_P(f, acc_S)
         return k_state
 
@@ -411,19 +415,29 @@ class FlashFwdSm90:
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
         k_state.advance()
-        changed = self._softmax(f, acc_S, at, problem, edge)
-        if cutlass.const_expr(c.late_wait):
-            if changed:  # a branch: ptxas moves the wait up over the exps otherwise
-                warpgroup.wait_group(0)
-                scale_rows(f.acc_O, f.softmax.rescale)
+        S = acc_mn(acc_S)  # (rows, cols)
+        if cutlass.const_expr(edge):
+            self._mask(f, S, at, problem)
+            if f.softmax.step(S, self.slack):
+                self._rescale(f)
+        else:
+            if f.softmax.exponents(S):
+                f.softmax.raise_offsets(S, self.slack)
+                self._rescale(f)
+            f.softmax.exp(S)
+            if cutlass.const_expr(c.late_wait):
+                if f.softmax.never():
+                    warpgroup.wait_group(0)
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
         v_state.advance()
         self._to_P(f, acc_S)
-        if cutlass.const_expr(not c.late_wait):
-            if changed:
-                scale_rows(f.acc_O, f.softmax.rescale)
         return k_state, v_state
+
+    def _rescale(self, f):
+        """Rare: a row's offset has changed."""
+        warpgroup.wait_group(0)
+        scale_rows(f.acc_O, f.softmax.rescale)
 
     @cute.jit
     def _last(self, f, pipes, tiling, v_state):
@@ -443,12 +457,9 @@ class FlashFwdSm90:
     def _issue_pv(self, f, tiling, state):
         issue(tiling.mma_pv, f.acc_O, f.tOrP, f.tOrV[None, None, None, state.index], True)
 
-    def _softmax(self, f, acc_S, at, problem, edge):
-        S = acc_mn(acc_S)  # (rows, cols)
-        if edge:
-            row0, n_block = at
-            mask_ops.apply(self.config.mask, S, f.cS, row0, n_block * self.config.tile_n, problem)
-        return f.softmax.step(S)
+    def _mask(self, f, S, at, problem):
+        row0, n_block = at
+        mask_ops.apply(self.config.mask, S, f.cS, row0, n_block * self.config.tile_n, problem)
 
     def _to_P(self, f, acc_S):
         P = acc_as_A(acc_S)  # ((2, 2, 2), 1, tile_n / 16)

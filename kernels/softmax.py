@@ -1,46 +1,99 @@
-"""Online softmax (Milakov & Gimelshein, arXiv:1805.02867) in base 2, over one warpgroup's rows."""
+"""Online softmax (Milakov & Gimelshein, arXiv:1805.02867) in base 2, over one warpgroup's rows.
+
+P = 2^(scale S - offset), and O and the row sums carry the same offset, so any offset is right that keeps P in range. A
+row's offset starts `slack` above the maximum of its first block; as long as no score exceeds it, P <= 1 and there is no
+maximum to look for: the steady loop only asks for the signs of its exponents.
+"""
 
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Boolean, Float32, cute
+from cutlass import Boolean, Float32, Int32, cute
 
-LAZY_LOG2 = 8.0  # a stale maximum may be exceeded by this much: P <= 2^8, and bf16 keeps its precision there
+SLACK_LOG2 = {"bf16": 8.0, "fp16": 3.0}  # fp16's least number is 2^-24: P must not start much below 1
 LOWEST = -3.4028234663852886e38  # the least finite float32
 LN2 = 0.6931471805599453
 
 
 class Softmax(NamedTuple):
     scale_log2: Float32  # |softmax_scale| * log2(e) > 0; its sign is in Q
-    row_max: cute.Tensor  # (rows,) running max of S, raw units; may be stale by LAZY_LOG2
-    row_sum: cute.Tensor  # (rows,) running sum of exp2, this thread's columns
+    offset: cute.Tensor  # (rows,) of the exponents; -inf: the row has seen no key
+    row_sum: cute.Tensor  # (rows,) running sum of P, this thread's columns
     rescale: cute.Tensor  # (rows,) what O must be multiplied by
+
+    seen: cute.Tensor  # (1,) -1: each of this thread's rows has seen a key; else 0
 
     @staticmethod
     def create(scale_log2, num_rows):
-        return Softmax(scale_log2, *(cute.make_rmem_tensor(num_rows, Float32) for _ in range(3)))
+        rows = [cute.make_rmem_tensor(num_rows, Float32) for _ in range(3)]
+        return Softmax(scale_log2, *rows, cute.make_rmem_tensor(1, Int32))
 
     def reset(self):
-        self.row_max.fill(-Float32.inf)
+        self.offset.fill(-Float32.inf)
         self.row_sum.fill(0.0)
 
     @cute.jit
-    def step(self, S: cute.Tensor) -> Boolean:
-        """S (rows, cols) becomes P; True for a warp that must rescale O. A row may have seen no key yet."""
+    def step(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+        """S (rows, cols) becomes P; True for a warp that must rescale O. A row may see no key, now or ever."""
         changed = Boolean(False)
-        for r in cutlass.range_constexpr(cute.size(self.row_max)):
-            old = self.row_max[r]
-            new = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))] + [old])
-            new = old if (new - old) * self.scale_log2 <= LAZY_LOG2 else new
+        for r in cutlass.range_constexpr(cute.size(self.offset)):
+            old = self.offset[r]
+            top = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))]) * self.scale_log2
+            new = top + slack if top > old else old
             changed = changed | (new != old)
-            offset = cute.arch.fmax(new * self.scale_log2, LOWEST)  # finite: -inf - -inf would be NaN
-            scale = cute.math.exp2(old * self.scale_log2 - offset, fastmath=True)
-            p = cute.math.exp2(S[r, None].load() * self.scale_log2 - offset, fastmath=True)
-            self.row_sum[r] = p.reduce(cute.ReductionOp.ADD, self.row_sum[r] * scale, 0)
-            self.row_max[r] = new
-            self.rescale[r] = scale
-            S[r, None].store(p)
+            offset = cute.arch.fmax(new, LOWEST)  # finite: -inf - -inf would be NaN
+            self.offset[r] = new
+            self.rescale[r] = cute.math.exp2(old - offset, fastmath=True)
+            self.row_sum[r] = self.row_sum[r] * self.rescale[r]
+            S[r, None].store(S[r, None].load() * self.scale_log2 - offset)
+        self.exp(S)
         return cute.arch.vote_any_sync(changed)
+
+    @cute.jit
+    def settle(self):
+        """After the last `step`: finite offsets, for `exponents`."""
+        self.seen[0] = -1
+        for r in cutlass.range_constexpr(cute.size(self.offset)):
+            fresh = self.offset[r] == -Float32.inf
+            self.offset[r] = 0.0 if fresh else self.offset[r]
+            self.seen[0] = 0 if fresh else self.seen[0]
+
+    @cute.jit
+    def exponents(self, S: cute.Tensor) -> Boolean:
+        """S (rows, cols) becomes the exponents of P; True for a warp that must `raise_offsets` before `exp`."""
+        signs = self.seen[0]  # the top bit stays set while every exponent is negative
+        for r in cutlass.range_constexpr(cute.size(self.offset)):
+            S[r, None].store(S[r, None].load() * self.scale_log2 - self.offset[r])
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                signs = signs & S[r, c].bitcast(Int32)
+        return cute.arch.vote_any_sync(signs >= 0)
+
+    @cute.jit
+    def raise_offsets(self, S: cute.Tensor, slack: cutlass.Constexpr):
+        """New offsets for rows (rows, cols) with an exponent above 0, or whose first keys these are."""
+        self.seen[0] = -1
+        for r in cutlass.range_constexpr(cute.size(self.offset)):
+            top = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
+            fresh = cute.arch.warp_reduction_max(self.row_sum[r], threads_in_group=4) == 0.0
+            shift = top + slack if (top > 0.0) | (fresh & (top > -Float32.inf)) else Float32(0.0)
+            self.seen[0] = 0 if fresh & (top == -Float32.inf) else self.seen[0]
+            self.offset[r] = self.offset[r] + shift
+            self.rescale[r] = 1.0 if fresh else cute.math.exp2(-shift, fastmath=True)
+            self.row_sum[r] = self.row_sum[r] * self.rescale[r]
+            S[r, None].store(S[r, None].load() - shift)
+
+    @cute.jit
+    def exp(self, S: cute.Tensor):
+        """Exponents (rows, cols) become P, and are summed."""
+        for r in cutlass.range_constexpr(cute.size(self.offset)):
+            p = cute.math.exp2(S[r, None].load(), fastmath=True)
+            self.row_sum[r] = p.reduce(cute.ReductionOp.ADD, self.row_sum[r], 0)
+            S[r, None].store(p)
+
+    @cute.jit
+    def never(self) -> Boolean:
+        """False, which takes every exponential to know: a branch that ptxas moves nothing above."""
+        return cute.arch.vote_any_sync(self.row_sum[0] + self.row_sum[1] < 0.0)
 
     @cute.jit
     def finish(self) -> cute.Tensor:
@@ -48,7 +101,7 @@ class Softmax(NamedTuple):
         lse = cute.make_rmem_tensor_like(self.row_sum, Float32)
         for r in cutlass.range_constexpr(cute.size(self.row_sum)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
-            log2_sum = self.row_max[r] * self.scale_log2 + cute.math.log2(total, fastmath=True)
+            log2_sum = self.offset[r] + cute.math.log2(total, fastmath=True)
             self.rescale[r] = 1.0 / total
             lse[r] = -Float32.inf if total == 0.0 else log2_sum * LN2
         return lse

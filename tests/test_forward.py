@@ -1,5 +1,7 @@
 """flash_fwd's numbers on the GPU, against float64."""
 
+from itertools import product
+
 import pytest
 import torch
 from attention import DTYPES, EDGES, bound, check, close_lse, inputs, sdpa, visible
@@ -53,8 +55,8 @@ def test_scale_of_every_head_dim_reaches_q_in_registers_and_in_shared_memory():
 
 def test_growing_maximum():
     """Each block's scores exceed the last's: every lazy rescale is taken, or just not."""
-    for step in (0.5, 7.9 / 1.4427, 8.1 / 1.4427, 100.0):
-        q, k, v = inputs(1, 2, 2, 256, 2048, 64)
+    for dtype, step in product(DTYPES, (0.5, 2.9 / 1.4427, 7.9 / 1.4427, 8.1 / 1.4427, 100.0, 700.0)):
+        q, k, v = inputs(1, 2, 2, 256, 2048, 64, dtype)
         q[..., 0], k[..., 0] = 1.0, 0.0
         k[..., 0] += (torch.arange(2048, device="cuda").flip(0) // 128 * step).to(k.dtype)
         o, lse = flash_fwd(q, k, v, scale=1.0, return_lse=True)
