@@ -42,11 +42,11 @@ def text(sweep: dict) -> str:
             "",
             *rows(sweep),
             "",
-            f"Over the 36 cells ours is {geometric_mean(over_cudnn):.3f} times as fast as cuDNN in geometric mean (least "
-            f"{min(over_cudnn):.3f}), and",
-            f"{geometric_mean(over_best):.3f} times as fast as the best of cuDNN, FlashAttention-3 and FlashAttention-4 "
-            f"(least {min(over_best):.3f}), the last two by",
-            "their ratio to cuDNN measured on an H200 on 2026-11-20.",
+            f"Over the 36 cells ours is {geometric_mean(over_cudnn):.3f} times as fast as cuDNN in geometric mean "
+            f"(least {min(over_cudnn):.3f}), and",
+            f"{geometric_mean(over_best):.3f} times as fast as the best of cuDNN, FlashAttention-3 and "
+            f"FlashAttention-4 (least {min(over_best):.3f}), the",
+            "last two by their ratio to cuDNN in `benchmarks/results/peers_h200_bf16.json`.",
             "",
             "![TFLOPS over sequence length](benchmarks/results/sweep_bf16.png)",
             END,

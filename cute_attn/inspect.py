@@ -58,7 +58,7 @@ class LoopReport:
     wgmma: int = 0  # HGMMA
     warpgroup_ops: int = 0  # WARPGROUP.*: the arrives and waits around WGMMAs
     mufu: int = 0  # MUFU.*: the exponentials of a thread
-    mufu_before_wait: int = 0  # those ahead of the last wait for WGMMAs
+    maxima: int = 0  # FMNMX: a search for the rows' maxima takes about one for each of a thread's scores
     selects: int = 0  # FSEL, SEL: a mask takes one for each of a thread's scores
     barriers: int = 0  # BAR.*, SYNCS.*: named barriers, mbarriers
     branches: int = 0
@@ -66,14 +66,13 @@ class LoopReport:
     @staticmethod
     def of(way: list[Instruction], length: int) -> "LoopReport":
         kinds = [x.opcode.split(".")[0] for x in way]
-        waits = [i for i, x in enumerate(way) if x.opcode.startswith("WARPGROUP.DEPBAR")]
         return LoopReport(
             instructions=len(way),
             length=length,
             wgmma=kinds.count("HGMMA"),
             warpgroup_ops=kinds.count("WARPGROUP"),
             mufu=kinds.count("MUFU"),
-            mufu_before_wait=kinds[: waits[-1]].count("MUFU") if waits else 0,
+            maxima=kinds.count("FMNMX"),
             selects=kinds.count("FSEL") + kinds.count("SEL"),
             barriers=kinds.count("BAR") + kinds.count("SYNCS"),
             branches=kinds.count("BRA"),

@@ -52,12 +52,12 @@ TUNED_ON = "NVIDIA H200, 2026-11-20"
 TUNED = {
     32: Choice(dict(tile_m=192), {}, {}),
     64: Choice(dict(tile_m=192), {}, {}),
-    96: Choice({}, dict(q_in_regs=True, late_wait=True, cluster=2), {}),
-    128: Choice(dict(q_in_regs=True, late_wait=True), dict(cluster=2), {}),
-    160: Choice(dict(tile_n=96, late_wait=True), dict(cluster=2), {}),
-    192: Choice(dict(tile_n=96, late_wait=True), dict(cluster=2), {}),
-    224: Choice(dict(late_wait=True), dict(tile_n=80, cluster=2), dict(tile_n=96)),
-    256: Choice(dict(tile_n=80, late_wait=True), dict(cluster=2), {}),
+    96: Choice({}, dict(q_in_regs=True, cluster=2), {}),
+    128: Choice(dict(q_in_regs=True), dict(cluster=2), {}),
+    160: Choice(dict(tile_n=96), dict(cluster=2), {}),
+    192: Choice(dict(tile_n=96), dict(cluster=2), {}),
+    224: Choice({}, dict(tile_n=80, cluster=2), dict(tile_n=96)),
+    256: Choice(dict(tile_n=80), dict(cluster=2), {}),
 }
 
 

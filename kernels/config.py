@@ -23,7 +23,6 @@ class FwdConfig:
     scheduler: type[Static] = StaticTiles
     pingpong: bool = True  # MMA warpgroups issue their GEMMs in turn
     q_in_regs: bool = False  # Q is read from shared memory once per tile, not once per block
-    late_wait: bool = False  # all of exp before the wait for PV; else ptxas puts most of it behind
     cluster: int = 1  # CTAs along the query that share each K/V load; needs equal trip counts: Full, static
 
     def __post_init__(self):

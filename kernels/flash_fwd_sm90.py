@@ -405,7 +405,6 @@ class FlashFwdSm90:
     @cute.jit
     def _step(self, f, pipes, tiling, k_state, v_state, at, problem, edge: cutlass.Constexpr):
         """QK of this block and PV of the one before, then softmax of this block. edge: the mask may cut it."""
-        c = self.config
         pipes.k.consumer_wait(k_state)
         self.turns.take(f.wg)
         acc_S = self._issue_qk(f, tiling, k_state)
@@ -425,9 +424,6 @@ class FlashFwdSm90:
                 f.softmax.raise_offsets(S, self.slack)
                 self._rescale(f)
             f.softmax.exp(S)
-            if cutlass.const_expr(c.late_wait):
-                if f.softmax.never():
-                    warpgroup.wait_group(0)
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
         v_state.advance()

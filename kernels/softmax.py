@@ -91,11 +91,6 @@ class Softmax(NamedTuple):
             S[r, None].store(p)
 
     @cute.jit
-    def never(self) -> Boolean:
-        """False, which takes every exponential to know: a branch that ptxas moves nothing above."""
-        return cute.arch.vote_any_sync(self.row_sum[0] + self.row_sum[1] < 0.0)
-
-    @cute.jit
     def finish(self) -> cute.Tensor:
         """Leaves in `rescale` what normalises O; returns each row's natural-log sum, -inf where it saw no key."""
         lse = cute.make_rmem_tensor_like(self.row_sum, Float32)

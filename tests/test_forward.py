@@ -5,6 +5,8 @@ from itertools import product
 import pytest
 import torch
 from attention import DTYPES, EDGES, bound, check, close_lse, inputs, sdpa, visible
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cute_attn import flash_fwd
 from cute_attn.reference import attention
@@ -192,6 +194,25 @@ def test_run_to_run_bitwise_equal():
                 again = flash_fwd(q, k, v, causal=causal, return_lse=True)
                 assert torch.equal(first[0], again[0])
                 assert torch.equal(first[1], again[1])
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    batch=st.integers(1, 3),
+    heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (8, 1)]),
+    seqlens=st.tuples(st.integers(1, 700), st.integers(0, 900)),
+    head_dim=st.integers(1, 32).map(lambda n: 8 * n),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["bhsd", "bshd"]),
+    causal=st.booleans(),
+    scale=st.sampled_from([None, 0.0, 0.02, 1.0, -0.3]),
+)
+def test_generated(batch, heads, seqlens, head_dim, dtype, layout, causal, scale):
+    q, k, v = inputs(batch, *heads, *seqlens, head_dim, dtype, layout=layout)
+    if seqlens[1] == 0:
+        assert (flash_fwd(q, k, v, causal=causal, layout=layout, scale=scale) == 0).all()
+    else:
+        check(q, k, v, causal=causal, layout=layout, scale=scale)
 
 
 def test_beyond_2_31_elements_and_65535_heads():

@@ -66,7 +66,7 @@ def test_the_config_is_the_compile_key():
     """Each field makes another key, and prints, since the disk cache's key is the printed config."""
     base = FwdConfig(128)
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
-    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, late_wait=True, cluster=2)
+    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     configs = [base, *(dataclasses.replace(base, **{name: value}) for name, value in others.items())]
     assert len({repr(c) for c in configs}) == len(set(configs)) == len(configs)

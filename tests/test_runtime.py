@@ -1,5 +1,8 @@
 """How flash_fwd behaves as a guest on the GPU: streams, threads, devices, graphs, memory, gradients."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -183,6 +186,24 @@ def test_misaligned_start_raises():
             flash_fwd(*args)
     with pytest.raises(ValueError, match="out: its data starts"):
         flash_fwd(q, k, v, out=shifted)
+
+
+def test_first_call_is_quick(tmp_path):
+    """Cold at most 3 s, from the disk cache in a new process at most 0.5 s, after the imports and the inputs."""
+    code = (
+        "import time, torch, cute_attn\n"
+        "q = torch.randn(1, 2, 300, 128, device='cuda').bfloat16(); torch.cuda.synchronize()\n"
+        "t = time.perf_counter(); cute_attn.flash_fwd(q, q, q, causal=True); torch.cuda.synchronize()\n"
+        "print(time.perf_counter() - t)"
+    )
+    environment = {**os.environ, "CUTE_ATTN_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    seconds = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        seconds.append(float(done.stdout))
+    print("first call, cold and from the disk cache:", seconds)
+    assert seconds[0] <= 3.0
+    assert seconds[1] <= 0.5
 
 
 def test_other_gpus_are_refused_by_name(monkeypatch):
