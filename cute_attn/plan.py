@@ -80,7 +80,7 @@ def config(head_dim: int, dtype: str, layout: str, causal: bool) -> FwdConfig:
 
 
 def uneven(tuned: FwdConfig) -> FwdConfig:
-    """The same for tiles of uneven length: drawn when a CTA is free. d64 full: +7, 5, 4 % at S 512, 1k, 4k."""
+    """The same for tiles of uneven length: drawn when a CTA is free. H200, d64 full: +7, 5, 4 % at S 512, 1k, 4k."""
     return replace(tuned, scheduler=DynamicLongest)
 
 
