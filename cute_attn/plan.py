@@ -79,6 +79,11 @@ def config(head_dim: int, dtype: str, layout: str, causal: bool) -> FwdConfig:
     return FwdConfig(head_dim, dtype, layout, **fields)
 
 
+def kind(config: FwdConfig) -> tuple[int, str, str, bool]:
+    """What a caller chooses, beside the sizes: they may take one kernel or another of a kind."""
+    return config.head_dim, config.dtype, config.layout, config.mask.causal
+
+
 def uneven(tuned: FwdConfig) -> FwdConfig:
     """The same for tiles of uneven length: drawn when a CTA is free. H200, d64 full: +7, 5, 4 % at S 512, 1k, 4k."""
     return replace(tuned, scheduler=DynamicLongest)

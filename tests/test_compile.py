@@ -138,7 +138,9 @@ def test_default_directory(monkeypatch):
 
 def test_warmup(cache):
     ready = warmup((64, 72), dtype="bf16", layout="bhsd", causal=False)
-    assert [c.head_dim for c in ready] == [64, 96]
+    assert [(c.head_dim, c.scheduler.name) for c in ready] == [(64, "static"), (96, "static"), (64, "drawn")]
+    reached = {plan.plan(plan.Problem(1, 1, 1, s, s, d)) for s in (1, 512, 4096) for d in (64, 72)}
+    assert reached == set(ready), "no sequence length compiles anything more"
     assert files(cache) == sorted(compile.cache_file(c).name for c in ready)
 
 
