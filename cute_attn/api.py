@@ -35,6 +35,10 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
+    if torch.compiler.is_compiling():
+        from .integrations.torch_op import traced
+
+        return traced(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
     call = _call(q, k, v, out, causal, layout)
     scale = call.scale if scale is None else checks.scale(scale)
     if type(return_lse) is not bool:
@@ -44,7 +48,7 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         checks.out_memory(out, (q, k, v), call.nbytes)
     if call.gpu is None:
         return _on_cpu(call.problem, q, k, v, scale, return_lse, out)
-    o = out if out is not None else _like(q, call)
+    o = torch.empty_like(q) if out is None else out
     lse = q.new_empty(call.problem.lse_shape, dtype=torch.float32) if return_lse else call.gpu.no_lse
     if call.kernel is None:
         o.zero_()
@@ -123,11 +127,6 @@ def warmup(head_dim=HEAD_DIMS, *, dtype=("bf16", "fp16"), layout=("bhsd", "bshd"
     return ready
 
 
-def _like(q, call):
-    """An output as torch's empty_like makes it: q's order of dimensions, dense."""
-    return torch.empty_like(q) if call.plain else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
 def _for_tma(x):
     """A view of x whose sizes of 1 have strides that TMA takes."""
     return x.as_strided(x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), (8, 8, 8, 1), strict=True)])
@@ -136,5 +135,5 @@ def _for_tma(x):
 def _on_cpu(problem, q, k, v, scale, return_lse, out):
     how = dict(causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32)
     o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
-    o = o.to(q.dtype) if out is None else out.copy_(o)
+    o = (torch.empty_like(q) if out is None else out).copy_(o)
     return (o, lse) if return_lse else o

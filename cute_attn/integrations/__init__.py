@@ -1,0 +1,1 @@
+"""One thin file per framework that cute_attn is used from."""
