@@ -1,0 +1,99 @@
+"""The GitHub workflows: valid by GitHub's schema, by actionlint where it is installed, and true to this repository.
+
+The schema comes with check-jsonschema. actionlint sees more (expressions, shell), but its package downloads a program:
+ci.yml runs it, and here it is run where it is installed.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+workflows = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+
+
+def broken(path):
+    """What GitHub's schema says against a workflow; empty where nothing."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr if done.returncode else ""
+
+
+def strange(path):
+    """What is not as this repository has it: scripts that are not here, loose permissions, unpinned actions."""
+    workflow = YAML(typ="safe").load(path)
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    first_words = [step["run"].split()[0] for step in steps if "run" in step]
+    scripts = [word for word in first_words if "/" in word]
+    found = [f"{word} is no script here" for word in scripts if not os.access(ROOT / word, os.X_OK)]
+    found += [f"{s['uses']} has no major version" for s in steps if not re.search(r"@v\d+$", s.get("uses", "@v1"))]
+    if workflow.get("permissions") != {"contents": "read"}:
+        found.append("permissions are more than to read the contents")
+    found += [f"job {name} has no time limit" for name, job in workflow["jobs"].items() if "timeout-minutes" not in job]
+    if "concurrency" not in workflow:
+        found.append("no concurrency group")
+    return found
+
+
+def test_there_are_workflows():
+    assert [path.name for path in WORKFLOWS] == ["ci.yml", "h100.yml"]
+
+
+@workflows
+def test_workflow(path):
+    assert broken(path) == ""
+    assert strange(path) == []
+
+
+@workflows
+def test_actionlint(path):
+    actionlint = shutil.which("actionlint")
+    if actionlint is None:
+        pytest.skip("actionlint is not installed; ci.yml runs it")
+    done = subprocess.run([actionlint, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("runs-on:", "runs_on:"),
+        ("  push:", "  pushed:"),
+        ("timeout-minutes: 30", "timeout-minutes: soon"),
+        ("contents: read", "contents: everything"),
+        ("- run: .ci/run", "- runs: .ci/run"),
+    ],
+)
+def test_a_broken_workflow_is_caught(tmp_path, old, new):
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert old in text
+    (tmp_path / "ci.yml").write_text(text.replace(old, new, 1))
+    assert broken(tmp_path / "ci.yml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (".ci/run", ".ci/ran", [".ci/ran is no script here"]),
+        ("contents: read", "contents: write", ["permissions are more than to read the contents"]),
+        ("actions/checkout@v6", "actions/checkout@main", ["actions/checkout@main has no major version"]),
+    ],
+)
+def test_a_strange_workflow_is_caught(tmp_path, old, new, says):
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (tmp_path / "ci.yml").write_text(re.sub(rf"(?<=[ ]){re.escape(old)}\b", new, text, count=1))
+    assert strange(tmp_path / "ci.yml") == says
+
+
+def test_ci_runs_on_every_python_that_is_supported():
+    matrix = YAML(typ="safe").load(WORKFLOWS[0])["jobs"]["test"]["strategy"]["matrix"]["python"]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert matrix == re.findall(r"Python :: (3\.\d+)", project)
+    assert f'requires-python = ">={matrix[0]},<3.{int(matrix[-1][2:]) + 1}"' in project
