@@ -1,15 +1,39 @@
 """The whole path of a call: check -> plan -> compile -> allocate -> launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
+from torch import Tensor
+from typing_extensions import Unpack
 
 from . import checks, compile, device, reference
 from .checks import Spec
+from .kernels.config import FwdConfig
 from .plan import HEAD_DIMS, Problem, kind, plan, shipped
+
+
+class Options(TypedDict, total=False):
+    """What flash_fwd takes beside q, k, v and return_lse, for type checkers."""
+
+    causal: bool
+    scale: float | None
+    layout: str
+    out: Tensor | None
+
+
+@overload
+def flash_fwd(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def flash_fwd(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flash_fwd(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]) -> Any: ...
 
 
 def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=False, out=None):
@@ -102,14 +126,20 @@ def _prepared(q, k, v, out, causal, layout) -> Call:
     if out is not None:
         checks.out(o, q, layout)
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
-    config = plan(problem)
+    config = plan(problem, None if gpu is None else gpu.name)
     kernel = None if gpu is None or problem.empty else compile.get(config)
     plain = not any(checks.odd(x.stride) for x in (q, k, v, o))
     nbytes = tuple(x.nbytes for x in (q, k, v, o))
     return Call(problem, problem.head_dim**-0.5, gpu, kernel, config.scheduler.draws, plain, nbytes)
 
 
-def warmup(head_dim=HEAD_DIMS, *, dtype=("bf16", "fp16"), layout=("bhsd", "bshd"), causal=(False, True)):
+def warmup(
+    head_dim: int | Sequence[int] = HEAD_DIMS,
+    *,
+    dtype: str | torch.dtype | Sequence[str | torch.dtype] = ("bf16", "fp16"),
+    layout: str | Sequence[str] = ("bhsd", "bshd"),
+    causal: bool | Sequence[bool] = (False, True),
+) -> list[FwdConfig]:
     """Compile ahead of time, into memory and the disk cache; needs no GPU. About 2 s for each kernel not there yet.
 
     Args:
@@ -121,7 +151,7 @@ def warmup(head_dim=HEAD_DIMS, *, dtype=("bf16", "fp16"), layout=("bhsd", "bshd"
     """
     asked = [x if isinstance(x, (tuple, list)) else (x,) for x in (head_dim, dtype, layout, causal)]
     kinds = {kind(plan(checks.warmup_problem(*one))) for one in product(*asked)}
-    ready = [config for config in shipped() if kind(config) in kinds]
+    ready = [config for config in shipped(device.name()) if kind(config) in kinds]
     for config in ready:
         compile.get(config)
     return ready

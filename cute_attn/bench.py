@@ -49,17 +49,17 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m cute_attn.bench", description="Time cute_attn's forward beside others.")
     add = p.add_argument
     add("--shape", type=_shape, action="append", metavar="B,H,S,D", help="may be repeated; default 16,16,2048,64")
-    add("--kv-heads", type=_positive, metavar="N", help="heads of k and v; default H")
-    add("--seqlen-k", type=_positive, metavar="N", help="rows of k and v; default S")
+    add("--kv-heads", type=positive, metavar="N", help="heads of k and v; default H")
+    add("--seqlen-k", type=positive, metavar="N", help="rows of k and v; default S")
     add("--causal", action="store_true", help="with the causal mask; --sweep without it runs full and causal")
     add("--dtype", choices=tuple(DTYPES.values()), default="bf16", help="default bf16")
     add("--layout", choices=LAYOUTS, default="bshd", help="order of the inputs in memory; default bshd")
     add("--vs", type=_peers, default=DEFAULT_PEERS, metavar="NAME,...", help=f"of {', '.join(PEERS)}; '' for none")
     add("--sweep", action="store_true", help="36 cells: 16k tokens, hidden 2048, D 64 to 256, S 512 to 16k")
     add("--graph", action="store_true", help="also CUDA-graph replays, and the host time of an eager call")
-    add("--rounds", type=_positive, default=ROUNDS, metavar="N", help=f"default {ROUNDS}")
-    add("--json", type=_file, metavar="FILE", help="everything; complete after each cell")
-    add("--csv", type=_file, metavar="FILE", help="a line per contender and cell")
+    add("--rounds", type=positive, default=ROUNDS, metavar="N", help=f"default {ROUNDS}")
+    add("--json", type=out_file, metavar="FILE", help="everything; complete after each cell")
+    add("--csv", type=out_file, metavar="FILE", help="a line per contender and cell")
     add("--plot", type=_png, metavar="FILE.png", help="TFLOPS over S, or bars for a few shapes")
     add("--peers", type=Path, metavar="FILE", help="JSON of cells with best_over_cudnn: also ours over that best")
     return p
@@ -108,7 +108,7 @@ def _shape(word: str) -> tuple[int, ...]:
     return sizes
 
 
-def _positive(word: str) -> int:
+def positive(word: str) -> int:
     if not word.isascii() or not word.isdigit() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is not a positive integer")
     return int(word)
@@ -122,7 +122,7 @@ def _peers(word: str) -> tuple[str, ...]:
     return names
 
 
-def _file(word: str) -> Path:
+def out_file(word: str) -> Path:
     path = Path(word)
     if not path.parent.is_dir() or path.is_dir():
         raise argparse.ArgumentTypeError(f"{word!r} cannot be written: a file in a folder that is there is needed")
@@ -132,7 +132,7 @@ def _file(word: str) -> Path:
 def _png(word: str) -> Path:
     if not word.endswith(".png"):
         raise argparse.ArgumentTypeError(f"{word!r} is not the name of a .png file")
-    return _file(word)
+    return out_file(word)
 
 
 def run_facts(args: argparse.Namespace, problems: list[Problem]) -> dict[str, Any]:

@@ -42,6 +42,17 @@ def get(config: FwdConfig) -> Callable:
     return function
 
 
+def store(config: FwdConfig) -> Path | None:
+    """Compile into the disk cache where it is not there yet, without loading it; its file, or None without a cache."""
+    path = cache_file(config)
+    if path is None or not _writable(path.parent):
+        return None
+    with lock, filelock.FileLock(path.with_suffix(".lock")):  # many processes: one compiles, the others find it
+        if not _intact(path):
+            _write(path, config)
+    return path
+
+
 def cache_dir() -> Path | None:
     """Where compiled kernels are kept; None where the disk cache is off."""
     if os.environ.get("CUTE_ATTN_CACHE", "1") == "0":

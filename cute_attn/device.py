@@ -4,6 +4,8 @@ import threading
 
 import torch
 
+from . import tuned
+
 TICKETS = 4096  # counters of 4 bytes in a slab
 
 
@@ -21,7 +23,7 @@ class Device:
                 f"q: on cuda:{index}, {properties.name} (sm_{properties.major}{properties.minor}); the kernels are for "
                 "Hopper (sm_90: H100, H200, GH200); use torch.nn.functional.scaled_dot_product_attention there"
             )
-        self.index = index
+        self.index, self.name = index, properties.name
         self.num_sms = properties.multi_processor_count
         self.no_lse = torch.empty((1, 1, 0), dtype=torch.float32, device=index)
         self.no_ticket = torch.empty(1, dtype=torch.int32, device=index)
@@ -68,3 +70,10 @@ def get(index: int) -> Device:
         with _lock:
             found = _devices.setdefault(index, _devices.get(index) or Device(index))
     return found
+
+
+def name() -> str | None:
+    """Of torch's current GPU, to plan by; None where there is none, and unasked where the user has no tables."""
+    if not tuned.user_folder().is_dir() or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name()

@@ -54,3 +54,22 @@ def test_gpu_record_names_what_it_tested():
         import pytest
 
         pytest.skip("kernels/ has changed since the recorded GPU run")
+
+
+def test_type_checkers_see_what_flash_fwd_returns(tmp_path):
+    source = tmp_path / "use.py"
+    source.write_text(
+        "import torch\n"
+        "from cute_attn import flash_fwd\n"
+        "x = torch.zeros(1, 1, 1, 64)\n"
+        "reveal_type(flash_fwd(x, x, x, causal=True, layout='bshd'))\n"
+        "reveal_type(flash_fwd(x, x, x, return_lse=True, scale=0.5))\n"
+        "flash_fwd(x, x, x, causal='no')\n"
+    )
+    command = [sys.executable, "-m", "mypy", str(source)]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    assert re.findall(r'Revealed type is "(.*)"', said) == [
+        "torch._tensor.Tensor",
+        "tuple[torch._tensor.Tensor, torch._tensor.Tensor]",
+    ]
+    assert re.search(r"use.py:6: error", said)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import reference
+from .. import device, reference
 from ..plan import Problem, plan
 from .contenders import OURS, Contender, Inputs, Prepared, first_line, first_run, make_inputs
 from .timing import ROUNDS, Call, CudaTimer, NoMonitor, Stats, Timer, compare, graphed, host_us
@@ -172,7 +172,7 @@ def record(problem: Problem, row: Row, stats: Stats | None, heads: int, cublas_t
         "flops": flops,
         "contender": row.contender,
         "mode": row.mode,
-        "kernel": plan(p).name if row.contender == OURS else None,
+        "kernel": plan(p, device.name()).name if row.contender == OURS else None,
         "reason": row.reason,
         **(asdict(stats) if stats else dict.fromkeys(STATS)),
         "tflops": tflops,

@@ -1,0 +1,191 @@
+"""The tuned tables: which kernel serves a class of problems, as measured on one GPU. Pure Python: no GPU, no torch.
+
+A table is JSON: what it was measured on, and rows such as
+
+    {"head_dim": 64, "causal": false, "max_seqlen_q": 4608, "min_free_rows": 64, "fields": {"tile_m": 192, ...}}
+
+A class is a head dim, a mask and an element type. Of its rows, in the file's order, the first one serves whose bounds
+the problem keeps: at most `max_seqlen_q` queries a head, cut into several tiles of which the last has at least
+`min_free_rows` rows without a query. Either bound may be left out, and so may `dtype`, for both types. `fields` are
+those of `FwdConfig`, the scheduler by its name; those left out have its defaults.
+
+The package's table is `tuned.json`. `CUTE_ATTN_TUNED` names a file that is used instead, whatever the GPU; the user's
+config folder may hold files for one GPU each, `tuned/nvidia_h200.json`. `python -m cute_attn.tune` writes them. A class
+that a table of the user lacks is taken from the package's, and so is everything where the table is damaged.
+"""
+
+import dataclasses
+import importlib.resources
+import json
+import os
+import re
+import warnings
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import platformdirs
+
+from .kernels.config import DTYPES, FwdConfig
+from .kernels.mask import Causal, Full
+from .kernels.tile_scheduler import DynamicLongest, StaticTiles
+
+MASKS: dict[bool, Full | Causal] = {mask.causal: mask for mask in (Full(), Causal())}
+SCHEDULERS = {scheduler.name: scheduler for scheduler in (StaticTiles, DynamicLongest)}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(FwdConfig)}
+FIELDS = tuple(name for name in DEFAULTS if name not in ("head_dim", "dtype", "layout", "mask"))
+REQUIRED, OPTIONAL = ("head_dim", "causal", "fields"), ("dtype", "max_seqlen_q", "min_free_rows", "tflops")
+
+Key = tuple[int, bool, str]  # head_dim, causal, dtype
+
+
+class Row(NamedTuple):
+    """A kernel, its type and layout still open, and the problems that it serves."""
+
+    config: FwdConfig
+    dtype: str | None = None  # None: both
+    max_seqlen_q: int | None = None  # None: any
+    min_free_rows: int = 0
+    tflops: dict[str, float] | None = None  # where measured: S -> TFLOPS
+
+    def serves(self, seqlen_q: int) -> bool:
+        if self.max_seqlen_q is not None and seqlen_q > self.max_seqlen_q:
+            return False
+        return not self.min_free_rows or self.uneven(seqlen_q)
+
+    def uneven(self, seqlen_q: int) -> bool:
+        """One tile of several has rows enough without a query: its warpgroups sit out, and it is done sooner."""
+        tiles = -(-seqlen_q // self.config.tile_m)
+        return tiles > 1 and tiles * self.config.tile_m - seqlen_q >= self.min_free_rows
+
+    @property
+    def always(self) -> bool:
+        return self.max_seqlen_q is None and not self.min_free_rows
+
+    def entry(self) -> dict[str, Any]:
+        """The row as a table's file has it."""
+        bounds = dict(dtype=self.dtype, max_seqlen_q=self.max_seqlen_q, min_free_rows=self.min_free_rows or None)
+        entry: dict[str, Any] = dict(head_dim=self.config.head_dim, causal=self.config.mask.causal)
+        entry |= {name: value for name, value in bounds.items() if value is not None}
+        return entry | dict(fields=in_words(self.config)) | (dict(tflops=self.tflops) if self.tflops else {})
+
+
+class Table(NamedTuple):
+    """gpu: what it was measured on; classes: the rows of each in the order of asking, the last one for any length."""
+
+    gpu: str
+    rows: tuple[Row, ...]
+    classes: dict[Key, tuple[Row, ...]]
+
+
+def in_words(config: FwdConfig) -> dict[str, Any]:
+    """A config's fields as a row has them."""
+    words: dict[str, Any] = {name: getattr(config, name) for name in FIELDS}
+    return words | dict(scheduler=config.scheduler.name)
+
+
+@lru_cache
+def shipped() -> Table:
+    """The package's table."""
+    return parse(json.loads((importlib.resources.files(__package__) / "tuned.json").read_text()))
+
+
+@lru_cache
+def table(gpu: str | None = None) -> Table:
+    """What to plan by on a GPU of this name; the package's table where the user has none for it. Read once."""
+    named = os.environ.get("CUTE_ATTN_TUNED")
+    if named:
+        return _read(Path(named)) or shipped()
+    path = None if gpu is None else user_file(gpu)
+    if path is None or not path.exists():
+        return shipped()
+    return _read(path, gpu) or shipped()
+
+
+def user_folder() -> Path:
+    """Where the user's tables lie, one for each GPU."""
+    return Path(platformdirs.user_config_dir("cute_attn")) / "tuned"
+
+
+def user_file(gpu: str) -> Path:
+    """Of a GPU of this name, there or not."""
+    return user_folder() / f"{re.sub('[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
+
+
+def file_in_use(gpu: str) -> Path:
+    """Where a table of the user for this GPU is looked for."""
+    return Path(os.environ.get("CUTE_ATTN_TUNED") or user_file(gpu))
+
+
+def _read(path: Path, gpu: str | None = None) -> Table | None:
+    """A table of the user, filled up from the package's; None, and a warning, where it does not serve."""
+    try:
+        own = parse(json.loads(path.read_text()))
+        if gpu is not None and own.gpu != gpu:
+            raise ValueError(f"it is of {own.gpu!r}, this GPU is {gpu!r}")
+    except (OSError, ValueError) as error:  # json's and unicode's errors are ValueErrors
+        text = f"{path}: this table of tuned kernels is ignored ({error}); the package's own is used instead"
+        warnings.warn(f"{text}. `python -m cute_attn.tune` writes a new one", RuntimeWarning, stacklevel=3)
+        return None
+    return own._replace(classes=shipped().classes | own.classes)
+
+
+def parse(content: Any) -> Table:
+    """A table out of its JSON; ValueError says which row is wrong, and how."""
+    if not isinstance(content, dict) or not isinstance(content.get("gpu"), str):
+        raise ValueError("a table is an object with the GPU's name as `gpu` and a list of `rows`")
+    if not isinstance(content.get("rows"), list):
+        raise ValueError("`rows` is not a list")
+    rows = tuple(_row(i, entry) for i, entry in enumerate(content["rows"]))
+    return Table(content["gpu"], rows, by_class(rows))
+
+
+def by_class(rows: tuple[Row, ...]) -> dict[Key, tuple[Row, ...]]:
+    """The rows of each class up to the first that serves any length; ValueError where a class has none such."""
+    classes: dict[Key, tuple[Row, ...]] = {}
+    heads = {(row.config.head_dim, row.config.mask.causal) for row in rows}
+    for (head_dim, causal), dtype in product(sorted(heads), DTYPES):
+        mine = [r for r in rows if (r.config.head_dim, r.config.mask.causal) == (head_dim, causal)]
+        mine = [r for r in mine if r.dtype in (None, dtype)]
+        end = next((i for i, row in enumerate(mine) if row.always), None)
+        if end is not None:
+            classes[head_dim, causal, dtype] = tuple(mine[: end + 1])
+        elif mine:
+            word = f"head_dim {head_dim}, {'causal' if causal else 'full'}, {dtype}"
+            raise ValueError(f"{word}: no row is for every length; the last one must have no bounds")
+    return classes
+
+
+def _row(i: int, entry: Any) -> Row:
+    keys = set(entry) if isinstance(entry, dict) else set()
+    if not set(REQUIRED) <= keys <= {*REQUIRED, *OPTIONAL}:
+        allowed = f"{', '.join(REQUIRED)} are needed, {', '.join(OPTIONAL)} allowed"
+        raise ValueError(f"row {i}: {allowed}; {', '.join(sorted(map(str, keys))) or 'no object'} came")
+    bounds = {name: entry[name] for name in OPTIONAL if name in entry}
+    for name in ("max_seqlen_q", "min_free_rows"):
+        if name in bounds and (type(bounds[name]) is not int or bounds[name] < 1):
+            raise ValueError(f"row {i}: {name} {bounds[name]!r} is not a positive integer")
+    if bounds.get("dtype", DTYPES[0]) not in DTYPES:
+        raise ValueError(f"row {i}: dtype {bounds['dtype']!r} is not supported; use {' or '.join(DTYPES)}")
+    try:
+        return Row(config_of(entry["head_dim"], entry["causal"], entry["fields"]), **bounds)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"row {i}: {error or 'no kernel has these fields'}: {entry['fields']}") from None
+
+
+def config_of(head_dim: Any, causal: Any, fields: Any) -> FwdConfig:
+    """A row's kernel, its type and layout the defaults; ValueError or AssertionError where there is none."""
+    if type(head_dim) is not int or head_dim < 32 or type(causal) is not bool or not isinstance(fields, dict):
+        raise ValueError("head_dim is a multiple of 32, causal true or false, fields an object")
+    for name, value in fields.items():
+        if name not in FIELDS:
+            raise ValueError(f"no field {name!r}, there are {', '.join(FIELDS)}")
+        if name == "scheduler" and (type(value) is not str or value not in SCHEDULERS):
+            raise ValueError(f"no scheduler {value!r}, there are {', '.join(SCHEDULERS)}")
+        if name != "scheduler" and type(value) is not type(DEFAULTS[name]):
+            raise ValueError(f"{name} is of type {type(DEFAULTS[name]).__name__}, {value!r} came")
+    if fields.get("stages", 1) < 1 or fields.get("cluster", 1) not in (1, 2):
+        raise ValueError("stages from 1 on, cluster 1 or 2")
+    scheduler = SCHEDULERS[fields.get("scheduler", StaticTiles.name)]
+    return FwdConfig(head_dim, mask=MASKS[causal], **{**fields, "scheduler": scheduler})
