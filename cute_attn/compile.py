@@ -47,10 +47,8 @@ def store(config: FwdConfig) -> Path | None:
     path = cache_file(config)
     if path is None or not _writable(path.parent):
         return None
-    with lock, filelock.FileLock(path.with_suffix(".lock")):  # many processes: one compiles, the others find it
-        if not _intact(path):
-            _write(path, config)
-    return path
+    with lock:
+        return _stored(path, config)
 
 
 def cache_dir() -> Path | None:
@@ -107,10 +105,14 @@ def _load_or_compile(config: FwdConfig) -> Callable:
     if path is None or not _writable(path.parent):
         with tempfile.TemporaryDirectory() as directory:
             return _load(_write(Path(directory) / f"{config.name}.o", config))
-    with filelock.FileLock(path.with_suffix(".lock")):  # many processes: one compiles, the others load
+    return _load(_stored(path, config))
+
+
+def _stored(path: Path, config: FwdConfig) -> Path:
+    with filelock.FileLock(path.with_suffix(".lock")):  # many processes: one compiles, the others find it
         if not _intact(path):
             _write(path, config)
-        return _load(path)
+    return path
 
 
 def _writable(directory: Path) -> bool:
