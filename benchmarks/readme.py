@@ -10,18 +10,18 @@ from statistics import geometric_mean
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks/readme.py writes from here -->", "<!-- to here -->"
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 def rows(sweep: dict) -> list[str]:
     """TFLOPS of ours and of cuDNN, a row per head dim and mask, a column per length."""
     cell = {(r["contender"], r["head_dim"], r["causal"], r["seqlen_q"]): r for r in sweep["records"]}
-    lines = ["| ours / cuDNN | " + " | ".join(f"{s}" for s in LENGTHS) + " |", "|---|" + "---|" * len(LENGTHS)]
+    lengths = sorted({r["seqlen_q"] for r in sweep["records"]})
+    lines = ["| ours / cuDNN | " + " | ".join(f"{s}" for s in lengths) + " |", "|---|" + "---|" * len(lengths)]
     for head_dim in (64, 128, 256):
         for causal in (False, True):
             pair = [
                 " / ".join(f"{cell[name, head_dim, causal, s]['tflops']:.0f}" for name in ("cute_attn", "cudnn"))
-                for s in LENGTHS
+                for s in lengths
             ]
             lines.append(f"| d{head_dim} {'causal' if causal else 'full'} | " + " | ".join(pair) + " |")
     return lines

@@ -2,8 +2,8 @@
 
 python benchmarks/sanitize.py [--out FILE] [--logs FOLDER]
 
-A case has more tiles than the GPU has SMs, so that CTAs reuse their buffers, and partial tiles and blocks, GQA, rows
-without keys, an LSE, and a scale of either sign.
+Each kernel gets a case with more tiles than an H200 has SMs, so that CTAs reuse their buffers, and partial tiles and
+blocks, GQA, rows without keys, an LSE, and a scale of either sign.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch
 from gpu_tests import where
 
 from cute_attn import flash_fwd
+from cute_attn.benchmark.contenders import make_inputs
 from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped
 
 ROOT = Path(__file__).parent.parent
@@ -36,10 +37,7 @@ def problems(head_dim: int) -> list[Problem]:
 def run_cases(head_dim: int) -> None:
     """What one sanitized process runs. The inputs are made on the GPU: initcheck takes minutes over copies."""
     for p in problems(head_dim):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[p.dtype]
-        on = dict(dtype=dtype, device="cuda")
-        q = torch.randn(p.batch, p.heads, p.seqlen_q, p.head_dim, **on)
-        k, v = (torch.randn(p.batch, p.heads_kv, p.seqlen_k, p.head_dim, **on) for _ in range(2))
+        q, k, v, _ = make_inputs(p, torch.device("cuda"))
         o, lse = flash_fwd(q, k, v, causal=p.causal, scale=-0.1 if p.seqlen_q == 64 else None, return_lse=True)
         assert not o.isnan().any()
         assert not lse.isnan().any()
@@ -51,20 +49,20 @@ def case(head_dim: int) -> list[str]:
 
 
 def sanitize(tool: str, head_dim: int, logs: Path) -> dict:
-    flags = (
-        ["--report-api-errors", "no"] if tool == "memcheck" else []
-    )  # the driver's probing of itself is none of ours
-    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", *flags, *case(head_dim)]
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]  # libraries that probe the driver are not on trial
+    command += case(head_dim)
     log = logs / f"{tool}_d{head_dim}.log"
     with log.open("w") as file:
         try:
-            ended = (
-                f"exit status {subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, timeout=SECONDS).returncode}"
-            )
+            done = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, timeout=SECONDS)
+            ended = f"exit status {done.returncode}"
         except subprocess.TimeoutExpired:
             ended = f"not done in {SECONDS} s"
-    kernels = re.search(r"^kernels: (.*)$", log.read_text(), re.MULTILINE)
-    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", log.read_text())
+    said = log.read_text()
+    kernels = re.search(r"^kernels: (.*)$", said, re.MULTILINE)
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
     return dict(
         tool=tool,
         head_dim=head_dim,

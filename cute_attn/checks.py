@@ -9,6 +9,7 @@ import torch
 from .plan import HEAD_DIM_MAX, Problem
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+TORCH_DTYPES = {word: dtype for dtype, word in DTYPES.items()}
 LAYOUTS = ("bhsd", "bshd")
 ALIGNMENT = 8  # elements of 2 bytes: TMA moves multiples of 16 bytes from multiples of 16
 SIZE_MAX = 1 << 30  # rows of a sequence, and tiles of a launch: indices are int32
@@ -84,7 +85,7 @@ def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str) -> Problem:
 def warmup_problem(head_dim, dtype, layout, causal) -> Problem:
     """A small problem that the kernel for these serves."""
     words(causal, layout)
-    dtype = {word: t for t, word in DTYPES.items()}.get(dtype, dtype)
+    dtype = TORCH_DTYPES.get(dtype, dtype)
     x = Spec(torch.Size((1, 1, 1, head_dim)), (head_dim, head_dim, head_dim, 1), dtype, torch.device("cpu"))
     return problem(x, x, x, causal, layout)
 

@@ -29,8 +29,9 @@ except ImportError:
     raise SystemExit('python -m cute_attn.tune: rich is missing; pip install "cute_attn[bench]"') from None
 
 from . import tuned
-from .bench import WIDTH, cell_progress, out_file, positive
+from .bench import NOT_TIMED, WIDTH, cell_progress, out_file, positive
 from .benchmark import machine
+from .benchmark.cells import SEQLENS
 from .benchmark.timing import ROUNDS
 from .kernels.config import DTYPES, FwdConfig
 from .plan import HEAD_DIMS
@@ -41,10 +42,8 @@ from .tuning.choose import Rows, choose
 from .tuning.results import Outcomes, Results
 from .tuning.trial import SCREEN, Effort, Lab, Stuck, finalists, gpu_lab, problem
 
-SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 BEST = 3  # of the screening over all lengths; the best at each length and what is there come along
 STUCK, INTERRUPTED = 3, 130
-NOT_TIMED = "No Hopper GPU here: nothing was timed."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

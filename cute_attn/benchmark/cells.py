@@ -14,6 +14,7 @@ from .timing import ROUNDS, Call, CudaTimer, NoMonitor, Stats, Timer, compare, g
 
 CHECKED_HEADS = 8
 ERROR_MAX = 2e-2  # relative; rounding to bf16 gives 2e-3 to 5e-3, a wrong tile far more
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)  # of the FlashAttention papers' grid
 EAGER, GRAPH = "eager", "graph"
 
 
@@ -213,6 +214,6 @@ def sweep(hidden: int = 2048, tokens: int = 16384) -> list[tuple[tuple[int, int,
     return [
         ((tokens // seqlen, hidden // head_dim, seqlen, head_dim), causal)
         for head_dim in (64, 128, 256)
-        for seqlen in (512, 1024, 2048, 4096, 8192, 16384)
+        for seqlen in SEQLENS
         for causal in (False, True)
     ]

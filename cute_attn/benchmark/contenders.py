@@ -11,12 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import cute_attn
 
-from ..checks import DTYPES
+from ..checks import TORCH_DTYPES
 from ..plan import Problem
 from .timing import Call
 
 OURS = "cute_attn"
-TORCH_DTYPES = {word: dtype for dtype, word in DTYPES.items()}
 
 
 class Inputs(NamedTuple):

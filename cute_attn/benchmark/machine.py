@@ -7,7 +7,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,10 +15,10 @@ import torch
 
 import cute_attn
 
+from ..compile import KERNELS
 from .contenders import cudnn_version
 from .timing import Call, CudaTimer, Stats, compare
 
-KERNELS = Path(cute_attn.__file__).parent / "kernels"
 FLOP_FORMULA = "4 B H Sq Sk D, halved for causal"
 CUBLAS_SIZE = 8192
 CUBLAS_SETTLE_MS = 400.0  # the first load of a run: the GPU may come from idle clocks

@@ -22,7 +22,7 @@ ROUNDS = 5
 SETTLE_MS, TIMED_MS = 60.0, 40.0
 SAMPLE_US = 20.0  # a sample is at least this long: events resolve about 0.5 us (CUDA runtime, cudaEventElapsedTime)
 GRAPH_CALLS = 20
-AWAKE_S = 0.02
+AWAKE_S = 0.02  # of work for the processor before host times
 METHOD = {
     "order": "rounds of all contenders, freshly shuffled in each",
     "settle_ms": SETTLE_MS,
@@ -33,7 +33,8 @@ METHOD = {
     "spread": "(max - min) / median of the rounds' medians",
     "inputs": "random normal, the same for every contender; no L2 flush",
     "graph": f"CUDA-graph replays of {GRAPH_CALLS} calls, per call",
-    "host_us": "host time per eager call: queue never full, processor busy for 20 ms before; median of 5 repeats",
+    "host_us": f"host time per eager call: queue never full, processor busy for {1000 * AWAKE_S:g} ms before; "
+    "median of 5 repeats",
 }
 
 
