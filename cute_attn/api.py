@@ -1,7 +1,6 @@
 """The whole path of a call: check -> plan -> compile -> allocate -> launch."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import product
 from typing import Any, Literal, NamedTuple, TypedDict, overload
 
@@ -63,10 +62,10 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         from .integrations.torch_op import traced
 
         return traced(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
+    if type(causal) is not bool or type(return_lse) is not bool:
+        checks.flags(causal=causal, return_lse=return_lse)
     call = _call(q, k, v, out, causal, layout)
     scale = call.scale if scale is None else checks.scale(scale)
-    if type(return_lse) is not bool:
-        raise TypeError(f"return_lse: a bool is needed, {return_lse!r} came")
     checks.gradients(q, k, v)
     if out is not None:
         checks.out_memory(out, (q, k, v), call.nbytes)
@@ -82,7 +81,8 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         tensors = (q, k, v, o) if call.plain else map(_for_tma, (q, k, v, o))
         try:
             call.kernel(*tensors, lse, ticket, scale, call.gpu.num_sms)
-        except ValueError:  # the call's own check, before the launch: in other words than ours
+        except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it
+            _prepared(q, k, v, out, causal, layout)
             checks.addresses(q, k, v, o)
             raise
     return (o, lse) if return_lse else o
@@ -100,28 +100,36 @@ class Call(NamedTuple):
     nbytes: tuple[int, ...]  # that q, k, v and o reach over
 
 
+_calls: dict[tuple, Call] = {}
+CALLS = 4096  # looked up; with one more all are forgotten
+
+
 def _call(q, k, v, out, causal, layout) -> Call:
-    """Checked, planned and compiled; a look-up where the like has come before."""
+    """Checked, planned and compiled; a look-up where the like has come before.
+
+    The key leaves out what the compiled call itself holds against q and k before it launches: v's and out's shape, and
+    every type and device but q's.
+    """
     try:
-        return _prepared(
-            (q.shape, q.stride(), q.dtype, q.device, q.layout),
-            (k.shape, k.stride(), k.dtype, k.device, k.layout),
-            (v.shape, v.stride(), v.dtype, v.device, v.layout),
-            None if out is None else tuple(Spec.of(out)),
-            causal,
-            layout,
-        )
-    except (AttributeError, RuntimeError, TypeError):
-        checks.words(causal, layout)
-        for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
-            checks.tensor(name, x)
-        raise
+        o = None if out is None else out.stride()
+        key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), o, q.dtype, q.get_device(), causal, layout)
+        call = _calls.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a layout that has no hash
+        return _prepared(q, k, v, out, causal, layout)
+    if call is None:
+        call = _prepared(q, k, v, out, causal, layout)
+        if call.kernel is not None:
+            if len(_calls) >= CALLS:
+                _calls.clear()
+            _calls[key] = call
+    return call
 
 
-@lru_cache(maxsize=4096, typed=True)  # typed: 1 is no bool
 def _prepared(q, k, v, out, causal, layout) -> Call:
     checks.words(causal, layout)
-    q, k, v, o = (Spec(*x) for x in (q, k, v, out or q))
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
+        checks.tensor(name, x)
+    q, k, v, o = (Spec.of(x) for x in (q, k, v, q if out is None else out))
     problem = checks.problem(q, k, v, causal, layout)
     if out is not None:
         checks.out(o, q, layout)

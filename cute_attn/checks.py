@@ -52,9 +52,14 @@ def _dense(name: str, storage: torch.layout) -> None:
         raise TypeError(f"{name}: a dense tensor is needed, {storage} came; use {name}.to_dense()")
 
 
+def flags(**named) -> None:
+    for name, value in named.items():
+        if type(value) is not bool:
+            raise TypeError(f"{name}: a bool is needed, {value!r} came")
+
+
 def words(causal, layout) -> None:
-    if type(causal) is not bool:
-        raise TypeError(f"causal: a bool is needed, {causal!r} came")
+    flags(causal=causal)
     if layout not in LAYOUTS:
         raise ValueError(f'layout: {layout!r} is not known; use "bhsd" (torch SDPA) or "bshd" (FlashAttention)')
 

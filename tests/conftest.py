@@ -27,6 +27,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CUTE_ATTN_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("CUTE_ATTN_CACHE", raising=False)
     monkeypatch.setattr(compile, "_compiled", {})
-    api._prepared.cache_clear()
+    api._calls.clear()
     yield tmp_path
-    api._prepared.cache_clear()
+    api._calls.clear()

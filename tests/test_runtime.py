@@ -210,7 +210,7 @@ def test_other_gpus_are_refused_by_name(monkeypatch):
     class Ampere:
         name, major, minor, multi_processor_count = "NVIDIA A100", 8, 0, 108
 
-    api._prepared.cache_clear()
+    api._calls.clear()
     monkeypatch.setattr(device, "_devices", {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Ampere)
     with pytest.raises(ValueError, match=r"NVIDIA A100 \(sm_80\); the kernels are for Hopper"):

@@ -46,7 +46,8 @@ def tables(tmp_path, monkeypatch):
 
 
 def forget():
-    for cached in (tuned.table, plan.plan, api._prepared):
+    api._calls.clear()
+    for cached in (tuned.table, plan.plan):
         cached.cache_clear()
 
 
