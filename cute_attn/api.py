@@ -72,15 +72,16 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
     if call.gpu is None:
         return _on_cpu(call.problem, q, k, v, scale, return_lse, out)
     o = torch.empty_like(q) if out is None else out
-    lse = q.new_empty(call.problem.lse_shape, dtype=torch.float32) if return_lse else call.gpu.no_lse
+    lse = q.new_empty(call.problem.lse_shape, dtype=torch.float32) if return_lse else None
     if call.kernel is None:
         o.zero_()
-        lse.fill_(-torch.inf)
+        if lse is not None:
+            lse.fill_(-torch.inf)
     else:
-        ticket = call.gpu.ticket() if call.draws else call.gpu.no_ticket
+        address, ticket = 0 if lse is None else lse.data_ptr(), call.gpu.ticket() if call.draws else 0
         tensors = (q, k, v, o) if call.plain else map(_for_tma, (q, k, v, o))
         try:
-            call.kernel(*tensors, lse, ticket, scale, call.gpu.num_sms)
+            call.kernel(*tensors, address, ticket, scale, call.gpu.num_sms)
         except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it
             _prepared(q, k, v, out, causal, layout)
             checks.addresses(q, k, v, o)

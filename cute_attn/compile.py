@@ -18,11 +18,13 @@ from pathlib import Path
 import cutlass
 import filelock
 import platformdirs
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
 from .kernels.config import FwdConfig
+from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
 from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
+from .kernels.flash_fwd_split_sm90 import FlashFwdSplitSm90
 
 ARCH = "sm_90a"
 SYMBOL = "cute_attn_fwd"
@@ -88,13 +90,11 @@ def compile(config: FwdConfig, options: str = ""):
         strides = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
         return make_fake_tensor(ELEMENT[config.dtype], shape, strides, assumed_align=16)
 
-    lse_shape, lse_strides = [cute.sym_int() for _ in range(3)], [cute.sym_int64() for _ in range(2)]
-    lse = make_fake_tensor(Float32, tuple(lse_shape), (*lse_strides, 1), assumed_align=4)
-    ticket = make_fake_tensor(Int32, (1,), (1,), assumed_align=4)
+    kernel = FlashFwdSplitSm90 if config.split > 1 else FlashFwdSm90 if config.overlap else FlashFwdSerialSm90
     return cute.compile(
-        FlashFwdSm90(config),
+        kernel(config),
         *(tensor(h, s_q), tensor(h_kv, s_k), tensor(h_kv, s_k), tensor(h, s_q)),
-        *(lse, ticket, Float32(1.0), Int32(1)),
+        *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch {ARCH} {options}",
     )

@@ -25,15 +25,13 @@ class Device:
             )
         self.index, self.name = index, properties.name
         self.num_sms = properties.multi_processor_count
-        self.no_lse = torch.empty((1, 1, 0), dtype=torch.float32, device=index)
-        self.no_ticket = torch.empty(1, dtype=torch.int32, device=index)
         self._lock = threading.Lock()
-        self._of_stream: dict[int, torch.Tensor] = {}
-        self._unused: list[torch.Tensor] = []
-        self._of_graphs: list[torch.Tensor] = []  # never given back: a graph does not say when it dies
+        self._of_stream: dict[int, int] = {}  # stream -> address
+        self._unused: list[int] = []
+        self._memory: list[torch.Tensor] = []  # of all counters; a graph does not say when it dies
 
-    def ticket(self) -> torch.Tensor:
-        """The counter for a launch on this device's current stream."""
+    def ticket(self) -> int:
+        """The address of the counter for a launch on this device's current stream."""
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
                 return self.ticket()
@@ -43,20 +41,22 @@ class Device:
         ticket = self._of_stream.get(stream)
         return self._new(stream) if ticket is None else ticket
 
-    def _new(self, stream: int) -> torch.Tensor:
+    def _new(self, stream: int) -> int:
         with self._lock:
             if not self._unused:
-                slab = torch.zeros(TICKETS, dtype=torch.int32, device=self.index)
+                self._unused = self._zeros(TICKETS)
                 torch.cuda.current_stream(self.index).synchronize()  # once: other streams may use it next
-                self._unused = list(slab.split(1))
             return self._of_stream.setdefault(stream, self._unused.pop())
 
-    def _captured(self) -> torch.Tensor:
+    def _captured(self) -> int:
         with self._lock:
             # Without a slab, or with a used-up one, the graph itself zeroes a counter before each replay.
-            ticket = self._unused.pop() if self._unused else torch.zeros(1, dtype=torch.int32, device=self.index)
-            self._of_graphs.append(ticket)
-            return ticket
+            return self._unused.pop() if self._unused else self._zeros(1)[0]
+
+    def _zeros(self, count: int) -> list[int]:
+        memory = torch.zeros(count, dtype=torch.int32, device=self.index)
+        self._memory.append(memory)
+        return [memory.data_ptr() + 4 * i for i in range(count)]
 
 
 _devices: dict[int, Device] = {}

@@ -92,8 +92,9 @@ class StaticReport:
     registers_at_launch: int
     registers_producer: int  # after setmaxnreg
     registers_consumer: int
-    registers_asked: tuple[int, int]  # (producer, consumer) by the config
+    registers_asked: tuple[int, int] | None  # (producer, consumer) by the config; None: as launched
     smem_bytes: int
+    stages_o: bool  # O goes through shared memory, hence by TMA
     spill_stores: int  # bytes
     spill_loads: int  # bytes
     stack_bytes: int
@@ -118,7 +119,7 @@ class StaticReport:
     def problems(self) -> list[str]:
         """Everything unhealthy, in words; nothing for a healthy kernel."""
         got, pool = (self.registers_producer, self.registers_consumer), self.registers_at_launch * self.threads
-        stores, loads = self.spill_stores, self.spill_loads
+        asked, stores, loads = self.registers_asked, self.spill_stores, self.spill_loads
         most = max((loop.warpgroup_ops for loop in self.loops), default=0)
         checks = {
             f"spills: {stores} bytes stored, {loads} loaded": stores or loads,
@@ -127,8 +128,8 @@ class StaticReport:
             "no WGMMA": not self.wgmma,
             "no loop with WGMMA": not self.loops,
             "no TMA load": not self.tma_loads,
-            "no TMA store": not self.tma_stores,
-            f"setmaxnreg: {got} registers, the config asks for {self.registers_asked}": got != self.registers_asked,
+            "no TMA store": self.stages_o and not self.tma_stores,
+            f"setmaxnreg: {got} registers, the config asks for {asked}": asked not in (None, got),
             f"setmaxnreg: {got} registers never fit in {pool}": WARPGROUP * (got[0] + self.warpgroups * got[1]) > pool,
         }
         return [text for text, bad in checks.items() if bad] + [f"ptxas: {text}" for text in self.advice]
@@ -233,6 +234,7 @@ def read(config: FwdConfig, build: Build) -> StaticReport:
         registers_producer=_setmaxnreg(code, "USETMAXREG.DEALLOC", at_launch),
         registers_consumer=_setmaxnreg(code, "USETMAXREG.TRY_ALLOC", at_launch),
         registers_asked=REGISTERS[config.warpgroups],
+        stages_o=config.stages_o,
         smem_bytes=config.smem_bytes,
         stack_bytes=int(frame[1]),
         spill_stores=int(frame[2]),

@@ -31,6 +31,11 @@ class Problem(NamedTuple):
         return 0 in (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
 
     @property
+    def row_blocks(self) -> int:
+        """Blocks of 64 queries in all heads and sequences."""
+        return self.batch * self.heads * -(-self.seqlen_q // 64)
+
+    @property
     def lse_shape(self) -> tuple[int, int, int]:
         return self.batch, self.heads, self.seqlen_q
 
@@ -47,7 +52,7 @@ def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
     """
     head_dim = next(d for d in HEAD_DIMS if problem.head_dim <= d)
     rows = tuned.table(gpu).classes[head_dim, problem.causal, problem.dtype]
-    row = next(row for row in rows if row.serves(problem.seqlen_q))
+    row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
     return replace(row.config, dtype=problem.dtype, layout=problem.layout)
 
 

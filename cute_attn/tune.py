@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=positive, default=16384, metavar="N", help="batch x S of a timed problem; default 16384")
     add("--rounds", type=positive, default=ROUNDS, metavar="N", help=f"for the best few; default {ROUNDS}")
     add("--budget", type=positive, metavar="SECONDS", help="starts no class that would not be done by then")
-    add("--wide", action="store_true", help="every tile with every choice: ten times the candidates")
+    add("--wide", action="store_true", help="every tile with every choice: 4 to 35 times the candidates")
     add("--out", type=out_file, metavar="FILE", help="default: the table that calls on this GPU are planned by")
     add("--resume", type=out_file, metavar="FILE", help="goes on from this file, and into it; starts it if need be")
     add("--list", action="store_true", help="only the candidates, and what is wrong with their machine code")
@@ -197,7 +197,7 @@ class Tune:
         reasons = {c: "; ".join(verdict.problems or ()) or None for c, verdict in verdicts.items()}
         reasons |= self.found.failed(key)
         screened = self._measure(key, f"{words}: screening", reasons, SCREEN, check=True)
-        best = finalists(screened, [row.config for row in rows], BEST)
+        best = finalists(screened, incumbents(rows), BEST)
         effort = Effort(self.args.rounds)
         late: dict[FwdConfig, str | None] = dict.fromkeys(best)
         final = self._measure(key, f"{words}: the best {len(best)}", late, effort, check=False)

@@ -6,8 +6,10 @@ A table is JSON: what it was measured on, and rows such as
 
 A class is a head dim, a mask and an element type. Of its rows, in the file's order, the first one serves whose bounds
 the problem keeps: at most `max_seqlen_q` queries a head, cut into several tiles of which the last has at least
-`min_free_rows` rows without a query. Either bound may be left out, and so may `dtype`, for both types. `fields` are
-those of `FwdConfig`, the scheduler by its name; those left out have its defaults.
+`min_free_rows` rows without a query; at most `max_row_blocks` blocks of 64 queries in all heads and sequences (few
+tiles: smaller ones reach more SMs, or a cluster splits the keys), with at least `min_seqlen_k` keys. Each bound may be
+left out, and so may `dtype`, for both types. `fields` are those of `FwdConfig`, the scheduler by its name; those left
+out have its defaults.
 
 The package's table is `tuned.json`. `CUTE_ATTN_TUNED` names a file that is used instead, whatever the GPU; the user's
 config folder may hold files for one GPU each, `tuned/nvidia_h200.json`. `python -m cute_attn.tune` writes them. A class
@@ -29,13 +31,14 @@ import platformdirs
 
 from .kernels.config import DTYPES, FwdConfig
 from .kernels.mask import Causal, Full
-from .kernels.tile_scheduler import DynamicLongest, StaticTiles
+from .kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 
 MASKS: dict[bool, Full | Causal] = {mask.causal: mask for mask in (Full(), Causal())}
-SCHEDULERS = {scheduler.name: scheduler for scheduler in (StaticTiles, DynamicLongest)}
+SCHEDULERS = {scheduler.name: scheduler for scheduler in (StaticTiles, DynamicLongest, OneTile)}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(FwdConfig)}
-FIELDS = tuple(name for name in DEFAULTS if name not in ("head_dim", "dtype", "layout", "mask"))
-REQUIRED, OPTIONAL = ("head_dim", "causal", "fields"), ("dtype", "max_seqlen_q", "min_free_rows", "tflops")
+FIELDS = tuple(name for name in DEFAULTS if name not in ("head_dim", "dtype", "layout", "mask", "overlap"))
+BOUNDS = ("max_seqlen_q", "min_free_rows", "max_row_blocks", "min_seqlen_k")
+REQUIRED, OPTIONAL = ("head_dim", "causal", "fields"), ("dtype", *BOUNDS, "tflops")
 
 Key = tuple[int, bool, str]  # head_dim, causal, dtype
 
@@ -47,12 +50,17 @@ class Row(NamedTuple):
     dtype: str | None = None  # None: both
     max_seqlen_q: int | None = None  # None: any
     min_free_rows: int = 0
+    max_row_blocks: int | None = None  # None: any
+    min_seqlen_k: int = 0
     tflops: dict[str, float] | None = None  # where measured: S -> TFLOPS
 
-    def serves(self, seqlen_q: int) -> bool:
+    def serves(self, seqlen_q: int, seqlen_k: int = 0, row_blocks: int | None = None) -> bool:
+        """row_blocks: None for more than any bound."""
         if self.max_seqlen_q is not None and seqlen_q > self.max_seqlen_q:
             return False
-        return not self.min_free_rows or self.uneven(seqlen_q)
+        if self.max_row_blocks is not None and (row_blocks is None or row_blocks > self.max_row_blocks):
+            return False
+        return seqlen_k >= self.min_seqlen_k and (not self.min_free_rows or self.uneven(seqlen_q))
 
     def uneven(self, seqlen_q: int) -> bool:
         """One tile of several has rows enough without a query: its warpgroups sit out, and it is done sooner."""
@@ -61,11 +69,14 @@ class Row(NamedTuple):
 
     @property
     def always(self) -> bool:
-        return self.max_seqlen_q is None and not self.min_free_rows
+        return not any(self.bounds().values())
+
+    def bounds(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) or None for name in BOUNDS}
 
     def entry(self) -> dict[str, Any]:
         """The row as a table's file has it."""
-        bounds = dict(dtype=self.dtype, max_seqlen_q=self.max_seqlen_q, min_free_rows=self.min_free_rows or None)
+        bounds = dict(dtype=self.dtype) | self.bounds()
         entry: dict[str, Any] = dict(head_dim=self.config.head_dim, causal=self.config.mask.causal)
         entry |= {name: value for name, value in bounds.items() if value is not None}
         return entry | dict(fields=in_words(self.config)) | (dict(tflops=self.tflops) if self.tflops else {})
@@ -163,7 +174,7 @@ def _row(i: int, entry: Any) -> Row:
         allowed = f"{', '.join(REQUIRED)} are needed, {', '.join(OPTIONAL)} allowed"
         raise ValueError(f"row {i}: {allowed}; {', '.join(sorted(map(str, keys))) or 'no object'} came")
     bounds = {name: entry[name] for name in OPTIONAL if name in entry}
-    for name in ("max_seqlen_q", "min_free_rows"):
+    for name in BOUNDS:
         if name in bounds and (type(bounds[name]) is not int or bounds[name] < 1):
             raise ValueError(f"row {i}: {name} {bounds[name]!r} is not a positive integer")
     if bounds.get("dtype", DTYPES[0]) not in DTYPES:
@@ -185,7 +196,8 @@ def config_of(head_dim: Any, causal: Any, fields: Any) -> FwdConfig:
             raise ValueError(f"no scheduler {value!r}, there are {', '.join(SCHEDULERS)}")
         if name != "scheduler" and type(value) is not type(DEFAULTS[name]):
             raise ValueError(f"{name} is of type {type(DEFAULTS[name]).__name__}, {value!r} came")
-    if fields.get("stages", 1) < 1 or fields.get("cluster", 1) not in (1, 2):
-        raise ValueError("stages from 1 on, cluster 1 or 2")
+    allowed = {"cluster": (1, 2), "q_stages": (1, 2), "split": (1, 2, 4, 8)}
+    if fields.get("stages", 1) < 1 or any(fields.get(name, 1) not in values for name, values in allowed.items()):
+        raise ValueError(f"stages from 1 on, and {allowed}")
     scheduler = SCHEDULERS[fields.get("scheduler", StaticTiles.name)]
     return FwdConfig(head_dim, mask=MASKS[causal], **{**fields, "scheduler": scheduler})

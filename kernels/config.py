@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from .mask import Causal, Full
-from .tile_scheduler import Static, StaticTiles
+from .tile_scheduler import OneTile, Static, StaticTiles
 
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
 DTYPES = ("bf16", "fp16")
 LAYOUTS = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0)}  # where s, d, h, b stand in q, k, v and o
-REGISTERS = {2: (24, 240), 3: (32, 160)}  # MMA warpgroups: registers per thread (producer, consumer)
+# MMA warpgroups: registers per thread (producer, consumer), together no more than launched with; None: as launched
+REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,17 @@ class FwdConfig:
     pingpong: bool = True  # MMA warpgroups issue their GEMMs in turn
     q_in_regs: bool = False  # Q is read from shared memory once per tile, not once per block
     cluster: int = 1  # CTAs along the query that share each K/V load; needs equal trip counts: Full, static
+    q_stages: int = 1  # Q tiles in shared memory: with 2, the next one is loaded while this one is used
+    split: int = 1  # CTAs of a cluster that share a tile's keys: FlashFwdSplitSm90
+    overlap: bool = True  # PV runs beside the next block's QK and softmax; without: FlashFwdSerialSm90, for the ladder
 
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in LAYOUTS
         assert self.head_dim % 32 == 0 and self.head_dim <= 256, "whole swizzle atoms, one WGMMA N"
-        assert (
-            self.tile_m // 64 in REGISTERS
-            and self.tile_m % 64 == 0
-            and self.tile_n % 16 == 0
-            and 16 <= self.tile_n <= 256
-        )
+        assert self.tile_m % 64 == 0 and self.warpgroups in REGISTERS
+        assert self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
         assert self.cluster == 1 or not (self.mask.causal or self.scheduler.draws), "a cluster's CTAs must stay in step"
+        assert self.split == 1 or (self.tile_m, self.cluster, self.scheduler) == (64, 1, OneTile), "one merge per CTA"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
     @property
@@ -42,24 +43,24 @@ class FwdConfig:
         return self.tile_m // 64
 
     @property
-    def separate_o(self) -> bool:
-        """sO beside sQ lets the next Q load start before this tile is stored; where it fits."""
-        return self._smem_bytes(q_tiles=2) <= SMEM_BYTES
+    def cluster_size(self) -> int:
+        return self.cluster * self.split
 
     @property
-    def early_q(self) -> bool:
-        """Q leaves shared memory as soon as it is in registers."""
-        return self.q_in_regs and self.separate_o
+    def stages_o(self) -> bool:
+        """O goes through shared memory and TMA; where it does not fit beside Q, each thread stores its own part."""
+        return self._smem_bytes(o_tiles=1) <= SMEM_BYTES
 
     @property
     def smem_bytes(self) -> int:
-        return self._smem_bytes(q_tiles=2 if self.separate_o else 1)
+        return self._smem_bytes(o_tiles=1 if self.stages_o else 0)
 
-    def _smem_bytes(self, q_tiles: int) -> int:
-        tiles = 2 * self.head_dim * (q_tiles * self.tile_m + 2 * self.stages * self.tile_n)
-        return tiles + 1024  # barriers, the tile slots, and alignment
+    def _smem_bytes(self, o_tiles: int) -> int:
+        tiles = 2 * self.head_dim * ((self.q_stages + o_tiles) * self.tile_m + 2 * self.stages * self.tile_n)
+        parts = 4 * (self.split - 1) * 64 * (self.head_dim + 8)
+        return tiles + parts + 1024  # barriers, the tile slots, and alignment
 
     @property
     def name(self) -> str:
-        tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}"
+        tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}" + (f"_split{self.split}" if self.split > 1 else "")
         return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{self.mask.name}_{tile}"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Float32, Int32, Int64, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
@@ -38,16 +38,17 @@ class Gmem(NamedTuple):
     q: Tma
     k: Tma
     v: Tma
-    o: Tma
+    o: Tma | cute.Tensor  # cute.Tensor: (s, d, h, b), stored from registers
     lse: cute.Tensor  # (b, h, s), or (b, h, 0): not asked for
     ticket: cute.Tensor  # (1,) Int32, 0 between launches
 
 
 class Smem(NamedTuple):
-    q: cute.Tensor  # (64, d, warpgroups)
+    q: cute.Tensor  # (64, d, warpgroups * q_stages)
     k: cute.Tensor  # (tile_n, d, stages)
     v: cute.Tensor  # (tile_n, d, stages)
-    o: cute.Tensor  # (64, d, warpgroups)
+    o: cute.Tensor | None  # (64, d, warpgroups)
+    parts: cute.Tensor | None  # (128, d / 2 + 4, split - 1) float32: what the other CTAs of a split have found
     tile: cute.Tensor  # (4, 2) the tiles to do: m_block, head, batch, valid
 
 
@@ -63,7 +64,8 @@ class Tiling(NamedTuple):
 
     mma_qk: cute.TiledMma
     mma_pv: cute.TiledMma
-    sQ: cute.ComposedLayout  # (64, d, warpgroups)
+    sQ: cute.ComposedLayout  # (64, d, warpgroups * q_stages)
+    sO: cute.ComposedLayout  # (64, d, warpgroups)
     sKV: cute.ComposedLayout  # (tile_n, d, stages)
 
 
@@ -85,9 +87,20 @@ class Frag(NamedTuple):
     tSrK: cute.Tensor
     tOrV: cute.Tensor
     tOrP: cute.Tensor
-    acc_O: cute.Tensor
+    acc_O: cute.Tensor  # ((2, 2, d / 8), 1, 1)
     softmax: Softmax
     cS: cute.Tensor  # (rows, cols) coordinates of this thread's S
+
+
+class Warpgroup(NamedTuple):
+    """All that an MMA warpgroup works with, from its first tile to its last."""
+
+    gmem: Gmem
+    smem: Smem
+    pipes: Pipes
+    tiling: Tiling
+    problem: Problem
+    frag: Frag
 
 
 class FlashFwdSm90:
@@ -106,8 +119,8 @@ class FlashFwdSm90:
         mK: cute.Tensor,  # (b, h_kv, s_k, d) or (b, s_k, h_kv, d); mV alike
         mV: cute.Tensor,
         mO: cute.Tensor,
-        mLSE: cute.Tensor,  # (b, h, s_q) float32, or (b, h, 0)
-        mTicket: cute.Tensor,  # (1,) int32, zeroed once by the host
+        lse: Int64,  # address of (b, h, s_q) float32, row-major; 0: not asked for
+        ticket: Int64,  # address of an int32, zeroed once by the host
         scale: Float32,
         num_sms: Int32,
         stream: cuda.CUstream,
@@ -118,6 +131,7 @@ class FlashFwdSm90:
         mQ, mK, mV, mO = [
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=LAYOUTS[c.layout])) for t in (mQ, mK, mV, mO)
         ]  # (s, d, h, b)
+        (seqlen_q, _, heads, batch), (seqlen_k, _, heads_kv, _) = mQ.shape, mK.shape
         tiling = self._tiling()
         q, kv = cute.select(tiling.sQ, mode=[0, 1]), cute.select(tiling.sKV, mode=[0, 1])
         g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
@@ -126,25 +140,29 @@ class FlashFwdSm90:
             Tma(*cpasync.make_tiled_tma_atom(g2s, mQ, q, (ROWS, c.head_dim))),
             Tma(*cpasync.make_tiled_tma_atom(shared, mK, kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
             Tma(*cpasync.make_tiled_tma_atom(shared, mV, kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
-            Tma(*cpasync.make_tiled_tma_atom(s2g, mO, q, (ROWS, c.head_dim))),
-            mLSE,
-            mTicket,
+            Tma(*cpasync.make_tiled_tma_atom(s2g, mO, q, (ROWS, c.head_dim))) if c.stages_o else mO,
+            cute.make_tensor(address(Float32, lse), self._lse_layout(batch, heads, seqlen_q if lse != 0 else 0)),
+            cute.make_tensor(address(Int32, ticket), 1),
         )
-        (seqlen_q, _, heads, batch), (seqlen_k, _, heads_kv, _) = mQ.shape, mK.shape
         ratio = heads // heads_kv
-        group = cutlass.max(L2_KV_BYTES // (cutlass.Int64(seqlen_k) * (4 * c.head_dim)) * ratio, 1)
+        group = cutlass.max(L2_KV_BYTES // (Int64(seqlen_k) * (4 * c.head_dim)) * ratio, 1)
         m_blocks = cute.ceil_div(seqlen_q, c.tile_m * c.cluster) * c.cluster
         grid = Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
         scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY))
         problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign)
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
+        ctas, _, _ = c.scheduler.grid(grid, num_sms // c.cluster * c.cluster)
         self.kernel(gmem, problem, tiling).launch(
-            grid=c.scheduler.grid(grid, num_sms // c.cluster * c.cluster),
+            grid=(ctas * c.split, 1, 1),
             block=(WARPGROUP * (1 + c.warpgroups), 1, 1),
-            cluster=(c.cluster, 1, 1),
+            cluster=(c.cluster_size, 1, 1),
             stream=stream,
+            use_pdl=True,
         )
+
+    def _lse_layout(self, batch, heads, seqlen_q):
+        return cute.make_layout((batch, heads, seqlen_q), stride=(Int64(heads) * seqlen_q, Int64(seqlen_q), 1))
 
     def _tiling(self) -> Tiling:
         c = self.config
@@ -163,6 +181,7 @@ class FlashFwdSm90:
         return Tiling(
             mma(K, c.tile_n, q_source),
             mma(MN, c.head_dim, rmem),
+            cute.tile_to_shape(atom, (ROWS, c.head_dim, c.warpgroups * c.q_stages), (0, 1, 2)),
             cute.tile_to_shape(atom, (ROWS, c.head_dim, c.warpgroups), (0, 1, 2)),
             cute.tile_to_shape(atom, (c.tile_n, c.head_dim, c.stages), (0, 1, 2)),
         )
@@ -171,22 +190,28 @@ class FlashFwdSm90:
     def kernel(self, gmem: Gmem, problem: Problem, tiling: Tiling):
         """Allocate, then split into one producer warpgroup and the MMA warpgroups."""
         c = self.config
-        producer, consumer = REGISTERS[c.warpgroups]
+        registers = REGISTERS[c.warpgroups]
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            for tma in (gmem.q, gmem.k, gmem.v):
+                cpasync.prefetch_descriptor(tma.atom)
         smem, pipes = self._allocate(tiling)
         self._cta_sync()
         if warp < 4:
-            cute.arch.setmaxregister_decrease(producer)
+            if cutlass.const_expr(registers):
+                cute.arch.setmaxregister_decrease(registers[0])
             if warp == 0:
                 self.load(gmem, smem, pipes, problem)
+            self._loaded()
         else:
-            cute.arch.setmaxregister_increase(consumer)
+            if cutlass.const_expr(registers):
+                cute.arch.setmaxregister_increase(registers[1])
             self.mma(gmem, smem, pipes, problem, tiling)
         if cutlass.const_expr(c.cluster > 1):
             self._cta_sync()  # a peer may still write here
 
     def _cta_sync(self):
-        if self.config.cluster > 1:
+        if self.config.cluster_size > 1:
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:
@@ -198,7 +223,8 @@ class FlashFwdSm90:
         q = alloc.allocate_tensor(self.dtype, tiling.sQ.outer, 1024, tiling.sQ.inner)
         k = alloc.allocate_tensor(self.dtype, tiling.sKV.outer, 1024, tiling.sKV.inner)
         v = alloc.allocate_tensor(self.dtype, tiling.sKV.outer, 1024, tiling.sKV.inner)
-        o = alloc.allocate_tensor(self.dtype, tiling.sQ.outer, 1024, tiling.sQ.inner) if c.separate_o else q
+        o = alloc.allocate_tensor(self.dtype, tiling.sO.outer, 1024, tiling.sO.inner) if c.stages_o else None
+        parts = self._allocate_parts(alloc)
         tile = alloc.allocate_tensor(Int32, cute.make_layout((4, 2)), 16)
 
         def group(n):
@@ -206,7 +232,7 @@ class FlashFwdSm90:
 
         def ring(stages, layout, cluster=1):
             return pipeline.PipelineTmaAsync.create(
-                barrier_storage=alloc.allocate_array(cutlass.Int64, 2 * stages),
+                barrier_storage=alloc.allocate_array(Int64, 2 * stages),
                 num_stages=stages,
                 producer_group=group(1),
                 consumer_group=group(4 * c.warpgroups * cluster),
@@ -215,37 +241,42 @@ class FlashFwdSm90:
             )
 
         tiles = pipeline.PipelineAsync.create(
-            barrier_storage=alloc.allocate_array(cutlass.Int64, 4),
+            barrier_storage=alloc.allocate_array(Int64, 4),
             num_stages=2,
             producer_group=group(1),
             consumer_group=group(WARPGROUP * c.warpgroups),  # each reader arrives for itself: racecheck sees that
         )
         kv = cute.select(tiling.sKV, mode=[0, 1])
-        pipes = Pipes(ring(1, tiling.sQ), ring(c.stages, kv, c.cluster), ring(c.stages, kv, c.cluster), tiles)
-        return Smem(q, k, v, o, tile), pipes
+        pipes = Pipes(ring(c.q_stages, tiling.sO), ring(c.stages, kv, c.cluster), ring(c.stages, kv, c.cluster), tiles)
+        return Smem(q, k, v, o, parts, tile), pipes
+
+    def _allocate_parts(self, alloc: SmemAllocator):
+        return None
 
     @cute.jit
     def load(self, gmem: Gmem, smem: Smem, pipes: Pipes, problem: Problem):
         """Run by warp 0. Tells the others each tile; fills empty stages: Q once, K one block ahead of V, last first."""
         c = self.config
         q_state, k_state, v_state, t_state = self._states(pipeline.PipelineUserType.Producer)
-        index = cute.arch.block_idx()[0]
+        index = self._first_index()
         tile = c.scheduler.decode(index, problem.grid)
+        cute.arch.griddepcontrol_wait()  # what ran before on this stream; all that touches global memory follows
+        cute.arch.griddepcontrol_launch_dependents()
         while tile.valid:
             t_state = tell(smem, pipes, t_state, tile)
             head_kv = tile.head // problem.group
             load_q = self._tma_load(gmem.q, smem.q, ROWS, (tile.head, tile.batch), pipes.q, 1)
             load_k = self._tma_load(gmem.k, smem.k, c.tile_n, (head_kv, tile.batch), pipes.k, c.cluster)
             load_v = self._tma_load(gmem.v, smem.v, c.tile_n, (head_kv, tile.batch), pipes.v, c.cluster)
-            n_max, _ = mask_ops.block_range(c.mask, tile.m_block * c.tile_m, c.tile_m, c.tile_n, problem)
+            first, n_max = self._blocks(tile, problem)
             pipes.k.producer_acquire(k_state)
             load_k(n_max - 1, k_state.index, k_state)
             k_state.advance()
             pipes.q.producer_acquire(q_state)
             for wg in cutlass.range_constexpr(c.warpgroups):
-                load_q(tile.m_block * c.warpgroups + wg, wg, q_state)
+                load_q(tile.m_block * c.warpgroups + wg, wg + c.warpgroups * q_state.index, q_state)
             q_state.advance()
-            for i in cutlass.range(1, n_max, unroll=1):
+            for i in cutlass.range(1, n_max - first, unroll=1):
                 pipes.k.producer_acquire(k_state)
                 load_k(n_max - 1 - i, k_state.index, k_state)
                 k_state.advance()
@@ -253,15 +284,27 @@ class FlashFwdSm90:
                 load_v(n_max - i, v_state.index, v_state)
                 v_state.advance()
             pipes.v.producer_acquire(v_state)
-            load_v(0, v_state.index, v_state)
+            load_v(first, v_state.index, v_state)
             v_state.advance()
             index = c.scheduler.upcoming(index, problem.grid, gmem.ticket)
             tile = c.scheduler.decode(index, problem.grid)
         tell(smem, pipes, t_state, tile)
 
+    def _first_index(self):
+        return cute.arch.block_idx()[0]
+
+    def _blocks(self, tile: Tile, problem: Problem):
+        """The blocks of keys that this CTA multiplies for a tile: from, and up to but without."""
+        c = self.config
+        n_max, _ = mask_ops.block_range(c.mask, tile.m_block * c.tile_m, c.tile_m, c.tile_n, problem)
+        return 0, n_max
+
+    def _loaded(self):
+        """Where the producer warpgroup is done."""
+
     def _states(self, user):
-        stages = self.config.stages
-        return [pipeline.make_pipeline_state(user, n) for n in (1, stages, stages, 2)]  # q, k, v, tile
+        c = self.config
+        return [pipeline.make_pipeline_state(user, n) for n in (c.q_stages, c.stages, c.stages, 2)]  # q, k, v, tile
 
     def _tma_load(self, tma, s, rows, head_batch, pipe, cluster):
         g = tma.tensor[None, None, head_batch[0], head_batch[1]]  # (s, d)
@@ -283,17 +326,19 @@ class FlashFwdSm90:
         """Run by each MMA warpgroup on its own 64 rows. Waits for full Q, K, V stages and releases them."""
         c = self.config
         f = self._fragments(smem, tiling, problem)
+        w = Warpgroup(gmem, smem, pipes, tiling, problem, f)
         q_state, k_state, v_state, t_state = self._states(pipeline.PipelineUserType.Consumer)
         self.turns.start(f.wg)
         tile, t_state = hear(smem, pipes, t_state)
         while tile.valid:
-            n_max, _ = mask_ops.block_range(c.mask, tile.m_block * c.tile_m, c.tile_m, c.tile_n, problem)
             row0 = tile.m_block * c.tile_m + f.wg * ROWS
+            blocks = self._blocks(tile, problem)
             pipes.q.consumer_wait(q_state)
             if row0 < problem.seqlen_q:
-                k_state, v_state = self._tile(gmem, smem, pipes, tiling, f, q_state, k_state, v_state, tile, problem)
+                k_state, v_state = self._tile(w, row0, blocks, q_state, k_state, v_state)
+                self._finish(w, tile)
             else:
-                k_state, v_state = self._sit_out(f, pipes, k_state, v_state, n_max)
+                k_state, v_state = self._sit_out(w, blocks, k_state, v_state)
                 pipes.q.consumer_release(q_state)
             q_state.advance()
             tile, t_state = hear(smem, pipes, t_state)
@@ -301,41 +346,40 @@ class FlashFwdSm90:
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def _tile(self, gmem, smem, pipes, tiling, f, q_state, k_state, v_state, tile, problem):
+    def _tile(self, w: Warpgroup, row0, blocks, q_state, k_state, v_state):
         """A warpgroup's 64 rows of a tile, blocks from the last to the first: those the mask cuts, then the rest."""
-        c = self.config
-        row0 = tile.m_block * c.tile_m
-        n_max, _ = mask_ops.block_range(c.mask, row0, c.tile_m, c.tile_n, problem)
-        row0 = row0 + f.wg * ROWS
-        n_mine, n_whole = mask_ops.block_range(c.mask, row0, ROWS, c.tile_n, problem)
+        c, f = self.config, w.frag
+        n_mine, n_whole = self._own_blocks(w, row0, blocks)
         f.softmax.reset()
         f.acc_O.fill(0.0)
-        self._sign_q(f, smem, problem.q_sign)
-        self._read_q(f, smem, tiling)
-        release_if(c.early_q, pipes.q, q_state)
-        for _ in cutlass.range(n_max - n_mine, unroll=1):
-            k_state, v_state = self._pass_over(f, pipes, k_state, v_state)
-        k_state = self._first(f, pipes, tiling, k_state, (row0, n_mine - 1), problem)
+        self._sign_q(w, q_state)
+        self._read_q(w, q_state)
+        release_if(c.q_in_regs, w.pipes.q, q_state)
+        for _ in cutlass.range(blocks[1] - n_mine, unroll=1):
+            k_state, v_state = self._pass_over(w, k_state, v_state)
+        k_state, v_state = self._first(w, q_state, k_state, v_state, (row0, n_mine - 1))
         if cutlass.const_expr(c.mask.causal):  # else the mask cuts the last block only
             for n in cutlass.range(n_mine - 1 - n_whole, unroll=1):
-                at = (row0, n_mine - 2 - n)
-                k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, True)
+                k_state, v_state = self._step(w, q_state, k_state, v_state, (row0, n_mine - 2 - n), True)
         f.softmax.settle()
-        for n in cutlass.range(n_whole, unroll=1):
-            at = (row0, n_whole - 1 - n)
-            k_state, v_state = self._step(f, pipes, tiling, k_state, v_state, at, problem, False)
-        release_if(c.separate_o and not c.early_q, pipes.q, q_state)
-        v_state = self._last(f, pipes, tiling, v_state)
-        self.epilogue(gmem, smem, tiling, f, tile, problem)
-        release_if(not c.separate_o, pipes.q, q_state)  # only now: sO is sQ's memory
-        return k_state, v_state
+        for n in cutlass.range(n_whole - blocks[0], unroll=1):
+            k_state, v_state = self._step(w, q_state, k_state, v_state, (row0, n_whole - 1 - n), False)
+        release_if(not c.q_in_regs, w.pipes.q, q_state)
+        return k_state, self._last(w, v_state)
+
+    def _own_blocks(self, w: Warpgroup, row0, blocks):
+        """Where the blocks that these 64 rows need end, and where those end that they see whole."""
+        return mask_ops.block_range(self.config.mask, row0, ROWS, self.config.tile_n, w.problem)
+
+    def _finish(self, w: Warpgroup, tile: Tile):
+        self.epilogue(w, tile)
 
     @cute.jit
-    def _sit_out(self, f, pipes, k_state, v_state, n_max):
+    def _sit_out(self, w: Warpgroup, blocks, k_state, v_state):
         """A tile whose rows of this warpgroup all lie beyond the last query: the others get the tensor cores."""
-        for _ in cutlass.range(n_max - 1, unroll=1):
-            k_state, v_state = self._pass_over(f, pipes, k_state, v_state)
-        return self._drop(pipes.k, k_state), self._drop(pipes.v, v_state)
+        for _ in cutlass.range(blocks[1] - blocks[0] - 1, unroll=1):
+            k_state, v_state = self._pass_over(w, k_state, v_state)
+        return self._drop(w.pipes.k, k_state), self._drop(w.pipes.v, v_state)
 
     def _fragments(self, smem: Smem, tiling: Tiling, problem: Problem) -> Frag:
         c = self.config
@@ -345,40 +389,50 @@ class FlashFwdSm90:
         if c.q_in_regs:
             tSrQ = cute.make_rmem_tensor(thr.partition_shape_A((ROWS, c.head_dim)), self.dtype)
         else:
-            tSrQ = qk.make_fragment_A(qk.partition_A(smem.q[None, None, wg]))
+            sQ = smem.q if c.q_stages > 1 else smem.q[None, None, wg]
+            tSrQ = qk.make_fragment_A(qk.partition_A(sQ))  # (MMA, M, d / 16[, slots])
         tSrK = qk.make_fragment_B(qk.partition_B(smem.k))  # (MMA, N, d / 16, stages)
         sVt = cute.make_tensor(smem.v.iterator, cute.select(smem.v.layout, mode=[1, 0, 2]))  # (d, tile_n, stages)
         tOrV = pv.make_fragment_B(pv.partition_B(sVt))  # (MMA, N, tile_n / 16, stages)
         acc_O = cute.make_rmem_tensor(pv.partition_shape_C((ROWS, c.head_dim)), Float32)
-        acc_S = cute.make_rmem_tensor(qk.partition_shape_C((ROWS, c.tile_n)), Float32)
+        acc_S = self._acc_S(tiling)
         tOrP = cute.make_rmem_tensor_like(acc_as_A(acc_S), self.dtype)  # ((2, 2, 2), 1, tile_n / 16)
         cS = acc_mn(thr.partition_C(cute.make_identity_tensor((ROWS, c.tile_n))))  # (rows, cols)
         softmax = Softmax.create(problem.scale_log2, cute.size(cS, mode=[0]))
         return Frag(wg, thread, tSrQ, tSrK, tOrV, tOrP, acc_O, softmax, cS)
 
+    def _acc_S(self, tiling: Tiling):
+        return cute.make_rmem_tensor(tiling.mma_qk.get_slice(0).partition_shape_C((ROWS, self.config.tile_n)), Float32)
+
+    def _slot(self, f: Frag, q_state):
+        """Where this warpgroup's part of a Q stage lies."""
+        return f.wg + self.config.warpgroups * q_state.index
+
     @cute.jit
-    def _sign_q(self, f: Frag, smem: Smem, q_sign: Float32):
+    def _sign_q(self, w: Warpgroup, q_state):
         """A scale of 0 or below, once a tile: the softmax then always sees a positive one, and needs no cases."""
-        if q_sign != 1.0:
+        if w.problem.q_sign != 1.0:
             flat = cute.make_layout(ROWS * self.config.head_dim)  # any order serves, swizzled or not
-            sQ = cute.make_tensor(smem.q[None, None, f.wg].iterator, flat)
-            for i in cutlass.range(f.thread, cute.size(flat), WARPGROUP, unroll=1):
-                sQ[i] = (sQ[i].to(Float32) * q_sign).to(self.dtype)
+            sQ = cute.make_tensor(w.smem.q[None, None, self._slot(w.frag, q_state)].iterator, flat)
+            for i in cutlass.range(w.frag.thread, cute.size(flat), WARPGROUP, unroll=1):
+                sQ[i] = (sQ[i].to(Float32) * w.problem.q_sign).to(self.dtype)
             cute.arch.fence_view_async_shared()
-            self._warpgroup_sync(f.wg)
+            self._warpgroup_sync(w.frag.wg)
 
-    def _read_q(self, f: Frag, smem: Smem, tiling: Tiling):
+    def _read_q(self, w: Warpgroup, q_state):
         if self.config.q_in_regs:
+            f = w.frag
             atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
-            copy = cute.make_tiled_copy_A(atom, tiling.mma_qk).get_slice(f.thread)
-            cute.copy(copy, copy.partition_S(smem.q[None, None, f.wg]), copy.retile(f.tSrQ))
+            copy = cute.make_tiled_copy_A(atom, w.tiling.mma_qk).get_slice(f.thread)
+            sQ = w.smem.q[None, None, self._slot(f, q_state)]  # (64, d)
+            cute.copy(copy, copy.partition_S(sQ), copy.retile(f.tSrQ))
 
     @cute.jit
-    def _pass_over(self, f, pipes, k_state, v_state):
+    def _pass_over(self, w: Warpgroup, k_state, v_state):
         """A block that only later warpgroups' rows see."""
-        k_state, v_state = self._drop(pipes.k, k_state), self._drop(pipes.v, v_state)
-        self.turns.take(f.wg)
-        self.turns.give(f.wg)
+        k_state, v_state = self._drop(w.pipes.k, k_state), self._drop(w.pipes.v, v_state)
+        self.turns.take(w.frag.wg)
+        self.turns.give(w.frag.wg)
         return k_state, v_state
 
     @cute.jit
@@ -389,34 +443,46 @@ class FlashFwdSm90:
         return state
 
     @cute.jit
-    def _first(self, f, pipes, tiling, k_state, at, problem):
+    def _first(self, w: Warpgroup, q_state, k_state, v_state, at):
         """P of the last block, so that every step finds one."""
-        pipes.k.consumer_wait(k_state)
-        acc_S = self._issue_qk(f, tiling, k_state)
+        f = w.frag
+        w.pipes.k.consumer_wait(k_state)
+        acc_S = self._issue_qk(w, q_state, k_state)
         warpgroup.wait_group(0)
-        pipes.k.consumer_release(k_state)
+        w.pipes.k.consumer_release(k_state)
         k_state.advance()
         S = acc_mn(acc_S)  # (rows, cols)
-        self._mask(f, S, at, problem)
+        self._mask(w, S, at)
         f.softmax.step(S, self.slack)
         self._to_P(f, acc_S)
-        return k_state
+        return k_state, v_state
 
     @cute.jit
-    def _step(self, f, pipes, tiling, k_state, v_state, at, problem, edge: cutlass.Constexpr):
+    def _step(self, w: Warpgroup, q_state, k_state, v_state, at, edge: cutlass.Constexpr):
         """QK of this block and PV of the one before, then softmax of this block. edge: the mask may cut it."""
+        f, pipes = w.frag, w.pipes
         pipes.k.consumer_wait(k_state)
         self.turns.take(f.wg)
-        acc_S = self._issue_qk(f, tiling, k_state)
+        acc_S = self._issue_qk(w, q_state, k_state)
         pipes.v.consumer_wait(v_state)
-        self._issue_pv(f, tiling, v_state)
+        self._issue_pv(w, v_state)
         self.turns.give(f.wg)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
         k_state.advance()
-        S = acc_mn(acc_S)  # (rows, cols)
+        self._softmax(w, acc_mn(acc_S), at, edge)
+        warpgroup.wait_group(0)
+        pipes.v.consumer_release(v_state)
+        v_state.advance()
+        self._to_P(f, acc_S)
+        return k_state, v_state
+
+    @cute.jit
+    def _softmax(self, w: Warpgroup, S: cute.Tensor, at, edge: cutlass.Constexpr):
+        """S (rows, cols) becomes P, and O follows where a row's offset has changed."""
+        f = w.frag
         if cutlass.const_expr(edge):
-            self._mask(f, S, at, problem)
+            self._mask(w, S, at)
             if f.softmax.step(S, self.slack):
                 self._rescale(f)
         else:
@@ -424,55 +490,68 @@ class FlashFwdSm90:
                 f.softmax.raise_offsets(S, self.slack)
                 self._rescale(f)
             f.softmax.exp(S)
-        warpgroup.wait_group(0)
-        pipes.v.consumer_release(v_state)
-        v_state.advance()
-        self._to_P(f, acc_S)
-        return k_state, v_state
 
-    def _rescale(self, f):
+    def _rescale(self, f: Frag):
         """Rare: a row's offset has changed."""
         warpgroup.wait_group(0)
         scale_rows(f.acc_O, f.softmax.rescale)
 
+    def _last(self, w: Warpgroup, v_state):
+        return self._multiply_v(w, v_state)
+
     @cute.jit
-    def _last(self, f, pipes, tiling, v_state):
-        pipes.v.consumer_wait(v_state)
-        self._issue_pv(f, tiling, v_state)
+    def _multiply_v(self, w: Warpgroup, v_state):
+        """PV with nothing beside it."""
+        w.pipes.v.consumer_wait(v_state)
+        self._issue_pv(w, v_state)
         warpgroup.wait_group(0)
-        pipes.v.consumer_release(v_state)
+        w.pipes.v.consumer_release(v_state)
         v_state.advance()
         return v_state
 
-    def _issue_qk(self, f, tiling, state):
-        shape = tiling.mma_qk.get_slice(0).partition_shape_C((ROWS, self.config.tile_n))
-        acc_S = cute.make_rmem_tensor(shape, Float32)  # ((2, 2, tile_n / 8), 1, 1)
-        issue(tiling.mma_qk, acc_S, f.tSrQ, f.tSrK[None, None, None, state.index], False)
+    def _issue_qk(self, w: Warpgroup, q_state, k_state):
+        f, acc_S = w.frag, self._acc_S(w.tiling)
+        tSrQ = f.tSrQ if cute.rank(f.tSrQ) == 3 else f.tSrQ[None, None, None, self._slot(f, q_state)]
+        issue(w.tiling.mma_qk, acc_S, tSrQ, f.tSrK[None, None, None, k_state.index], False)
         return acc_S
 
-    def _issue_pv(self, f, tiling, state):
-        issue(tiling.mma_pv, f.acc_O, f.tOrP, f.tOrV[None, None, None, state.index], True)
+    def _issue_pv(self, w: Warpgroup, v_state):
+        f = w.frag
+        issue(w.tiling.mma_pv, f.acc_O, f.tOrP, f.tOrV[None, None, None, v_state.index], True)
 
-    def _mask(self, f, S, at, problem):
+    def _mask(self, w: Warpgroup, S, at):
         row0, n_block = at
-        mask_ops.apply(self.config.mask, S, f.cS, row0, n_block * self.config.tile_n, problem)
+        mask_ops.apply(self.config.mask, S, w.frag.cS, row0, n_block * self.config.tile_n, w.problem)
 
-    def _to_P(self, f, acc_S):
+    def _to_P(self, f: Frag, acc_S):
         P = acc_as_A(acc_S)  # ((2, 2, 2), 1, tile_n / 16)
         for k in range(cute.size(P, mode=[2])):  # by 8: a whole-tensor .to() is not cvt.rn.bf16x2 at tile_n 80
             f.tOrP[None, None, k].store(P[None, None, k].load().to(self.dtype))
 
     @cute.jit
-    def epilogue(self, gmem: Gmem, smem: Smem, tiling: Tiling, f: Frag, tile: Tile, problem: Problem):
-        """O and LSE of this warpgroup's rows, through shared memory and TMA. No other warpgroup is waited for."""
-        c = self.config
+    def epilogue(self, w: Warpgroup, tile: Tile):
+        """O and LSE of this warpgroup's rows. No other warpgroup is waited for."""
+        c, f = self.config, w.frag
         lse = f.softmax.finish()
         normalise_rows(f.acc_O, f.softmax.rescale, lse)
         rO = cute.make_rmem_tensor_like(f.acc_O, self.dtype)
         rO.store(f.acc_O.load().to(self.dtype))
+        if cutlass.const_expr(c.stages_o):
+            self._store_by_tma(w, rO, tile)
+        else:
+            self._store(w, rO, tile)
+        for r in cutlass.range_constexpr(cute.size(lse)):
+            row = tile.m_block * c.tile_m + f.wg * ROWS + f.cS[r, 0][0]
+            if (f.thread % 4 == 0) & (row < w.gmem.lse.shape[2]):
+                w.gmem.lse[tile.batch, tile.head, row] = lse[r]
+
+    @cute.jit
+    def _store_by_tma(self, w: Warpgroup, rO: cute.Tensor, tile: Tile):
+        """Through shared memory: TMA writes whole rows, and none beyond the last query."""
+        c, f = self.config, w.frag
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
-        copy = cute.make_tiled_copy_C(atom, tiling.mma_pv).get_slice(f.thread)
-        sO = smem.o[None, None, f.wg]  # (64, d)
+        copy = cute.make_tiled_copy_C(atom, w.tiling.mma_pv).get_slice(f.thread)
+        sO = w.smem.o[None, None, f.wg]  # (64, d)
         if f.thread // 32 == 0:
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # the tile before has left sO
         self._warpgroup_sync(f.wg)
@@ -480,19 +559,33 @@ class FlashFwdSm90:
         cute.arch.fence_view_async_shared()
         self._warpgroup_sync(f.wg)
         if f.thread // 32 == 0:
-            g = gmem.o.tensor[None, None, tile.head, tile.batch]  # (s, d)
+            g = w.gmem.o.tensor[None, None, tile.head, tile.batch]  # (s, d)
             g = cute.local_tile(g, (ROWS, c.head_dim), (tile.m_block * c.warpgroups + f.wg, 0))  # (64, d)
             sT, gT = cpasync.tma_partition(
-                gmem.o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)
+                w.gmem.o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)
             )
-            cute.copy(gmem.o.atom, sT, gT)
+            cute.copy(w.gmem.o.atom, sT, gT)
             cute.arch.cp_async_bulk_commit_group()
-            if cutlass.const_expr(not c.separate_o):
-                cute.arch.cp_async_bulk_wait_group(0, read=True)
-        for r in cutlass.range_constexpr(cute.size(lse)):
-            row = tile.m_block * c.tile_m + f.wg * ROWS + f.cS[r, 0][0]
-            if (f.thread % 4 == 0) & (row < gmem.lse.shape[2]):
-                gmem.lse[tile.batch, tile.head, row] = lse[r]
+
+    @cute.jit
+    def _store(self, w: Warpgroup, rO: cute.Tensor, tile: Tile):
+        """From registers, 16 bytes a thread at a time, so that Q's place is free for the next tile's Q."""
+        c, f = self.config, w.frag
+        words = cute.recast_tensor(rO, Int32)  # ((1, 2, d / 8), 1, 1)
+        g = w.gmem.o[None, None, tile.head, tile.batch]  # (s, d)
+        row0 = tile.m_block * c.tile_m + f.wg * ROWS
+        for r in cutlass.range_constexpr(2):
+            row = row0 + f.cS[r, 0][0]
+            for n in cutlass.range_constexpr(0, c.head_dim // 8, 4):
+                x = quad_transpose([words[(0, r, n + i), 0, 0] for i in range(4)], f.thread)
+                col = n * 8 + f.thread % 4 * 8
+                if (row < w.problem.seqlen_q) & (col < w.gmem.o.shape[1]):
+                    at = g.iterator + cute.crd2idx((row, col), g.layout)
+                    to = cute.make_tensor(cute.make_ptr(Int32, at.toint(), cute.AddressSpace.gmem, assumed_align=16), 4)
+                    out = cute.make_rmem_tensor(4, Int32)
+                    for i in cutlass.range_constexpr(4):
+                        out[i] = x[i]
+                    to.store(out.load())
 
     def _warpgroup_sync(self, wg):
         cute.arch.barrier(barrier_id=OWN_BARRIER + wg, number_of_threads=WARPGROUP)
@@ -517,6 +610,27 @@ def hear(smem: Smem, pipes: Pipes, state):
     pipes.tile.consumer_release(state)
     state.advance()
     return Tile(m_block, head, batch, valid != 0), state
+
+
+@cute.jit
+def quad_transpose(x, thread):
+    """Thread t of four has x[0] to x[3]; it gets the four threads' x[t]."""
+    x = list(x)
+    for bit in cutlass.range_constexpr(2):
+        step = 1 << bit
+        high = (thread >> bit) % 2 == 1
+        for i in cutlass.range_constexpr(4):
+            if cutlass.const_expr(i & step == 0):
+                give = x[i] if high else x[i + step]
+                got = cute.arch.shuffle_sync_bfly(give, step)
+                low_word, high_word = x[i], x[i + step]
+                x[i] = got if high else low_word
+                x[i + step] = high_word if high else got
+    return x
+
+
+def address(dtype, value: Int64):
+    return cute.make_ptr(dtype, value, cute.AddressSpace.gmem, assumed_align=4)
 
 
 def release_if(when, pipe, state):

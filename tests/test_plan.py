@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cute_attn import plan as room
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig
 from cute_attn.kernels.mask import Causal
-from cute_attn.kernels.tile_scheduler import DynamicLongest
+from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from cute_attn.plan import Problem, plan, shipped
 
 PROBLEMS = st.builds(
@@ -52,10 +52,20 @@ def test_shipped_kernels_are_distinct_by_name_dtype_and_layout():
 
 
 def test_uneven_tiles_are_drawn():
-    """192 rows a tile: 512 queries leave a warpgroup of the third tile without rows, 576 do not."""
-    assert plan(Problem(4, 4, 4, 512, 512, 64)).scheduler is DynamicLongest
-    assert plan(Problem(4, 4, 4, 576, 512, 64)).scheduler is not DynamicLongest
-    assert plan(Problem(4, 4, 4, 64 * 192 + 1, 512, 64)).scheduler is not DynamicLongest
+    """256 rows a tile: 600 queries leave warpgroups of the third tile without rows, 760 do not."""
+    assert plan(Problem(16, 16, 16, 600, 512, 64)).scheduler is DynamicLongest
+    assert plan(Problem(16, 16, 16, 760, 512, 64)).scheduler is StaticTiles
+    assert plan(Problem(16, 16, 16, 64 * 256 + 1, 512, 64)).scheduler is StaticTiles
+
+
+def test_few_tiles_reach_more_sms():
+    """At most 132 tiles: smaller ones, and keys split over a cluster, where there are enough of them."""
+    for heads, seqlen_k, tile_m, split in ((64, 512, 64, 2), (24, 1024, 64, 4), (8, 8192, 64, 8), (64, 128, 64, 1)):
+        config = plan(Problem(1, heads, heads, 64, seqlen_k, 64))
+        assert (config.tile_m, config.split) == (tile_m, split), (heads, seqlen_k)
+        assert heads * config.split <= 132
+    assert plan(Problem(1, 264, 264, 64, 512, 64)).tile_m == 128
+    assert plan(Problem(1, 265, 265, 64, 512, 64)).tile_m == 256
 
 
 def test_flops():
@@ -67,9 +77,11 @@ def test_the_config_is_the_compile_key():
     """Each field makes another key, and prints, since the disk cache's key is the printed config."""
     base = FwdConfig(128)
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
-    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2)
+    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, overlap=False)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
-    configs = [base, *(dataclasses.replace(base, **{name: value}) for name, value in others.items())]
+    few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
+    bases = {name: few if name == "split" else base for name in others}
+    configs = [base, few, *(dataclasses.replace(bases[name], **{name: value}) for name, value in others.items())]
     assert len({repr(c) for c in configs}) == len(set(configs)) == len(configs)
 
 
@@ -79,7 +91,10 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=520),
         dict(head_dim=72),
         dict(head_dim=64, tile_m=96),
-        dict(head_dim=64, tile_m=64),
+        dict(head_dim=64, tile_m=320),
+        dict(head_dim=64, tile_m=64, split=2),
+        dict(head_dim=64, tile_m=128, split=2, scheduler=OneTile),
+        dict(head_dim=256, tile_m=64, tile_n=64, split=8, scheduler=OneTile),
         dict(head_dim=64, tile_n=24),
         dict(head_dim=64, dtype="fp8"),
         dict(head_dim=256, tile_n=128),
@@ -101,7 +116,7 @@ def test_planning_needs_no_torch():
         "sys.modules['torch'] = None\n"
         f"sys.modules['cute_attn'] = u.module_from_spec(u.spec_from_file_location('cute_attn', {init!r}))\n"
         "from cute_attn.plan import Problem, plan, shipped\n"
-        "print(plan(Problem(4, 4, 4, 512, 512, 64)).scheduler.name, len(shipped()))"
+        "print(plan(Problem(16, 16, 16, 600, 600, 64)).scheduler.name, len(shipped()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,8 @@ from ..kernels.config import REGISTERS, FwdConfig
 from ..tuned import MASKS, SCHEDULERS, Key, Row
 
 LAYOUT = "bshd"  # of the timed tensors; both layouts have the same machine code
-TILE_M, TILE_N = (128, 192), range(48, 257, 16)
-STAGES = (2, 3)
+TILE_M, TILE_N = (128, 192, 256), range(48, 257, 16)
+STAGES, Q_STAGES = (2, 3, 4), (1, 2)
 SPARE_REGISTERS = 24  # ptxas spilled wherever 24 or fewer of a thread's registers were left, nowhere with 28 (CUDA 13)
 
 
@@ -32,20 +32,21 @@ class Verdict(NamedTuple):
 def candidates(key: Key, incumbents: Iterable[FwdConfig], wide: bool = False) -> list[FwdConfig]:
     """The incumbents of a class, then what may beat them; as rows have them, so type and layout are the defaults.
 
-    One step each way: every tile with an incumbent's other choices, and every combination of these with its tile. A
-    next tune starts from what this one finds. `wide` is the whole product, ten times as many.
+    One step each way: every tile, every depth of the rings, and every combination of the other choices, with an
+    incumbent's rest. A next tune starts from what this one finds. `wide` is the whole product.
     """
     head_dim, causal, _ = key
     incumbents = list(dict.fromkeys(incumbents))
     tiles = [dict(tile_m=m, tile_n=n) for m, n in product(TILE_M, TILE_N)]
+    rings = [dict(stages=stages, q_stages=q_stages) for stages, q_stages in product(STAGES, Q_STAGES)]
     choices = [
-        dict(stages=stages, q_in_regs=q_in_regs, pingpong=pingpong, **grid)
-        for stages, q_in_regs, pingpong, grid in product(STAGES, (False, True), (True, False), _grids(causal))
+        dict(q_in_regs=q_in_regs, pingpong=pingpong, **grid)
+        for q_in_regs, pingpong, grid in product((False, True), (True, False), _grids(causal))
     ]
     base = FwdConfig(head_dim, mask=MASKS[causal], tile_n=48)
-    found = [_config(base, tile | choice) for tile, choice in product(tiles, choices)] if wide else []
+    found = [_config(base, a | b | c) for a, b, c in product(tiles, rings, choices)] if wide else []
     for one in incumbents:
-        found += [_config(one, fields) for fields in [*tiles, *choices]]
+        found += [_config(one, fields) for fields in [*tiles, *rings, *choices]]
     return list(dict.fromkeys([*incumbents, *(c for c in found if c is not None and registers_left(c) >= 0)]))
 
 
@@ -69,7 +70,7 @@ def registers_left(config: FwdConfig) -> int:
     """
     d, n = config.head_dim, config.tile_n
     held = d // 2 + n // 2 + n // 4 + (d // 4 if config.q_in_regs else 0)
-    return REGISTERS[config.warpgroups][1] - held - SPARE_REGISTERS
+    return (REGISTERS[config.warpgroups] or (255, 255))[1] - held - SPARE_REGISTERS
 
 
 def of_type(config: FwdConfig, dtype: str) -> FwdConfig:
@@ -78,7 +79,8 @@ def of_type(config: FwdConfig, dtype: str) -> FwdConfig:
 
 
 def incumbents(rows: Iterable[Row]) -> list[FwdConfig]:
-    return list(dict.fromkeys(row.config for row in rows))
+    """The kernels of a class but those for few tiles, which are not on trial."""
+    return list(dict.fromkeys(row.config for row in rows if not row.max_row_blocks))
 
 
 def judge(config: FwdConfig, store: bool) -> Verdict:

@@ -37,7 +37,8 @@ def score(times: Times, rows: Rows, lengths: Iterable[int]) -> Score:
 
 
 def serving(rows: Rows, length: int) -> Row:
-    return next(row for row in rows if row.serves(length))
+    """Of as many queries as keys, and of tiles enough: no row for few."""
+    return next(row for row in rows if row.serves(length, length))
 
 
 def gain(times: Times, challenger: Rows, rows: Rows, lengths: Sequence[int]) -> float:
@@ -50,16 +51,20 @@ def gain(times: Times, challenger: Rows, rows: Rows, lengths: Sequence[int]) -> 
 def choose(times: Times, rows: Rows, lengths: Sequence[int], healthy: Collection[FwdConfig] = ()) -> Rows:
     """The rows of a class after these times, which every config in `times` has at every length.
 
-    rows: those that are there; healthy: kernels that a row may name beside the timed ones.
+    rows: those that are there, of which the ones for few tiles are not on trial, and stay, in front; healthy: kernels
+    that a row may name beside the timed ones.
     """
     known, lengths = {*times, *healthy}, sorted(lengths)
+    there, few = rows, tuple(row for row in rows if row.max_row_blocks)
+    on_trial = rows = tuple(row for row in rows if not row.max_row_blocks)
     overall = rows_of(best(times, lengths), lengths, known)
     if any(serving(rows, length).config not in times for length in lengths):
         rows = overall  # a kernel that is there failed
     elif gain(times, overall, rows, lengths):
         rows = overall
     cuts = [part for i in range(1, len(lengths)) if (part := _cut(times, rows, lengths, i, known)) != rows]
-    return min(cuts, key=lambda cut: score(times, cut, lengths).us, default=rows)
+    rows = min(cuts, key=lambda cut: score(times, cut, lengths).us, default=rows)
+    return there if rows == on_trial else few + rows
 
 
 def best(times: Times, lengths: Sequence[int]) -> FwdConfig:

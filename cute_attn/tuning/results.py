@@ -33,7 +33,7 @@ def method() -> dict[str, Any]:
         "screening": f"every candidate: {screening}; then the rounds for the best few",
         "choice": "geometric mean over S; a challenger must win by more than the larger of "
         f"{MARGIN:.0%} and the distance of the quartiles of the rounds",
-        "rows": "of classes that `tuned` does not name: as they were before",
+        "rows": "of classes that `tuned` does not name, and those with `max_row_blocks`: as they were before",
     }
 
 

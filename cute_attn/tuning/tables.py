@@ -24,13 +24,15 @@ def class_word(key: Key) -> str:
 def config_word(config: FwdConfig) -> str:
     """Everything that a row may choose."""
     words = f"{config.tile_m}x{config.tile_n}", f"{config.stages} stages", config.scheduler.name
-    extras = {"cluster of 2": config.cluster == 2, "Q in registers": config.q_in_regs}
+    extras = {"cluster of 2": config.cluster == 2, f"split over {config.split}": config.split > 1}
+    extras |= {"2 Q tiles": config.q_stages == 2, "Q in registers": config.q_in_regs}
     extras["no ping-pong"] = not config.pingpong
     return ", ".join([*words, *(word for word, on in extras.items() if on)])
 
 
 def row_word(row: Row) -> str:
-    bounds = {"S <= ": row.max_seqlen_q, "free rows >= ": row.min_free_rows, "": row.dtype}
+    bounds: dict[str, int | str | None] = {"S <= ": row.max_seqlen_q, "free rows >= ": row.min_free_rows}
+    bounds |= {"row blocks <= ": row.max_row_blocks, "keys >= ": row.min_seqlen_k, "": row.dtype}
     return "; ".join([config_word(row.config), *(f"{word}{bound}" for word, bound in bounds.items() if bound)])
 
 
