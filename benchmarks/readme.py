@@ -10,6 +10,7 @@ from statistics import geometric_mean
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks/readme.py writes from here -->", "<!-- to here -->"
+BEGIN_LADDER = "<!-- benchmarks/readme.py writes the ladder from here -->"
 
 
 def rows(sweep: dict) -> list[str]:
@@ -34,7 +35,6 @@ def text(sweep: dict) -> str:
     over_best = [r["over_best_peer"] for r in ours]
     return "\n".join(
         [
-            BEGIN,
             f"TFLOPS, bf16, 16k tokens, hidden size 2048, steady state, on one {c['gpu']} ({c['date'][:10]}, driver "
             f"{c['driver']}, CUDA {c['cuda']},",
             f"torch {c['torch']}, nvidia-cutlass-dsl {c['cutlass_dsl']}, cuDNN {c['cudnn']}; "
@@ -49,15 +49,52 @@ def text(sweep: dict) -> str:
             "last two by their ratio to cuDNN in `benchmarks/results/peers_h200_bf16.json`.",
             "",
             "![TFLOPS over sequence length](benchmarks/results/sweep_bf16.png)",
-            END,
         ]
     )
 
 
+def rungs(records: list[dict]) -> list[str]:
+    """A row per stage, then one per peer, of one cell."""
+    lines = ["| | what it adds | us | TFLOPS | gain | over cuDNN | rel. error |", "|---|---|---|---|---|---|---|"]
+    for r in records:
+        name = f"{r['stage']}. {r['contender']}" if r["stage"] else r["contender"]
+        gain = f"{r['gain']:.2f}x" if r["gain"] else ""
+        over = 1.0 if r["contender"] == "cudnn" else r["ratios"].get("cudnn")
+        numbers = f"{r['p50_us']:.1f} | {r['tflops']:.0f} | {gain} | {f'{over:.2f}' if over else ''}"
+        lines.append(f"| {name} | {r['adds'] or ''} | {numbers} | {r['relative_error']:.1e} |")
+    return lines
+
+
+def ladder_text(ladder: dict) -> str:
+    """A table per cell, eager calls only; then the plot."""
+    c, cells = ladder["conditions"], {}
+    for r in ladder["records"]:
+        if r["p50_us"] is not None and r["mode"] == "eager":
+            cells.setdefault((r["shape"], "causal" if r["causal"] else "full", r["dtype"]), []).append(r)
+    lines = [
+        f"On one {c['gpu']} ({c['date'][:10]}, torch {c['torch']}, cuDNN {c['cudnn']}; steady cuBLAS bf16 8192^3: "
+        f"{c['cublas_tflops']:.0f}).",
+        "",
+    ]
+    for (shape, mask, dtype), records in cells.items():
+        lines += [f"B,H,S,D = {shape}, {mask}, {dtype}:", "", *rungs(records), ""]
+    return "\n".join([*lines, "![TFLOPS of each stage](benchmarks/results/ladder.png)"])
+
+
+def filled(readme: str, begin: str, content: str) -> str:
+    """The readme with its part from `begin` on written anew."""
+    before, found, rest = readme.partition(begin)
+    if not found:
+        raise ValueError(f"README.md: no line {begin}")
+    return "\n".join([before + begin, content, END]) + rest.partition(END)[2]
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + text(json.loads((RESULTS / "sweep_bf16.json").read_text())) + rest.split(END)[1])
+    readme, ladder = ROOT / "README.md", RESULTS / "ladder.json"
+    words = filled(readme.read_text(), BEGIN, text(json.loads((RESULTS / "sweep_bf16.json").read_text())))
+    if ladder.exists():
+        words = filled(words, BEGIN_LADDER, ladder_text(json.loads(ladder.read_text())))
+    readme.write_text(words)
 
 
 if __name__ == "__main__":

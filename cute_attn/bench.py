@@ -2,6 +2,7 @@
 
     python -m cute_attn.bench --shape 16,16,2048,64 --causal --vs cudnn,fa3 --json out.json
     python -m cute_attn.bench --sweep --csv sweep.csv --plot sweep.png
+    python -m cute_attn.bench --ladder --json ladder.json --plot ladder.png
 
 Times follow `benchmark/timing.py`'s method. Needs `pip install "cute_attn[bench]"`.
 """
@@ -25,9 +26,9 @@ try:
 except ImportError:
     raise SystemExit('python -m cute_attn.bench: rich is missing; pip install "cute_attn[bench]"') from None
 
-from .benchmark import machine, report
+from .benchmark import ladder, machine, report, static
 from .benchmark.cells import Setup, cell_word, gpu_setup, measure, sweep
-from .benchmark.contenders import DEFAULT_PEERS, OURS, PEERS, Contender, CuteAttn
+from .benchmark.contenders import DEFAULT_PEERS, PEERS, Contender, CuteAttn
 from .benchmark.timing import METHOD, ROUNDS
 
 DEFAULT_SHAPE = (16, 16, 2048, 64)
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = machine.no_hopper()
     if reason is not None:
         return without_gpu(args, problems, console, reason)
-    return Run(args, problems, console, machine.Nvml()).run()
+    return (LadderRun if args.ladder else Run)(args, problems, console, machine.Nvml()).run()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,8 +55,9 @@ def parser() -> argparse.ArgumentParser:
     add("--causal", action="store_true", help="with the causal mask; --sweep without it runs full and causal")
     add("--dtype", choices=tuple(DTYPES.values()), default="bf16", help="default bf16")
     add("--layout", choices=LAYOUTS, default="bshd", help="order of the inputs in memory; default bshd")
-    add("--vs", type=_peers, default=DEFAULT_PEERS, metavar="NAME,...", help=f"of {', '.join(PEERS)}; '' for none")
+    add("--vs", type=_peers, metavar="NAME,...", help=f"of {', '.join(PEERS)}; '' for none")
     add("--sweep", action="store_true", help="36 cells: 16k tokens, hidden 2048, D 64 to 256, S 512 to 16k")
+    add("--ladder", action="store_true", help="our own stages instead, each with one thing more than the one before")
     add("--graph", action="store_true", help="also CUDA-graph replays, and the host time of an eager call")
     add("--rounds", type=positive, default=ROUNDS, metavar="N", help=f"default {ROUNDS}")
     add("--json", type=out_file, metavar="FILE", help="everything; complete after each cell")
@@ -69,6 +71,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Problem]
     """The arguments and the problems that they name; exits with 2 on bad ones, naming the argument."""
     p = parser()
     args = p.parse_args(argv)
+    if args.ladder and (args.sweep or args.peers):
+        other, way_out = ("--sweep", "name shapes by --shape") if args.sweep else ("--peers", "name peers by --vs")
+        p.error(f"argument --ladder: not allowed with {other}; {way_out}")
+    if args.vs is None:
+        args.vs = ladder.PEERS if args.ladder else DEFAULT_PEERS
     shapes = args.shape or ([] if args.sweep else [DEFAULT_SHAPE])
     cells = [(shape, args.causal) for shape in shapes]
     if args.sweep:
@@ -141,15 +148,10 @@ def run_facts(args: argparse.Namespace, problems: list[Problem]) -> dict[str, An
 
 
 def without_gpu(args: argparse.Namespace, problems: list[Problem], console: Console, reason: str) -> int:
-    from .benchmark import static
-
     facts = machine.conditions(machine.Nvml()) | run_facts(args, problems)
     report.print_facts(console, report.conditions_in_words(facts))
-    kernels = []
     try:
-        for config in static.configs(problems):
-            kernels.append(static.describe(config))
-            static.print_kernel(console, kernels[-1])
+        kernels = (_ladders if args.ladder else _kernels)(problems, console)
     except FileNotFoundError as error:  # nvdisasm; it says how to get it
         print(error, file=sys.stderr)
         return 1
@@ -163,12 +165,32 @@ def without_gpu(args: argparse.Namespace, problems: list[Problem], console: Cons
     return 0
 
 
+def _kernels(problems: list[Problem], console: Console) -> list[dict[str, Any]]:
+    """The static report of each planned kernel, printed as soon as it is compiled."""
+    kernels = []
+    for config in static.configs(problems):
+        kernels.append(static.describe(config))
+        static.print_kernel(console, kernels[-1])
+    return kernels
+
+
+def _ladders(problems: list[Problem], console: Console) -> list[dict[str, Any]]:
+    """The same of each problem's stages."""
+    kernels = []
+    for problem in problems:
+        stages = ladder.describe(problem)
+        ladder.print_static(console, problem, stages)
+        kernels += stages
+    return kernels
+
+
 class Run:
     """A timed run: cell after cell, each written as soon as it is finished."""
 
     def __init__(self, args: argparse.Namespace, problems: list[Problem], console: Console, nvml: machine.Nvml):
         self.args, self.problems, self.console, self.nvml = args, problems, console, nvml
-        self.contenders: list[Contender] = [CuteAttn(), *(PEERS[name] for name in args.vs)]
+        self.ours, self.peers = self._ours(), [PEERS[name] for name in args.vs]
+        self.contenders = [*self.ours, *self.peers]
         reasons = {contender.name: contender.absent() for contender in self.contenders}
         self.absent = {name: reason for name, reason in reasons.items() if reason}
         self.facts: dict[str, Any] = {}
@@ -183,14 +205,17 @@ class Run:
             self._finish(complete=False)
             return 130
         self._finish(complete=True)
-        ours = [record for record in self.records if record["contender"] == OURS]
-        return 1 if any(record["reason"] for record in ours) else 0
+        ours = {contender.name for contender in self.ours}
+        return 1 if any(record["reason"] for record in self.records if record["contender"] in ours) else 0
+
+    def _ours(self) -> Sequence[Contender]:
+        return [CuteAttn()]
 
     def _prepare(self) -> Setup:
         """Prints the conditions, the steady cuBLAS rate among them, and who is absent."""
         torch.set_float32_matmul_precision("highest")  # the reference's products in float32, not TF32
         self.facts = machine.conditions(self.nvml) | run_facts(self.args, self.problems)
-        peers = {peer.name: peer.version() for peer in self.contenders[1:] if peer.name not in self.absent}
+        peers = {peer.name: peer.version() for peer in self.peers if peer.name not in self.absent}
         self.facts["peers"] = peers
         report.print_facts(self.console, report.conditions_in_words(self.facts) | peers | self.absent)
         cublas = machine.cublas(self.nvml)
@@ -213,9 +238,13 @@ class Run:
             stepping = replace(setup, step=lambda name: progress.advance(task))
             with progress:
                 records = measure(problem, self.contenders, self.absent, stepping)
-            self.records += report.with_best(records, self.args.best_over_cudnn)
-            report.print_cell(self.console, records, self.absent)
+            self._keep(problem, records)
             self._write(complete=False)
+
+    def _keep(self, problem: Problem, records: list[dict[str, Any]]) -> None:
+        """A finished cell, to the records and to the console."""
+        self.records += report.with_best(records, self.args.best_over_cudnn)
+        report.print_cell(self.console, records, self.absent)
 
     def _cells_done(self) -> int:
         return len({(record["shape"], record["causal"]) for record in self.records})
@@ -226,9 +255,12 @@ class Run:
         if self._cells_done() > 1 or self.args.best_over_cudnn:
             report.print_summary(self.console, self.records, with_peers=bool(self.args.best_over_cudnn))
         if self.args.plot is not None and any(record["tflops"] for record in self.records):
-            from .benchmark import plot
+            self._draw(self.args.plot)
 
-            plot.draw(self.args.plot, self.records, self.facts)
+    def _draw(self, path: Path) -> None:
+        from .benchmark import plot
+
+        plot.draw(path, self.records, self.facts)
 
     def _write(self, complete: bool) -> None:
         if self.args.json is not None:
@@ -244,6 +276,22 @@ class Run:
             report.write_json(self.args.json, content)
         if self.args.csv is not None:
             report.write_csv(self.args.csv, self.facts, self.records)
+
+
+class LadderRun(Run):
+    """The same with our own stages in place of `flash_fwd`."""
+
+    def _ours(self):
+        return ladder.STAGES
+
+    def _keep(self, problem, records):
+        self.records += ladder.with_stages(problem, records)
+        ladder.print_cell(self.console, records, self.absent)
+
+    def _draw(self, path):
+        from .benchmark import plot
+
+        plot.draw_ladder(path, self.records, self.facts)
 
 
 def cell_progress() -> Progress:

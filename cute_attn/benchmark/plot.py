@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from .cells import EAGER
 from .contenders import OURS
+from .report import title
 
 Record = dict[str, Any]
 # Okabe and Ito's colours, which colour-blind readers tell apart too; each also has a marker of its own.
@@ -43,9 +44,80 @@ def draw(path: Path, records: Sequence[Record], conditions: dict[str, Any]) -> N
         for axes in figure.axes:
             _finish(axes, cublas)
         _words(figure, timed, conditions, bars=not over_seqlen)
-        png = io.BytesIO()
-        figure.savefig(png, dpi=160, format="png", bbox_inches="tight", facecolor="white")
-        plt.close(figure)
+        _save(figure, path)
+
+
+LADDER = ("#FBDCC4", "#F6BC93", "#EE975F", "#E37A33", STYLE[OURS][0])  # from the first stage to the planned kernel
+PEER_WORDS = {
+    "math": "torch's unfused attention",
+    "cudnn": "NVIDIA's, through torch",
+    "flash": "FlashAttention-2, through torch",
+    "efficient": "xFormers' kernel, through torch",
+    "fa3": "FlashAttention-3",
+    "fa4": "FlashAttention-4",
+}
+
+
+def draw_ladder(path: Path, records: Sequence[Record], conditions: dict[str, Any]) -> None:
+    """A bar per stage, then one per peer; a panel per cell. Writes a PNG."""
+    cells: dict[str, list[Record]] = {}
+    for record in records:
+        if record["tflops"] is not None and record["mode"] == EAGER:
+            cells.setdefault(title(record), []).append(record)
+    heights = [1.1 + 0.52 * len(cell) for cell in cells.values()]
+    with plt.rc_context({"font.size": 10, "text.color": INK}):
+        figure = plt.figure(figsize=(9.6, sum(heights) + 0.5), layout="constrained")
+        grid = figure.subplots(len(cells), 1, height_ratios=heights, squeeze=False)
+        for axes, (name, cell) in zip(grid[:, 0], cells.items(), strict=True):
+            _rungs(axes, cell, conditions.get("cublas_tflops"))
+            axes.set_title(name, fontsize=10.5, loc="left", x=0, pad=10)
+        date = str(conditions.get("date") or "")[:10]
+        figure.suptitle(f"The ladder: attention forward, {conditions.get('gpu')}, {date}", fontsize=13, weight="bold")
+        _save(figure, path)
+
+
+def _rungs(axes: Axes, cell: Sequence[Record], cublas: float | None) -> None:
+    """Stages from top to bottom, a gap, peers by speed; each bar with its TFLOPS and gain."""
+    stages = [record for record in cell if record["stage"]]
+    peers = sorted((record for record in cell if not record["stage"]), key=lambda record: record["tflops"])
+    places = [*range(len(stages)), *(len(stages) + 0.45 + i for i in range(len(peers)))]
+    most = max(cublas or 0, *(record["tflops"] for record in cell))
+    for y, record in zip(places, [*stages, *peers], strict=True):
+        _rung(axes, y, record)
+    if cublas:
+        axes.axvline(cublas, color=FAINT, linestyle=":", linewidth=1.4, zorder=1)
+        axes.text(cublas, -0.62, f"cuBLAS bf16 8192³: {cublas:.0f}", color=FAINT, fontsize=8.5, ha="center")
+    axes.set_ylim(max(places) + 0.6, -0.6)
+    axes.set_xlim(0, 1.14 * most)
+    axes.set_yticks([])
+    axes.set_xlabel("TFLOPS", color=FAINT, fontsize=9)
+    axes.tick_params(axis="x", colors=FAINT, labelsize=8.5, length=0)
+    axes.grid(axis="x", color="#eeeeee", linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+
+
+def _rung(axes: Axes, y: float, record: Record) -> None:
+    """A bar, who it is on the left, what it reaches on the right."""
+    contender, stage, tflops = record["contender"], record["stage"], record["tflops"]
+    colour = LADDER[stage - 1] if stage else _colour(contender)
+    axes.barh(y, tflops, 0.74, color=colour, alpha=1.0 if stage else 0.8, zorder=2)
+    left = axes.get_yaxis_transform()
+    name, words = (f"{stage}. {contender}", record["adds"]) if stage else (contender, PEER_WORDS.get(contender, ""))
+    weight = "bold" if stage else "normal"
+    axes.text(-0.015, y - 0.04, name, ha="right", va="bottom", weight=weight, transform=left)
+    axes.text(-0.015, y + 0.05, words, ha="right", va="top", color="#777777", fontsize=8, transform=left)
+    bare = dict(facecolor="white", edgecolor="none", pad=1)  # no line behind the words
+    how: dict[str, Any] = dict(va="center", bbox=bare, zorder=3)
+    text = axes.annotate(f"{tflops:.0f}", (tflops, y), (6, 0), textcoords="offset points", weight="bold", **how)
+    if record["gain"]:
+        axes.annotate(f"  {record['gain']:.2f}x", (1, 0.5), xycoords=text, color="#777777", fontsize=9, **how)
+
+
+def _save(figure, path: Path) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, dpi=160, format="png", bbox_inches="tight", facecolor="white")
+    plt.close(figure)
     path.write_bytes(png.getvalue())
 
 

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -24,6 +24,7 @@ Record = dict[str, Any]
 class Column(NamedTuple):
     header: str
     cell: Callable[[Record], str]
+    justify: Literal["left", "right"] = "right"
 
 
 def us(value: float | None) -> str:
@@ -41,8 +42,12 @@ def _us(key: str) -> Callable[[Record], str]:
     return lambda record: us(record[key])
 
 
+def error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}".replace("e-0", "e-")
+
+
 def _error(key: str) -> Callable[[Record], str]:
-    return lambda record: "-" if record[key] is None else f"{record[key]:.1e}".replace("e-0", "e-")
+    return lambda record: error(record[key])
 
 
 def name(record: Record) -> str:
@@ -55,7 +60,7 @@ def _over_ours(record: Record) -> str:
 
 
 COLUMNS = (
-    Column("", name),
+    Column("", name, "left"),
     Column("p50\nus", _us("p50_us")),
     Column("p95\nus", _us("p95_us")),
     Column("p99\nus", _us("p99_us")),
@@ -83,13 +88,19 @@ def title(record: Record) -> str:
     return f"B {r['batch']}, {heads}, {seqlen}, D {r['head_dim']}, {mask}, {r['dtype']}: {r['flops'] / 1e9:.4g} GFLOP"
 
 
-def print_cell(console: Console, records: Sequence[Record], absent: Container[str] = ()) -> None:
+def print_cell(
+    console: Console,
+    records: Sequence[Record],
+    absent: Container[str] = (),
+    columns: Sequence[Column] = COLUMNS,
+    bold: str = OURS,
+) -> None:
     """A row per contender, in as many tables as the width takes; then why some, other than the absent, have none."""
     timed = [record for record in records if record["p50_us"] is not None]
     console.print(Text(f"\n{title(records[0])}", style="bold"))
     if timed:
-        columns = [c for c in COLUMNS if c.header != "host\nus" or any(r["host_us"] is not None for r in timed)]
-        for table in _fitting(console, columns, timed):
+        columns = [c for c in columns if c.header != "host\nus" or any(r["host_us"] is not None for r in timed)]
+        for table in fitting(console, columns, timed, bold):
             console.print(table)
     for record in records:
         if record["reason"] and record["contender"] not in absent:
@@ -102,24 +113,25 @@ def print_cell(console: Console, records: Sequence[Record], absent: Container[st
         )
 
 
-def _fitting(console: Console, columns: Sequence[Column], records: Sequence[Record]) -> list[Table]:
+def fitting(console: Console, columns: Sequence[Column], records: Sequence[Record], bold: str = OURS) -> list[Table]:
     """One table, with narrow gaps if need be; else two or more, so that no number is ever cut."""
     for gap in (1, 0):
-        table = _table(columns, records, gap)
+        table = _table(columns, records, gap, bold)
         wanted = console.measure(table, options=console.options.update(width=1000)).maximum
         if wanted <= console.width or len(columns) < 4:
             return [table]
     half = (len(columns) + 1) // 2
     rest = [columns[0], *columns[half:]]
-    return [*_fitting(console, columns[:half], records), *_fitting(console, rest, records)]
+    return [*fitting(console, columns[:half], records, bold), *fitting(console, rest, records, bold)]
 
 
-def _table(columns: Sequence[Column], records: Sequence[Record], gap: int) -> Table:
+def _table(columns: Sequence[Column], records: Sequence[Record], gap: int, bold: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
     for column in columns:
-        table.add_column(column.header, justify="right" if column.header else "left", no_wrap=True)
+        words = column.header and column.justify == "left"  # they may be folded, numbers and names not
+        table.add_column(column.header, justify=column.justify, no_wrap=not words)
     for record in records:
-        style = "bold" if record["contender"] == OURS else None
+        style = "bold" if record["contender"] == bold else None
         table.add_row(*(column.cell(record) for column in columns), style=style)
     return table
 
@@ -203,23 +215,26 @@ def print_summary(console: Console, records: Sequence[Record], with_peers: bool)
         return
     peers = list(dict.fromkeys(peer for record in ours for peer in record["ratios"]))
     columns = [
-        Column(
-            "", lambda r: f"{r['shape']} {'causal' if r['causal'] else 'full'}{'' if r['mode'] == EAGER else ' graph'}"
-        ),
+        Column("", _cell, "left"),
         Column("TFLOPS", _number("tflops", ".1f")),
         Column("of\ncuBLAS", _number("of_cublas", ".1%")),
         *(Column(f"over\n{peer}", _ratio_to(peer)) for peer in peers),
     ]
     if with_peers:
-        columns.append(Column("over\nbest peer", lambda r: _ratio(r["over_best_peer"])))
+        columns.append(Column("over\nbest peer", lambda r: ratio(r["over_best_peer"])))
     console.print(Text("\ncute_attn in each cell: how many times as fast as the others", style="bold"))
-    for table in _fitting(console, columns, ours):
+    for table in fitting(console, columns, ours):
         console.print(table)
     found = summary(records)
     for line in summary_lines(found):
         console.print(Text(line), soft_wrap=True)
     if with_peers and "ours_over_best_peer" not in found:
         console.print(Text("ours over the best peer of --peers: no cell of this run is in that file"))
+
+
+def _cell(record: Record) -> str:
+    mask, mode = "causal" if record["causal"] else "full", "" if record["mode"] == EAGER else " graph"
+    return f"{record['shape']} {mask}{mode}"
 
 
 def summary_lines(found: dict[str, Any]) -> list[str]:
@@ -237,12 +252,12 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
 def _ratio_to(peer: str) -> Callable[[Record], str]:
-    return lambda record: _ratio(record["ratios"].get(peer))
+    return lambda record: ratio(record["ratios"].get(peer))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
