@@ -182,6 +182,10 @@ def test_cuda_samples_lie_between_successive_events(monkeypatch):
     assert now[0] == 30 * (2 * timer.LEAD + 4 * 5 + 2 + 7) and waits[2:] == ["all"]
 
 
+def test_a_graph_of_long_calls_holds_fewer():
+    assert [timing.graph_calls(flop) for flop in (0.0, 1e9, 2.7e11, 1.3e13)] == [20, 20, 7, 1]
+
+
 def test_a_graph_counts_as_its_calls():
     call = timing.Call(Slow(600.0), count=20)
     stats = timing.compare({"graph": call}, rounds=1, timer=FakeTimer(lambda f: f.us))["graph"]

@@ -14,7 +14,7 @@ import torch
 
 from cute_attn import reference
 from cute_attn.benchmark import cells, contenders, timing
-from cute_attn.plan import Problem, shipped
+from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -31,10 +31,10 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The two scripts as modules; they import their neighbours in benchmarks/ by name, as when they are run."""
+    """The scripts as modules; they import their neighbours in benchmarks/ by name, as when they are run."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        return {name: importlib.import_module(name) for name in ("accuracy", "odd_shapes")}
+        return {name: importlib.import_module(name) for name in ("accuracy", "odd_shapes", "sanitize")}
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -47,6 +47,11 @@ def accuracy(scripts):
 @pytest.fixture
 def odd_shapes(scripts):
     return scripts["odd_shapes"]
+
+
+def test_every_shipped_kernel_is_sanitized(scripts):
+    reached = {plan(p) for head_dim in HEAD_DIMS for p in scripts["sanitize"].problems(head_dim)}
+    assert reached == {config for config in shipped() if config.layout == "bhsd"}
 
 
 def case(seqlen_q, seqlen_k, causal=False, dtype="bf16", heads=2, head_dim=16, batch=2):

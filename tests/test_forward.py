@@ -8,7 +8,8 @@ from attention import DTYPES, EDGES, bound, check, close_lse, inputs, sdpa, visi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cute_attn import flash_fwd
+from cute_attn import api, checks, device, flash_fwd, plan
+from cute_attn.plan import Problem
 from cute_attn.reference import attention
 
 pytestmark = pytest.mark.gpu
@@ -18,9 +19,49 @@ CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"]
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 @CAUSAL
 @pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 72, 96, 120, 128, 136, 160, 192, 200, 224, 248, 256])
-def test_head_dims_at_edge_shapes(head_dim, causal, dtype):
-    for seqlen_q, seqlen_k in EDGES:
-        check(*inputs(2, 4, 2, seqlen_q, seqlen_k, head_dim, dtype), causal=causal)
+def test_head_dims_at_edge_shapes(head_dim, causal, dtype, planned_by):
+    """Every kernel that a problem of the kind may get, whatever its size: few tiles get others than many."""
+    word = checks.DTYPES[dtype]
+    one = plan.kind(plan.plan(Problem(1, 1, 1, 1, 1, head_dim, word, "bhsd", causal)))
+    for config in (c for c in plan.shipped(device.name()) if plan.kind(c) == one):
+        planned_by(config)
+        for seqlen_q, seqlen_k in EDGES:
+            check(*inputs(2, 4, 2, seqlen_q, seqlen_k, head_dim, dtype), causal=causal)
+
+
+@pytest.fixture
+def planned_by(monkeypatch):
+    """A function: from then on, calls run this kernel."""
+
+    def set_plan(config):
+        api._calls.clear()
+        monkeypatch.setattr(api, "plan", lambda problem, gpu=None: config)
+
+    yield set_plan
+    api._calls.clear()
+
+
+@CAUSAL
+@pytest.mark.parametrize("head_dim", [56, 64, 128])
+@pytest.mark.parametrize(
+    ("batch", "heads", "seqlen_q", "seqlen_k"), [(1, 8, 1, 8192), (2, 2, 64, 3100), (1, 4, 300, 1024), (3, 6, 130, 500)]
+)
+def test_keys_split_over_a_cluster(batch, heads, seqlen_q, seqlen_k, head_dim, causal):
+    problem = Problem(batch, heads, heads // 2, seqlen_q, seqlen_k, head_dim, "bf16", "bhsd", causal)
+    assert plan.plan(problem, device.name()).split > 1
+    for scale in (None, -0.3):
+        check(*inputs(batch, heads, heads // 2, seqlen_q, seqlen_k, head_dim), causal=causal, scale=scale)
+
+
+def test_split_keys_whose_parts_differ_by_much():
+    """One CTA's keys outweigh the others' beyond float32, or are hidden: what is merged is still exact."""
+    q, k, v = inputs(1, 4, 4, 64, 4096, 64)
+    for part in range(4):
+        scaled = k.clone()
+        scaled[:, :, 1024 * part : 1024 * (part + 1)] *= 60
+        check(q, scaled, v)
+    k[:, :, :2048] = -1000.0  # scores of about -6,000, and those of the other half above 0
+    check(q.abs(), k.where(k < -999, k.abs()), v)
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])

@@ -10,7 +10,7 @@ import torch
 from .. import device, reference
 from ..plan import Problem, plan
 from .contenders import OURS, Contender, Inputs, Prepared, first_line, first_run, make_inputs
-from .timing import ROUNDS, Call, CudaTimer, NoMonitor, Stats, Timer, compare, graphed, host_us
+from .timing import ROUNDS, Call, CudaTimer, NoMonitor, Stats, Timer, compare, graph_calls, graphed, host_us
 
 CHECKED_HEADS = 8
 ERROR_MAX = 2e-2  # relative; rounding to bf16 gives 2e-3 to 5e-3, a wrong tile far more
@@ -117,7 +117,7 @@ def _checked(contender: Contender, absent: dict[str, str], inputs: Inputs, truth
     prepared: list[Prepared] = []
     rows = [_attempt(name, EAGER, eager)]
     if setup.graph and rows[0].call is not None:
-        rows.append(_attempt(name, GRAPH, lambda: _replay(prepared[0], truth)))
+        rows.append(_attempt(name, GRAPH, lambda: _replay(prepared[0], inputs.problem, truth)))
     return rows
 
 
@@ -140,9 +140,9 @@ def _attempt(name: str, mode: str, prepare: Callable[[], tuple[Call, tuple[float
     return Row(name, mode, None, call, max_error, relative_error)
 
 
-def _replay(prepared: Prepared, truth: Truth) -> tuple[Call, tuple[float, float]]:
+def _replay(prepared: Prepared, problem: Problem, truth: Truth) -> tuple[Call, tuple[float, float]]:
     """Its graph, and the errors of what a replay wrote over NaN."""
-    call, last = graphed(prepared.call)
+    call, last = graphed(prepared.call, graph_calls(problem.flops()))
     prepared.bhsd(last).fill_(torch.nan)
     call.run()
     return call, truth.errors(prepared.bhsd(last))

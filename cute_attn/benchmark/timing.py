@@ -21,7 +21,7 @@ import torch
 ROUNDS = 5
 SETTLE_MS, TIMED_MS = 60.0, 40.0
 SAMPLE_US = 20.0  # a sample is at least this long: events resolve about 0.5 us (CUDA runtime, cudaEventElapsedTime)
-GRAPH_CALLS = 20
+GRAPH_CALLS, GRAPH_FLOP = 20, 2e12  # in a graph: so many calls, fewer where they would make more FLOP
 AWAKE_S = 0.02  # of work for the processor before host times
 METHOD = {
     "order": "rounds of all contenders, freshly shuffled in each",
@@ -32,7 +32,7 @@ METHOD = {
     "p95_us, p99_us, mean_us, std_us": "of the samples of all rounds",
     "spread": "(max - min) / median of the rounds' medians",
     "inputs": "random normal, the same for every contender; no L2 flush",
-    "graph": f"CUDA-graph replays of {GRAPH_CALLS} calls, per call",
+    "graph": f"CUDA-graph replays of {GRAPH_CALLS} calls, or of as many as make {GRAPH_FLOP:g} FLOP; per call",
     "host_us": f"host time per eager call: queue never full, processor busy for {1000 * AWAKE_S:g} ms before; "
     "median of 5 repeats",
 }
@@ -237,6 +237,11 @@ def _stay_awake(clock: Callable[[], float]) -> None:
     for _ in range(1_000_000):
         if clock() - start >= AWAKE_S:
             return
+
+
+def graph_calls(flop: float) -> int:
+    """How many calls of so many FLOP a graph holds."""
+    return max(1, min(GRAPH_CALLS, int(GRAPH_FLOP / max(flop, 1.0))))
 
 
 def graphed(call: Call, calls: int = GRAPH_CALLS) -> tuple[Call, Any]:
