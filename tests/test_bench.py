@@ -386,7 +386,8 @@ def test_torch_is_not_comparable_where_its_mask_is_another():
 def test_graphs_add_rows_and_host_times(monkeypatch):
     who = [contenders.CuteAttn(), contenders.PEERS["math"]]
     monkeypatch.setattr(cells, "host_us", lambda call, us, timer: us / 10)
-    monkeypatch.setattr(cells, "_replay", lambda prepared, truth: (timing.Call(prepared.call.run, 20), (1e-3, 2e-3)))
+    replayed = (1e-3, 2e-3)
+    monkeypatch.setattr(cells, "_replay", lambda prepared, *_: (timing.Call(prepared.call.run, 20), replayed))
     records = cells.measure(SMALL, who, {}, fake_setup(rounds=1, graph=True))
     assert [(r["contender"], r["mode"]) for r in records] == [
         (name, mode) for name in ("cute_attn", "math") for mode in ("eager", "graph")
