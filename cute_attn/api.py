@@ -64,24 +64,24 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         return traced(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
     if type(causal) is not bool or type(return_lse) is not bool:
         checks.flags(causal=causal, return_lse=return_lse)
-    call = _call(q, k, v, out, causal, layout)
-    scale = call.scale if scale is None else checks.scale(scale)
+    problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, causal, layout)
+    scale = default_scale if scale is None else checks.scale(scale)
     checks.gradients(q, k, v)
     if out is not None:
-        checks.out_memory(out, (q, k, v), call.nbytes)
-    if call.gpu is None:
-        return _on_cpu(call.problem, q, k, v, scale, return_lse, out)
+        checks.out_memory(out, q, k, v, nbytes)
+    if gpu is None:
+        return _on_cpu(problem, q, k, v, scale, return_lse, out)
     o = torch.empty_like(q) if out is None else out
-    lse = q.new_empty(call.problem.lse_shape, dtype=torch.float32) if return_lse else None
-    if call.kernel is None:
+    lse = q.new_empty(problem.lse_shape, dtype=torch.float32) if return_lse else None
+    if kernel is None:
         o.zero_()
         if lse is not None:
             lse.fill_(-torch.inf)
     else:
-        address, ticket = 0 if lse is None else lse.data_ptr(), call.gpu.ticket() if call.draws else 0
-        tensors = (q, k, v, o) if call.plain else map(_for_tma, (q, k, v, o))
+        address, ticket = 0 if lse is None else lse.data_ptr(), gpu.ticket() if draws else 0
+        tensors = (q, k, v, o) if plain else map(_for_tma, (q, k, v, o))
         try:
-            call.kernel(*tensors, address, ticket, scale, call.gpu.num_sms)
+            kernel(*tensors, address, ticket, scale, gpu.num_sms)
         except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it
             _prepared(q, k, v, out, causal, layout)
             checks.addresses(q, k, v, o)

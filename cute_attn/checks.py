@@ -177,16 +177,16 @@ def out(o: Spec, q: Spec, layout: str) -> None:
         raise ValueError(f"out: {what}; use a dense out")
 
 
-def out_memory(o: torch.Tensor, inputs, nbytes) -> None:
-    """`out` shares no element with q, k or v; nbytes: from each one's first to past its last element, out's last."""
+def out_memory(o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, nbytes) -> None:
+    """`out` shares no element with q, k or v; nbytes: from the first to past the last element of q, k, v and out."""
     if o.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: requires grad; pass out.detach(), or call under torch.no_grad()")
-    start = o.data_ptr()
-    end = start + nbytes[3]
-    for i, x in enumerate(inputs):
-        address = x.data_ptr()
-        if start < address + nbytes[i] and address < end and overlap(o, x):
-            raise ValueError(f"out: shares memory with {'qkv'[i]}; pass an out of its own, or omit it")
+    q_start, k_start, v_start, start = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr()
+    q_bytes, k_bytes, v_bytes, o_bytes = nbytes
+    end = start + o_bytes
+    for name, x, first, size in (("q", q, q_start, q_bytes), ("k", k, k_start, k_bytes), ("v", v, v_start, v_bytes)):
+        if start < first + size and first < end and overlap(o, x):
+            raise ValueError(f"out: shares memory with {name}; pass an out of its own, or omit it")
 
 
 def extent(dims: list[tuple[int, int]]) -> int:
