@@ -98,8 +98,7 @@ def few_tiles(head_dim, causal, blocks, seqlen_k):
     if blocks <= 132 and (head_dim, causal) != (128, True):
         return one | dict(tile_n=128, stages=2)
     if blocks <= 264 and head_dim == 64:
-        drawn = dict(tile_n=64, stages=4, scheduler=DynamicLongest)
-        return dict(tile_m=128) | (drawn if causal else {})
+        return dict(tile_m=128) | (dict(scheduler=DynamicLongest) if causal else {})
     if blocks <= 264 and causal:
         return one | dict(stages=4, scheduler=DynamicLongest)
     return None
@@ -154,9 +153,9 @@ FEW = [  # head_dim, masks, B H Sq Sk -> tile, split, scheduler
     (64, BOTH, (4, 16, 65, 512), (64, 128), 1, "once"),
     (64, BOTH, (1, 132, 64, 512), (64, 128), 1, "once"),
     (64, FULL, (1, 133, 64, 512), (128, 128), 1, "static"),
-    (64, CAUSAL, (1, 133, 64, 512), (128, 64), 1, "drawn"),
+    (64, CAUSAL, (1, 133, 64, 512), (128, 128), 1, "drawn"),
     (64, FULL, (2, 132, 64, 512), (128, 128), 1, "static"),
-    (64, CAUSAL, (2, 132, 64, 512), (128, 64), 1, "drawn"),
+    (64, CAUSAL, (2, 132, 64, 512), (128, 128), 1, "drawn"),
     (64, FULL, (1, 265, 64, 512), (256, 64), 1, "static"),
     (64, CAUSAL, (1, 265, 64, 512), (256, 64), 1, "drawn"),
     (40, BOTH, (1, 8, 64, 8192), (64, 128), 8, "once"),
