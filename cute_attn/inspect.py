@@ -324,3 +324,9 @@ def _tool(name: str) -> str:
     if found is None:
         raise FileNotFoundError(f'{name}: not found, neither its wheel nor on PATH; pip install "cute_attn[bench]"')
     return found
+
+
+if __name__ == "__main__":
+    from .inspect_cli import main
+
+    raise SystemExit(main())

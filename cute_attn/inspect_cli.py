@@ -1,0 +1,102 @@
+"""`python -m cute_attn.inspect`: what the kernel of a shape is made of. Compiles for sm_90a; needs no GPU.
+
+    python -m cute_attn.inspect --shape 16,16,2048,64 --causal
+    python -m cute_attn.inspect --shape 16,16,2048,128 --sass | less
+
+Needs `pip install "cute_attn[bench]"`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+try:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ImportError:
+    raise SystemExit('python -m cute_attn.inspect: rich is missing; pip install "cute_attn[bench]"') from None
+
+from . import audit, inspect
+from .bench import WIDTH, _shape, positive
+from .benchmark import static
+from .benchmark.report import print_facts
+from .checks import DTYPES, LAYOUTS
+from .kernels.config import FwdConfig
+from .plan import Problem, plan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 for a healthy kernel, 1 for problems or a branch that nothing explains, 2 for bad arguments."""
+    args, problem = parse(argv)
+    config = plan(problem)
+    try:
+        if args.sass or args.ptx:
+            return write((inspect.sass if args.sass else inspect.ptx)(config))
+        console = Console(width=None if sys.stdout.isatty() else max(WIDTH, Console().width), highlight=False)
+        return show(console, config)
+    except FileNotFoundError as error:  # nvdisasm; it says how to get it
+        print(error, file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m cute_attn.inspect", description="Inspect the kernel of a shape.")
+    add = p.add_argument
+    add("--shape", type=_shape, required=True, metavar="B,H,S,D", help="such as 16,16,2048,64")
+    add("--kv-heads", type=positive, metavar="N", help="heads of k and v; default H")
+    add("--seqlen-k", type=positive, metavar="N", help="rows of k and v; default S")
+    add("--causal", action="store_true", help="with the causal mask")
+    add("--dtype", choices=tuple(DTYPES.values()), default="bf16", help="default bf16")
+    add("--layout", choices=LAYOUTS, default="bshd", help="order of the inputs in memory; default bshd")
+    code = p.add_mutually_exclusive_group()
+    code.add_argument("--sass", action="store_true", help="the machine code instead, as nvdisasm writes it")
+    code.add_argument("--ptx", action="store_true", help="the PTX instead")
+    return p
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Problem]:
+    """The arguments and the problem that they name; exits with 2 on bad ones, naming the argument."""
+    p = parser()
+    args = p.parse_args(argv)
+    batch, heads, seqlen, head_dim = args.shape
+    heads_kv = args.kv_heads or heads
+    if heads % heads_kv:
+        p.error(f"argument --kv-heads: {heads_kv} does not divide the {heads} heads of --shape")
+    sizes = batch, heads, heads_kv, seqlen, args.seqlen_k or seqlen, head_dim
+    return args, Problem(*sizes, args.dtype, args.layout, args.causal)
+
+
+def write(text: str) -> int:
+    """To stdout as it is; a reader may leave early, as `head` does."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+    return 0
+
+
+def show(console: Console, config: FwdConfig) -> int:
+    """The report and the audit of a kernel; 1 if either finds fault."""
+    kernel, branches = static.describe(config), audit.audit(config)
+    static.print_kernel(console, kernel)
+    print_facts(console, {"config": kernel["config"]})
+    print_audit(console, branches)
+    unknown = any(branch.depends == audit.UNKNOWN for branch in branches)
+    return 1 if kernel["problems"] or unknown else 0
+
+
+def print_audit(console: Console, branches: Sequence[audit.Branch]) -> None:
+    kinds = audit.BARRIER, audit.LAZY_RESCALE, audit.TRIP_COUNT, audit.UNKNOWN
+    counts = ", ".join(f"{sum(branch.depends == kind for branch in branches)} {kind}" for kind in kinds)
+    console.print(Text("\ncontrol flow of the steady loop, its polling included", style="bold"))
+    print_facts(console, {"branches": counts})
+    table = Table("address", "depends on", "branch", "last writer of its predicate", box=box.SIMPLE)
+    for branch in branches:
+        style = "bold red" if branch.depends == audit.UNKNOWN else ""
+        writers = "\n".join(branch.writers) or "none"
+        table.add_row(f"{branch.address:#x}", Text(branch.depends, style=style), Text(branch.text), Text(writers))
+    console.print(table)

@@ -1,0 +1,171 @@
+"""`python -m cute_attn.inspect` and the audit of control flow. No GPU needed; about 2 s for each kernel."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from cute_attn import audit, inspect, inspect_cli, plan
+
+KERNELS = [
+    pytest.param(["--shape", "4,16,2048,64"], plan.Problem(4, 16, 16, 2048, 2048, 64, layout="bshd"), id="d64 full"),
+    pytest.param(
+        ["--shape", "4,16,2048,128", "--causal"],
+        plan.Problem(4, 16, 16, 2048, 2048, 128, layout="bshd", causal=True),
+        id="d128 causal",
+    ),
+]
+kernels = pytest.mark.parametrize(("argv", "problem"), KERNELS)
+
+# A loop with all that is explained; a barrier is polled behind the end.
+SASS = """
+MOV R5, 0x8 ;
+.L_steady:
+SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR20+0x30050], R3 ;
+@!P0 BRA `(.L_poll) ;
+.L_arrived:
+HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT, gsb0 ;
+ISETP.GT.AND P0, PT, R17, -0x1, PT ;
+VOTE.ANY P0, P0 ;
+@!P0 BRA `(.L_no_rescale) ;
+FMUL R88, R88, R15 ;
+.L_no_rescale:
+UIADD3 UR9, UR9, 0x1, URZ ;
+ISETP.NE.U32.AND P1, PT, R5, UR9, PT ;
+@P1 BRA `(.L_steady) ;
+EXIT ;
+.L_poll:
+SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR20+0x30050], R3 ;
+@!P0 BRA `(.L_poll) ;
+BRA `(.L_arrived) ;
+"""
+EXPLAINED = [audit.BARRIER, audit.LAZY_RESCALE, audit.TRIP_COUNT, audit.BARRIER]
+
+
+def text(sass):
+    """As nvdisasm writes it: lines of code have addresses."""
+    lines = sass.split("\n")
+    return "\n".join(x if x.endswith(":") else f"        /*{16 * i:04x}*/  {x}" for i, x in enumerate(lines))
+
+
+def depends(sass):
+    return [branch.depends for branch in audit.control_flow(text(sass))]
+
+
+@kernels
+def test_output_has_the_reports_numbers(argv, problem, capsys):
+    assert inspect_cli.main(argv) == 0
+    out, config = capsys.readouterr().out, plan.plan(problem)
+    report = inspect.report(config)
+    loop, bounds = report.steady_loop, inspect.bounds(config, report)
+    for words in (
+        report.name,
+        repr(config),
+        f"{report.registers_at_launch} at launch, {report.registers_producer} producer, "
+        f"{report.registers_consumer} consumer",
+        f"{report.spill_stores} bytes stored, {report.spill_loads} loaded, {report.stack_bytes} of stack",
+        f"{report.smem_bytes} bytes of shared memory",
+        f"{report.wgmma} WGMMA, {report.tma_loads} TMA loads, {report.tma_stores} TMA stores",
+        f"{loop.instructions} instructions: {loop.wgmma} WGMMA",
+        f"{loop.mufu} MUFU, {loop.barriers} barriers, {loop.branches} branches",
+        f"mma {bounds.mma:.0f}, mufu {bounds.mufu:.0f}, issue {bounds.issue:.0f}, smem {bounds.smem:.0f}",
+        "1 data: lazy rescale, 1 trip count, 0 unknown",
+    ):
+        assert words in out
+
+
+@kernels
+def test_one_branch_depends_on_data(argv, problem):
+    config = plan.plan(problem)
+    found = [branch.depends for branch in audit.audit(config)]
+    assert found.count(audit.LAZY_RESCALE) == found.count(audit.TRIP_COUNT) == 1
+    assert set(found) == {audit.BARRIER, audit.LAZY_RESCALE, audit.TRIP_COUNT}
+
+
+@pytest.mark.parametrize("kind", ["sass", "ptx"])
+def test_code_is_printed_as_it_is(kind, capsys):
+    assert inspect_cli.main(["--shape", "4,16,2048,64", f"--{kind}"]) == 0
+    config = plan.plan(plan.Problem(4, 16, 16, 2048, 2048, 64, layout="bshd"))
+    assert capsys.readouterr().out == getattr(inspect, kind)(config)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "--shape"),
+        (["--shape", "1,2,3"], "argument --shape: '1,2,3' is not four positive integers"),
+        (["--shape", "1,2,3,520"], "head_dim 520 is not supported"),
+        (["--shape", "1,6,64,64", "--kv-heads", "4"], "argument --kv-heads: 4 does not divide the 6 heads"),
+        (["--shape", "1,6,64,64", "--seqlen-k", "0"], "argument --seqlen-k: '0' is not a positive integer"),
+        (["--shape", "1,6,64,64", "--dtype", "fp8"], "argument --dtype"),
+        (["--shape", "1,6,64,64", "--sass", "--ptx"], "not allowed with argument --sass"),
+    ],
+)
+def test_bad_arguments(argv, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        inspect_cli.main(argv)
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_module_runs():
+    done = subprocess.run([sys.executable, "-m", "cute_attn.inspect", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "python -m cute_attn.inspect" in done.stdout and not done.stderr
+
+
+def test_without_rich_says_what_to_install():
+    code = "import sys; sys.modules['rich'] = None; import cute_attn.inspect_cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == 'python -m cute_attn.inspect: rich is missing; pip install "cute_attn[bench]"\n'
+
+
+def test_crafted_loop_is_explained():
+    assert depends(SASS) == EXPLAINED
+    assert depends("EXIT ;") == []
+
+
+SCORES = "FSETP.GT.AND P2, PT, R24, RZ, PT ;\n@P2 BRA `(.L_no_rescale) ;\nVOTE"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("VOTE", SCORES, id="on a score"),
+        pytest.param("VOTE", SCORES.split("\n", 1)[1], id="on a predicate from before the loop"),
+        pytest.param("VOTE", "BRA.DIV UR4, `(.L_no_rescale) ;\nVOTE", id="divergence"),
+        pytest.param("VOTE", "@P0 EXIT ;\nVOTE", id="exit"),
+        pytest.param("ISETP.GT.AND P0, PT, R17, -0x1, PT", "FSETP.GT.AND P0, PT, R17, R18, PT", id="other vote"),
+        pytest.param("PT, R5, UR9", "PT, R24, UR9", id="trip count by a score"),
+        pytest.param("UIADD3 UR9, UR9, 0x1, URZ", "R2UR UR9, R24", id="no counter"),
+        pytest.param("FMUL", "@P3 ISETP.NE.U32.AND P1, PT, R5, UR9, PT ;\n@P1 BRA `(.L_arrived) ;\nFMUL", id="inner"),
+    ],
+)
+def test_crafted_branch_without_explanation(old, new):
+    assert old in SASS
+    found = depends(SASS.replace(old, new))
+    assert audit.UNKNOWN in found
+
+
+def test_a_copied_predicate_is_followed():
+    compare = "UISETP.NE.U32.AND UP1, UPT, UR5, UR9, UPT ;\nPLOP3.LUT P1, PT, PT, PT, UP1, 0x80, 0x0 ;"
+    assert depends(SASS.replace("ISETP.NE.U32.AND P1, PT, R5, UR9, PT ;", compare)) == EXPLAINED
+
+
+@pytest.mark.parametrize(("sass", "status"), [(SASS, 0), (SASS.replace("VOTE", SCORES), 1)], ids=["healthy", "unknown"])
+def test_exit_status_of_an_unexplained_branch(sass, status, monkeypatch, capsys):
+    config = plan.plan(plan.Problem(4, 16, 16, 2048, 2048, 64, layout="bshd"))
+    healthy = inspect.report(config)
+    monkeypatch.setattr(inspect, "report", lambda _: healthy)
+    monkeypatch.setattr(inspect, "build", lambda _: inspect.Build(text(sass), "", ""))
+    assert inspect_cli.main(["--shape", "4,16,2048,64"]) == status
+    assert f"{status} unknown" in capsys.readouterr().out
+
+
+def test_exit_status_of_a_problem(monkeypatch, capsys):
+    config = plan.plan(plan.Problem(4, 16, 16, 2048, 2048, 64, layout="bshd"))
+    spills = dataclasses.replace(inspect.report(config), spill_stores=8)
+    monkeypatch.setattr(inspect, "report", lambda _: spills)
+    assert inspect_cli.main(["--shape", "4,16,2048,64"]) == 1
+    assert "spills: 8 bytes stored" in capsys.readouterr().out
