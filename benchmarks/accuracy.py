@@ -220,9 +220,15 @@ def finish(entries: Sequence[Entry], out: Path, versions: dict[str, str | None])
     """Writes the record and prints the table, failures on stderr too; 1 where there are any."""
     failed = [f"{_cell(e)}, {e['inputs']}: {e['verdict']}" for e in entries if e["verdict"] not in ("ok", None)]
     write_json(out, {**where(), "peers": versions, "method": METHOD, "failed": failed, "cells": list(entries)})
+    cells = len(entries) // 2
+    return show(table(entries), f"{cells - len(failed)} of {cells} cells are within what is allowed", failed)
+
+
+def show(numbers: Table, summary: str, failed: Sequence[str]) -> int:
+    """To people: the table, a line under it, and the failures on stderr; 1 where there are any."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print(table(entries))
-    console.print(f"{len(entries) // 2 - len(failed)} of {len(entries) // 2} cells are within what is allowed")
+    console.print(numbers)
+    console.print(summary)
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy import compile_ahead
+from accuracy import compile_ahead, show
 from gpu_tests import where
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from cute_attn import device
-from cute_attn.bench import WIDTH, out_file
+from cute_attn.bench import out_file
 from cute_attn.benchmark.cells import ERROR_MAX, SEQLENS, Setup, Truth, cell_word, gpu_setup, shape_word, sweep
 from cute_attn.benchmark.contenders import CuteAttn, first_run, make_inputs
 from cute_attn.benchmark.machine import FLOP_FORMULA, Monitor, Nvml, no_hopper
@@ -132,12 +131,8 @@ def finish(entries: Sequence[Entry], out: Path) -> int:
     failed = [f"{_cell(e)}: share {e['share']:.3f}, at least {BAR} is wanted" for e in entries if not e["passed"]]
     method = METHOD | {"rounds": ROUNDS} | SHARE
     write_json(out, {**where(), "bar": BAR, "method": method, "failed": failed, "cells": list(entries)})
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print(table(entries))
-    console.print(f"{len(entries) - len(failed)} of {len(entries)} shapes reach {BAR} of their neighbour's rate")
-    for line in failed:
-        print(line, file=sys.stderr)
-    return 1 if failed else 0
+    reached = f"{len(entries) - len(failed)} of {len(entries)} shapes reach {BAR} of their neighbour's rate"
+    return show(table(entries), reached, failed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,3 +30,12 @@ def cache(tmp_path, monkeypatch):
     api._calls.clear()
     yield tmp_path
     api._calls.clear()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The tensors are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -26,13 +26,7 @@ from cute_attn.plan import Problem, plan
 SMALL = Problem(2, 4, 2, 24, 24, 16, "bf16", "bshd", False)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FakeTimer:

@@ -8,14 +8,12 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-import cute_attn
-
 from .. import compile, device
 from ..kernels.config import FwdConfig
 from ..kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from ..plan import Problem, plan
 from . import report, static
-from .contenders import DEFAULT_PEERS, Inputs, Prepared
+from .contenders import DEFAULT_PEERS, CuteAttn, Inputs, Prepared
 from .report import Column, Record
 from .timing import Call
 
@@ -36,7 +34,7 @@ def configs(problem: Problem) -> tuple[FwdConfig, ...]:
     return one_tile, ring, persistent, overlap, tuned
 
 
-class Stage:
+class Stage(CuteAttn):
     """A contender: the kernel of one stage, from 1 on."""
 
     def __init__(self, number: int):
@@ -51,15 +49,6 @@ class Stage:
         if self.number == 1:
             return f"{own.tile_m}x{own.tile_n} tiles; QK, softmax, PV in turn"
         return difference(STAGES[self.number - 2].config(problem), own)
-
-    def absent(self):
-        return None
-
-    def refuses(self, problem):
-        return None
-
-    def version(self):
-        return cute_attn.__version__
 
     def prepare(self, inputs):
         return launch(self.config(inputs.problem), inputs)
