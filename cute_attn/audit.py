@@ -1,6 +1,7 @@
 """What decides each conditional branch of a kernel's main loop, read from the machine code. Needs no GPU.
 
-For a shipped kernel: barriers, the trip count, and one vote on the scores, that skips rescaling O.
+For a shipped kernel: barriers, the trip count, and one vote: on the exponents, where it skips rescaling O, or on sums
+of P, where it skips redoing the step.
 """
 
 import re
@@ -8,8 +9,10 @@ from typing import NamedTuple
 
 from .inspect import _LINE, Instruction, LoopReport, _shortest, loops, parse, sass
 from .kernels.config import FwdConfig
+from .kernels.softmax import LARGEST_SUM
 
-BARRIER, LAZY_RESCALE, TRIP_COUNT, UNKNOWN = "barrier", "data: lazy rescale", "trip count", "unknown"
+BARRIER, TRIP_COUNT, UNKNOWN = "barrier", "trip count", "unknown"
+LAZY_RESCALE, REDO = "data: lazy rescale", "data: redo"
 
 _ADDRESS = re.compile(r"\s*/\*([0-9a-f]+)\*/")
 _PREDICATE = re.compile(r"\bU?P\d\b")
@@ -23,7 +26,7 @@ class Branch(NamedTuple):
 
     address: int  # of the instruction in the machine code
     text: str
-    depends: str  # BARRIER, LAZY_RESCALE, TRIP_COUNT or UNKNOWN
+    depends: str  # BARRIER, TRIP_COUNT, LAZY_RESCALE, REDO or UNKNOWN
     writers: tuple[str, ...]  # of its predicate: the instructions that may have written it last
 
 
@@ -137,6 +140,8 @@ class _Flow:
             return BARRIER
         if kind == "VOTE" and self._votes_on_signs(i):
             return LAZY_RESCALE
+        if kind == "VOTE" and self._tests_sums(i):
+            return REDO
         if kind in ("ISETP", "UISETP") and branch == self.last and self._counts(i):
             return TRIP_COUNT
         copied = re.fullmatch(r"P\d, PT, PT, PT, (UP\d), 0x80, 0x0", x.operands) if kind == "PLOP3" else None
@@ -146,6 +151,17 @@ class _Flow:
     def _votes_on_signs(self, i: int) -> bool:
         texts = [self.text(j) for j in self.writers(i, self._operands(i)[-1])]
         return bool(texts) and all(text.startswith("ISETP.") and _SIGNS.search(text) for text in texts)
+
+    def _tests_sums(self, i: int) -> bool:
+        """Whether the predicate that `i` reads last says that a sum of P is too large, or that one before says so."""
+        predicate = self._operands(i)[-1]
+        writers = self.writers(i, predicate)
+        return predicate == "PT" or (bool(writers) and all(self._is_sum_test(j) for j in writers))
+
+    def _is_sum_test(self, i: int) -> bool:
+        if i < 0 or not self.code[i].opcode.startswith("FSETP.GTU"):
+            return False
+        return _number(self._operands(i)[3]) in LARGEST_SUM.values() and self._tests_sums(i)
 
     def _counts(self, i: int) -> bool:
         """Whether a compare is between a counter, which the loop steps by a constant, and what the loop leaves."""
@@ -168,3 +184,10 @@ class _Flow:
         wide = 4 if ".128" in opcode else 2 if ".64" in opcode or "WIDE" in opcode else 1
         count = int(shape[1]) // 2 if shape else wide
         return first is not None and first[1] == kind and int(first[2]) <= number < int(first[2]) + count
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None

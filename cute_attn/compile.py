@@ -22,6 +22,7 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
 from .kernels.config import FwdConfig
+from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
 from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
 from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
 from .kernels.flash_fwd_split_sm90 import FlashFwdSplitSm90
@@ -90,14 +91,22 @@ def compile(config: FwdConfig, options: str = ""):
         strides = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
         return make_fake_tensor(ELEMENT[config.dtype], shape, strides, assumed_align=16)
 
-    kernel = FlashFwdSplitSm90 if config.split > 1 else FlashFwdSm90 if config.overlap else FlashFwdSerialSm90
     return cute.compile(
-        kernel(config),
+        kernel(config)(config),
         *(tensor(h, s_q), tensor(h_kv, s_k), tensor(h_kv, s_k), tensor(h, s_q)),
         *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch {ARCH} {options}",
     )
+
+
+def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
+    """The class that is compiled for a config."""
+    if config.split > 1:
+        return FlashFwdSplitSm90
+    if not config.overlap:
+        return FlashFwdSerialSm90
+    return FlashFwdRedoSm90 if config.redo else FlashFwdSm90
 
 
 def _load_or_compile(config: FwdConfig) -> Callable:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import compile
-from .kernels.config import REGISTERS, FwdConfig
+from .kernels.config import FwdConfig
 from .kernels.ping_pong import WARPGROUP
 
-LOOP_WARPGROUP_OPS = 4  # QK and PV are issued in one go each: an arrive and a wait for either
+LOOP_WARPGROUP_OPS = 4  # at most: QK and PV are issued in one go each, an arrive and a wait for either
 ELEMENT_BYTES = 2  # of bf16 and fp16
 SMEM_BYTES_PER_CLK = 128
 HIDDEN_PER_EXP = 3.5  # a model: beside a warp's EX2, 8 cycles of MUFU, issue FFMA, EX2, FADD, half a conversion
@@ -233,7 +233,7 @@ def read(config: FwdConfig, build: Build) -> StaticReport:
         registers_at_launch=at_launch,
         registers_producer=_setmaxnreg(code, "USETMAXREG.DEALLOC", at_launch),
         registers_consumer=_setmaxnreg(code, "USETMAXREG.TRY_ALLOC", at_launch),
-        registers_asked=REGISTERS[config.warpgroups],
+        registers_asked=config.registers,
         stages_o=config.stages_o,
         smem_bytes=config.smem_bytes,
         stack_bytes=int(frame[1]),

@@ -27,6 +27,7 @@ class FwdConfig:
     cluster: int = 1  # CTAs along the query that share each K/V load; needs equal trip counts: Full, static
     q_stages: int = 1  # Q tiles in shared memory: with 2, the next one is loaded while this one is used
     split: int = 1  # CTAs of a cluster that share a tile's keys: FlashFwdSplitSm90
+    redo: bool = False  # offsets are questioned after the exponentials, and the step redone: FlashFwdRedoSm90
     overlap: bool = True  # PV runs beside the next block's QK and softmax; without: FlashFwdSerialSm90, for the ladder
 
     def __post_init__(self):
@@ -36,11 +37,23 @@ class FwdConfig:
         assert self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
         assert self.cluster == 1 or not (self.mask.causal or self.scheduler.draws), "a cluster's CTAs must stay in step"
         assert self.split == 1 or (self.tile_m, self.cluster, self.scheduler) == (64, 1, OneTile), "one merge per CTA"
+        assert not self.redo or (self.overlap and self.split == 1 and not self.q_in_regs), "Q and K are read once more"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
     @property
     def warpgroups(self) -> int:
         return self.tile_m // 64
+
+    @property
+    def registers_held(self) -> int:
+        """By a thread of the MMA warpgroups: O and a block's scores, float32; P, and Q where it stays, half of that."""
+        d, n = self.head_dim, self.tile_n
+        return d // 2 + n // 2 + n // 4 + (d // 4 if self.q_in_regs else 0)
+
+    @property
+    def registers(self) -> tuple[int, int] | None:
+        """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
+        return None if self.warpgroups == 2 and self.registers_held <= 80 else REGISTERS[self.warpgroups]
 
     @property
     def cluster_size(self) -> int:
@@ -63,4 +76,5 @@ class FwdConfig:
     @property
     def name(self) -> str:
         tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}" + (f"_split{self.split}" if self.split > 1 else "")
+        tile += "_redo" if self.redo else ""
         return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{self.mask.name}_{tile}"

@@ -15,7 +15,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import mask as mask_ops
-from .config import LAYOUTS, REGISTERS, FwdConfig
+from .config import LAYOUTS, FwdConfig
 from .layout import acc_as_A, acc_mn, normalise_rows, scale_rows
 from .ping_pong import WARPGROUP, PingPong
 from .softmax import SLACK_LOG2, Softmax
@@ -110,6 +110,8 @@ class FlashFwdSm90:
         self.config = config
         self.dtype = ELEMENT[config.dtype]
         self.slack = SLACK_LOG2[config.dtype]
+        # GEMMs in flight beside the softmax: with four warpgroups it runs beside the others' GEMMs anyway
+        self.pv_pending = 1 if config.overlap and config.warpgroups < 4 else 0
         self.turns = PingPong(config.warpgroups, config.pingpong)
 
     @cute.jit
@@ -141,7 +143,7 @@ class FlashFwdSm90:
             Tma(*cpasync.make_tiled_tma_atom(shared, mK, kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
             Tma(*cpasync.make_tiled_tma_atom(shared, mV, kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
             Tma(*cpasync.make_tiled_tma_atom(s2g, mO, q, (ROWS, c.head_dim))) if c.stages_o else mO,
-            cute.make_tensor(address(Float32, lse), self._lse_layout(batch, heads, seqlen_q if lse != 0 else 0)),
+            cute.make_tensor(address(Float32, lse), lse_layout(batch, heads, seqlen_q if lse != 0 else 0)),
             cute.make_tensor(address(Int32, ticket), 1),
         )
         ratio = heads // heads_kv
@@ -160,9 +162,6 @@ class FlashFwdSm90:
             stream=stream,
             use_pdl=True,
         )
-
-    def _lse_layout(self, batch, heads, seqlen_q):
-        return cute.make_layout((batch, heads, seqlen_q), stride=(Int64(heads) * seqlen_q, Int64(seqlen_q), 1))
 
     def _tiling(self) -> Tiling:
         c = self.config
@@ -190,7 +189,7 @@ class FlashFwdSm90:
     def kernel(self, gmem: Gmem, problem: Problem, tiling: Tiling):
         """Allocate, then split into one producer warpgroup and the MMA warpgroups."""
         c = self.config
-        registers = REGISTERS[c.warpgroups]
+        registers = c.registers
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for tma in (gmem.q, gmem.k, gmem.v):
@@ -327,27 +326,31 @@ class FlashFwdSm90:
         c = self.config
         f = self._fragments(smem, tiling, problem)
         w = Warpgroup(gmem, smem, pipes, tiling, problem, f)
-        q_state, k_state, v_state, t_state = self._states(pipeline.PipelineUserType.Consumer)
+        kv_state, done = nth(Int32(0), c.stages), Int32(0)  # tiles
         self.turns.start(f.wg)
-        tile, t_state = hear(smem, pipes, t_state)
+        tile = hear(smem, pipes, nth(done, 2))
         while tile.valid:
+            q_state = nth(done, c.q_stages)
             row0 = tile.m_block * c.tile_m + f.wg * ROWS
             blocks = self._blocks(tile, problem)
             pipes.q.consumer_wait(q_state)
             if row0 < problem.seqlen_q:
-                k_state, v_state = self._tile(w, row0, blocks, q_state, k_state, v_state)
+                kv_state = self._tile(w, row0, blocks, q_state, kv_state)
                 self._finish(w, tile)
             else:
-                k_state, v_state = self._sit_out(w, blocks, k_state, v_state)
+                kv_state = self._sit_out(w, blocks, kv_state)
                 pipes.q.consumer_release(q_state)
-            q_state.advance()
-            tile, t_state = hear(smem, pipes, t_state)
+            done += 1
+            tile = hear(smem, pipes, nth(done, 2))
         self.turns.finish(f.wg)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def _tile(self, w: Warpgroup, row0, blocks, q_state, k_state, v_state):
-        """A warpgroup's 64 rows of a tile, blocks from the last to the first: those the mask cuts, then the rest."""
+    def _tile(self, w: Warpgroup, row0, blocks, q_state, kv_state):
+        """A warpgroup's 64 rows of a tile, blocks from the last to the first: those the mask cuts, then the rest.
+
+        kv_state is where K's next block lies; V is multiplied a block later, from the same place of its own ring.
+        """
         c, f = self.config, w.frag
         n_mine, n_whole = self._own_blocks(w, row0, blocks)
         f.softmax.reset()
@@ -356,16 +359,17 @@ class FlashFwdSm90:
         self._read_q(w, q_state)
         release_if(c.q_in_regs, w.pipes.q, q_state)
         for _ in cutlass.range(blocks[1] - n_mine, unroll=1):
-            k_state, v_state = self._pass_over(w, k_state, v_state)
-        k_state, v_state = self._first(w, q_state, k_state, v_state, (row0, n_mine - 1))
+            kv_state = self._pass_over(w, kv_state)
+        kv_state = self._first(w, q_state, kv_state, (row0, n_mine - 1))
         if cutlass.const_expr(c.mask.causal):  # else the mask cuts the last block only
             for n in cutlass.range(n_mine - 1 - n_whole, unroll=1):
-                k_state, v_state = self._step(w, q_state, k_state, v_state, (row0, n_mine - 2 - n), True)
-        f.softmax.settle()
-        for n in cutlass.range(n_whole - blocks[0], unroll=1):
-            k_state, v_state = self._step(w, q_state, k_state, v_state, (row0, n_whole - 1 - n), False)
+                kv_state = self._step(w, q_state, kv_state, (row0, n_mine - 2 - n), True)
+        self._settle(f)
+        for _ in cutlass.range(n_whole - blocks[0], unroll=1):
+            kv_state = self._step(w, q_state, kv_state, None, False)
         release_if(not c.q_in_regs, w.pipes.q, q_state)
-        return k_state, self._last(w, v_state)
+        self._last(w, kv_state)
+        return kv_state
 
     def _own_blocks(self, w: Warpgroup, row0, blocks):
         """Where the blocks that these 64 rows need end, and where those end that they see whole."""
@@ -375,11 +379,11 @@ class FlashFwdSm90:
         self.epilogue(w, tile)
 
     @cute.jit
-    def _sit_out(self, w: Warpgroup, blocks, k_state, v_state):
+    def _sit_out(self, w: Warpgroup, blocks, kv_state):
         """A tile whose rows of this warpgroup all lie beyond the last query: the others get the tensor cores."""
         for _ in cutlass.range(blocks[1] - blocks[0] - 1, unroll=1):
-            k_state, v_state = self._pass_over(w, k_state, v_state)
-        return self._drop(w.pipes.k, k_state), self._drop(w.pipes.v, v_state)
+            kv_state = self._pass_over(w, kv_state)
+        return self._drop(w.pipes, kv_state)
 
     def _fragments(self, smem: Smem, tiling: Tiling, problem: Problem) -> Frag:
         c = self.config
@@ -428,76 +432,95 @@ class FlashFwdSm90:
             cute.copy(copy, copy.partition_S(sQ), copy.retile(f.tSrQ))
 
     @cute.jit
-    def _pass_over(self, w: Warpgroup, k_state, v_state):
+    def _pass_over(self, w: Warpgroup, kv_state):
         """A block that only later warpgroups' rows see."""
-        k_state, v_state = self._drop(w.pipes.k, k_state), self._drop(w.pipes.v, v_state)
+        kv_state = self._drop(w.pipes, kv_state)
         self.turns.take(w.frag.wg)
         self.turns.give(w.frag.wg)
-        return k_state, v_state
+        return kv_state
 
     @cute.jit
-    def _drop(self, pipe, state):
-        pipe.consumer_wait(state)
-        pipe.consumer_release(state)
-        state.advance()
-        return state
+    def _drop(self, pipes: Pipes, kv_state):
+        for pipe in (pipes.k, pipes.v):
+            pipe.consumer_wait(kv_state)
+            pipe.consumer_release(kv_state)
+        kv_state.advance()
+        return kv_state
 
     @cute.jit
-    def _first(self, w: Warpgroup, q_state, k_state, v_state, at):
+    def _first(self, w: Warpgroup, q_state, kv_state, at):
         """P of the last block, so that every step finds one."""
         f = w.frag
-        w.pipes.k.consumer_wait(k_state)
-        acc_S = self._issue_qk(w, q_state, k_state)
+        w.pipes.k.consumer_wait(kv_state)
+        acc_S = self._issue_qk(w, q_state, kv_state)
         warpgroup.wait_group(0)
-        w.pipes.k.consumer_release(k_state)
-        k_state.advance()
+        w.pipes.k.consumer_release(kv_state)
+        kv_state.advance()
         S = acc_mn(acc_S)  # (rows, cols)
-        self._mask(w, S, at)
+        if self._cut(w, at):
+            self._mask(w, S, at)
         f.softmax.step(S, self.slack)
         self._to_P(f, acc_S)
-        return k_state, v_state
+        return kv_state
+
+    def _cut(self, w: Warpgroup, at):
+        """Whether the mask hides a key of this block from any of these 64 rows."""
+        row0, n_block = at
+        limit = self.config.mask.limit(row0, w.problem.seqlen_q, w.problem.seqlen_k)
+        return limit < (n_block + 1) * self.config.tile_n
 
     @cute.jit
-    def _step(self, w: Warpgroup, q_state, k_state, v_state, at, edge: cutlass.Constexpr):
+    def _step(self, w: Warpgroup, q_state, kv_state, at, edge: cutlass.Constexpr):
         """QK of this block and PV of the one before, then softmax of this block. edge: the mask may cut it."""
-        f, pipes = w.frag, w.pipes
-        pipes.k.consumer_wait(k_state)
+        f, pipes, v_state = w.frag, w.pipes, before(kv_state)
+        pipes.k.consumer_wait(kv_state)
         self.turns.take(f.wg)
-        acc_S = self._issue_qk(w, q_state, k_state)
+        acc_S = self._issue_qk(w, q_state, kv_state)
         pipes.v.consumer_wait(v_state)
         self._issue_pv(w, v_state)
         self.turns.give(f.wg)
-        warpgroup.wait_group(1)
-        pipes.k.consumer_release(k_state)
-        k_state.advance()
-        self._softmax(w, acc_mn(acc_S), at, edge)
-        warpgroup.wait_group(0)
+        warpgroup.wait_group(self.pv_pending)
+        self._softmax(w, acc_S, q_state, kv_state, at, edge)
         pipes.v.consumer_release(v_state)
-        v_state.advance()
         self._to_P(f, acc_S)
-        return k_state, v_state
+        kv_state.advance()
+        return kv_state
 
     @cute.jit
-    def _softmax(self, w: Warpgroup, S: cute.Tensor, at, edge: cutlass.Constexpr):
-        """S (rows, cols) becomes P, and O follows where a row's offset has changed."""
-        f = w.frag
+    def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at, edge: cutlass.Constexpr):
+        """S becomes P. Releases K, waits for PV, and O follows where a row's offset has changed."""
+        f, S = w.frag, acc_mn(acc_S)  # (rows, cols)
+        w.pipes.k.consumer_release(k_state)
         if cutlass.const_expr(edge):
-            self._mask(w, S, at)
-            if f.softmax.step(S, self.slack):
-                self._rescale(f)
+            self._masked_softmax(w, S, at)
         else:
             if f.softmax.exponents(S):
                 f.softmax.raise_offsets(S, self.slack)
-                self._rescale(f)
+                self._wait_for_pv()
+                scale_rows(f.acc_O, f.softmax.rescale)
             f.softmax.exp(S)
+            self._wait_for_pv()
 
-    def _rescale(self, f: Frag):
-        """Rare: a row's offset has changed."""
-        warpgroup.wait_group(0)
-        scale_rows(f.acc_O, f.softmax.rescale)
+    @cute.jit
+    def _masked_softmax(self, w: Warpgroup, S, at):
+        """S (rows, cols) of a block that the mask may cut, with a maximum."""
+        f = w.frag
+        self._mask(w, S, at)
+        changed = f.softmax.step(S, self.slack)
+        self._wait_for_pv()
+        if changed:
+            scale_rows(f.acc_O, f.softmax.rescale)
 
-    def _last(self, w: Warpgroup, v_state):
-        return self._multiply_v(w, v_state)
+    def _wait_for_pv(self):
+        if self.pv_pending:
+            warpgroup.wait_group(0)
+
+    def _settle(self, f: Frag):
+        """Between the steps that mask and those that do not."""
+        f.softmax.settle()
+
+    def _last(self, w: Warpgroup, kv_state):
+        self._multiply_v(w, before(kv_state))
 
     @cute.jit
     def _multiply_v(self, w: Warpgroup, v_state):
@@ -506,8 +529,6 @@ class FlashFwdSm90:
         self._issue_pv(w, v_state)
         warpgroup.wait_group(0)
         w.pipes.v.consumer_release(v_state)
-        v_state.advance()
-        return v_state
 
     def _issue_qk(self, w: Warpgroup, q_state, k_state):
         f, acc_S = w.frag, self._acc_S(w.tiling)
@@ -604,12 +625,11 @@ def tell(smem: Smem, pipes: Pipes, state, tile: Tile):
 
 
 @cute.jit
-def hear(smem: Smem, pipes: Pipes, state):
+def hear(smem: Smem, pipes: Pipes, state) -> Tile:
     pipes.tile.consumer_wait(state)
     m_block, head, batch, valid = [cute.arch.make_warp_uniform(smem.tile[i, state.index]) for i in range(4)]
     pipes.tile.consumer_release(state)
-    state.advance()
-    return Tile(m_block, head, batch, valid != 0), state
+    return Tile(m_block, head, batch, valid != 0)
 
 
 @cute.jit
@@ -629,8 +649,24 @@ def quad_transpose(x, thread):
     return x
 
 
+def lse_layout(batch, heads, seqlen_q):
+    return cute.make_layout((batch, heads, seqlen_q), stride=(Int64(heads) * seqlen_q, Int64(seqlen_q), 1))
+
+
 def address(dtype, value: Int64):
     return cute.make_ptr(dtype, value, cute.AddressSpace.gmem, assumed_align=4)
+
+
+def nth(done: Int32, stages: int):
+    """A consumer's state in a ring after so many loads: one counter serves the rings that move on once a tile."""
+    return pipeline.PipelineState(stages, done, done % stages, done // stages % 2)
+
+
+def before(state):
+    """The state a block ago."""
+    state = state.clone()
+    state.reverse()
+    return state
 
 
 def release_if(when, pipe, state):

@@ -9,7 +9,7 @@ from cutlass.memory import SmemAllocator
 
 from .flash_fwd_sm90 import WARPGROUP, FlashFwdSm90, Problem, Warpgroup
 from .layout import acc_mn
-from .softmax import LOWEST
+from .softmax import LOWEST, Softmax
 from .tile_scheduler import Tile
 
 
@@ -58,9 +58,7 @@ class FlashFwdSplitSm90(FlashFwdSm90):
         for i in cutlass.range_constexpr(n):
             store_there(there + 4 * cute.crd2idx(i, here.layout), f.acc_O[i])
         for r in cutlass.range_constexpr(2):
-            total = cute.arch.warp_reduction_sum(f.softmax.row_sum[r], threads_in_group=4)
-            offset = -Float32.inf if total == 0.0 else f.softmax.offset[r]
-            store_there(there + 4 * cute.crd2idx(n + r, here.layout), offset)
+            store_there(there + 4 * cute.crd2idx(n + r, here.layout), offset_of(f.softmax, r))
             store_there(there + 4 * cute.crd2idx(n + 2 + r, here.layout), f.softmax.row_sum[r])
 
     @cute.jit
@@ -74,8 +72,7 @@ class FlashFwdSplitSm90(FlashFwdSm90):
             O[i] = theirs[i]
         mine_mn, theirs_mn = acc_mn(f.acc_O), acc_mn(O)  # (rows, cols)
         for r in cutlass.range_constexpr(2):
-            total = cute.arch.warp_reduction_sum(f.softmax.row_sum[r], threads_in_group=4)
-            mine = -Float32.inf if total == 0.0 else f.softmax.offset[r]
+            mine = offset_of(f.softmax, r)
             offset = cute.arch.fmax(mine, theirs[n + r])
             finite = cute.arch.fmax(offset, LOWEST)  # -inf - -inf would be NaN
             keep = cute.math.exp2(mine - finite, fastmath=True)
@@ -83,6 +80,13 @@ class FlashFwdSplitSm90(FlashFwdSm90):
             mine_mn[r, None].store(mine_mn[r, None].load() * keep + theirs_mn[r, None].load() * add)
             f.softmax.row_sum[r] = f.softmax.row_sum[r] * keep + theirs[n + 2 + r] * add
             f.softmax.offset[r] = offset
+
+
+@cute.jit
+def offset_of(softmax: Softmax, r) -> Float32:
+    """A row's offset; -inf where it has seen no key."""
+    total = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=4)
+    return -Float32.inf if total == 0.0 else softmax.offset[r]
 
 
 def store_there(address, value: Float32):

@@ -11,6 +11,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
 SLACK_LOG2 = {"bf16": 8.0, "fp16": 3.0}  # fp16's least number is 2^-24: P must not start much below 1
+LARGEST_SUM = {"bf16": 2.0**30, "fp16": 2.0**15}  # of a thread's P of a row and block: P fits its type, O float32
 LOWEST = -3.4028234663852886e38  # the least finite float32
 LN2 = 0.6931471805599453
 
@@ -91,13 +92,32 @@ class Softmax(NamedTuple):
             S[r, None].store(p)
 
     @cute.jit
+    def quick_step(self, S: cute.Tensor, largest: cutlass.Constexpr):
+        """S (rows, cols) becomes P by the offsets as they are; its sums, and True for a warp that must `step` instead.
+
+        That is where a sum is above `largest`, or NaN; a row that has seen no key has an offset of -inf, and so either.
+        """
+        sums, fits = cute.make_rmem_tensor_like(self.row_sum, Float32), Boolean(True)
+        for r in cutlass.range_constexpr(cute.size(self.offset)):
+            S[r, None].store(cute.math.exp2(S[r, None].load() * self.scale_log2 - self.offset[r], fastmath=True))
+            total = S[r, 0]
+            for c in cutlass.range_constexpr(1, cute.size(S, mode=[1])):
+                total = total + S[r, c]
+            sums[r] = total
+            fits = fits & (total <= largest)
+        return sums, cute.arch.vote_any_sync(not fits)
+
+    def add(self, sums: cute.Tensor):
+        self.row_sum.store(self.row_sum.load() + sums.load())
+
+    @cute.jit
     def finish(self) -> cute.Tensor:
         """Leaves in `rescale` what normalises O; returns each row's natural-log sum, -inf where it saw no key."""
         lse = cute.make_rmem_tensor_like(self.row_sum, Float32)
         for r in cutlass.range_constexpr(cute.size(self.row_sum)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
             log2_sum = self.offset[r] + cute.math.log2(total, fastmath=True)
-            self.rescale[r] = 1.0 / total
+            self.rescale[r] = cute.arch.rcp_approx(total)
             lse[r] = -Float32.inf if total == 0.0 else log2_sum * LN2
         return lse
 

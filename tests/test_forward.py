@@ -21,12 +21,16 @@ CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"]
 @pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 72, 96, 120, 128, 136, 160, 192, 200, 224, 248, 256])
 def test_head_dims_at_edge_shapes(head_dim, causal, dtype, planned_by):
     """Every kernel that a problem of the kind may get, whatever its size: few tiles get others than many."""
-    word = checks.DTYPES[dtype]
-    one = plan.kind(plan.plan(Problem(1, 1, 1, 1, 1, head_dim, word, "bhsd", causal)))
-    for config in (c for c in plan.shipped(device.name()) if plan.kind(c) == one):
+    for config in kernels_of(head_dim, causal, dtype):
         planned_by(config)
         for seqlen_q, seqlen_k in EDGES:
             check(*inputs(2, 4, 2, seqlen_q, seqlen_k, head_dim, dtype), causal=causal)
+
+
+def kernels_of(head_dim, causal, dtype):
+    problem = Problem(1, 1, 1, 1, 1, head_dim, checks.DTYPES[dtype], "bhsd", causal)
+    one = plan.kind(plan.plan(problem))
+    return [config for config in plan.shipped(device.name()) if plan.kind(config) == one]
 
 
 @pytest.fixture
@@ -96,16 +100,44 @@ def test_scale_of_every_head_dim_reaches_q_in_registers_and_in_shared_memory():
         bound(flash_fwd(q, k, v, scale=-0.2), attention(q, k, v, scale=-0.2)[0], sdpa(q, k, v, False, -0.2))
 
 
-def test_growing_maximum():
-    """Each block's scores exceed the last's: every lazy rescale is taken, or just not."""
-    for dtype, step in product(DTYPES, (0.5, 2.9 / 1.4427, 7.9 / 1.4427, 8.1 / 1.4427, 100.0, 700.0)):
-        q, k, v = inputs(1, 2, 2, 256, 2048, 64, dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+@CAUSAL
+@pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 160, 256])
+def test_growing_maximum(head_dim, causal, dtype, planned_by):
+    """Each block's scores exceed the last's: every lazy rescale and every redo is taken, or just not."""
+    kernels = kernels_of(head_dim, causal, dtype)
+    for log2_step in (0.7, 2.9, 7.9, 8.1, 14.0, 17.0, 29.0, 33.0, 144.0, 1000.0):
+        q, k, v = inputs(1, 2, 2, 256, 2048, head_dim, dtype)
         q[..., 0], k[..., 0] = 1.0, 0.0
-        k[..., 0] += (torch.arange(2048, device="cuda").flip(0) // 128 * step).to(k.dtype)
-        o, lse = flash_fwd(q, k, v, scale=1.0, return_lse=True)
-        want, want_lse = attention(q, k, v, scale=1.0)
-        bound(o, want, sdpa(q, k, v, False, 1.0))
-        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-4)
+        k[..., 0] += (torch.arange(2048, device="cuda").flip(0) // 128 * (log2_step / 1.4427)).to(k.dtype)
+        want, want_lse = attention(q, k, v, causal=causal, scale=1.0)
+        theirs = sdpa(q, k, v, causal, 1.0)
+        for config in kernels:
+            planned_by(config)
+            o, lse = flash_fwd(q, k, v, causal=causal, scale=1.0, return_lse=True)
+            bound(o, want, theirs)
+            torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-4)
+
+
+def test_a_late_sink():
+    """The first key, which comes last, outweighs all others, or none: in some rows, for either sign of the scale."""
+    for head_dim, causal in product((40, 64, 96, 128), (False, True)):
+        q, k, v = inputs(2, 16, 4, 1100, 1500, head_dim)
+        k[:, :, 0] = 20.0 * q[:, ::4, 500]
+        for scale in (None, -0.4):
+            check(q, k, v, causal=causal, scale=scale)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_rows_whose_first_blocks_count_for_nothing(head_dim, planned_by):
+    """Scores of -inf up to the block in the middle: a row's offset is found late, and its first keys are not lost."""
+    for config in kernels_of(head_dim, False, torch.bfloat16):
+        planned_by(config)
+        q, k, v = inputs(1, 2, 2, 300, 1600, head_dim)
+        q[..., 0], k[..., 0] = 1.0, 0.0
+        k[:, :, 700:, 0] = -torch.inf
+        k[:, :, :700, 0] = -300.0
+        check(q, k, v, scale=1.0)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

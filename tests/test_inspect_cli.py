@@ -70,7 +70,7 @@ def test_output_has_the_reports_numbers(argv, problem, capsys):
         f"{loop.instructions} instructions: {loop.wgmma} WGMMA",
         f"{loop.mufu} MUFU, {loop.barriers} barriers, {loop.branches} branches",
         f"mma {bounds.mma:.0f}, mufu {bounds.mufu:.0f}, issue {bounds.issue:.0f}, smem {bounds.smem:.0f}",
-        "1 data: lazy rescale, 1 trip count, 0 unknown",
+        f"1 trip count, {1 - config.redo} data: lazy rescale, {config.redo:d} data: redo, 0 unknown",
     ):
         assert words in out
 
@@ -79,8 +79,9 @@ def test_output_has_the_reports_numbers(argv, problem, capsys):
 def test_one_branch_depends_on_data(argv, problem):
     config = plan.plan(problem)
     found = [branch.depends for branch in audit.audit(config)]
-    assert found.count(audit.LAZY_RESCALE) == found.count(audit.TRIP_COUNT) == 1
-    assert set(found) == {audit.BARRIER, audit.LAZY_RESCALE, audit.TRIP_COUNT}
+    on_data = audit.REDO if config.redo else audit.LAZY_RESCALE
+    assert found.count(on_data) == found.count(audit.TRIP_COUNT) == 1
+    assert set(found) == {audit.BARRIER, on_data, audit.TRIP_COUNT}
 
 
 @pytest.mark.parametrize("kind", ["sass", "ptx"])
@@ -124,6 +125,21 @@ def test_without_rich_says_what_to_install():
 def test_crafted_loop_is_explained():
     assert depends(SASS) == EXPLAINED
     assert depends("EXIT ;") == []
+
+
+SIGNS = "ISETP.GT.AND P0, PT, R17, -0x1, PT ;"
+SUMS = "FSETP.GTU.AND P0, PT, R3, 1073741824, PT ;\nFSETP.GTU.OR P0, PT, R4, 1073741824, P0 ;"
+LESS, MORE = SUMS.replace("R4, 1073741824", "R4, 256"), SUMS.replace("PT ;\n", "P3 ;\n")
+
+
+def test_sums_that_are_too_large_are_known():
+    redo = [audit.REDO if kind == audit.LAZY_RESCALE else kind for kind in EXPLAINED]
+    assert depends(SASS.replace(SIGNS, SUMS)) == redo
+
+
+@pytest.mark.parametrize("tests", [LESS, MORE], ids=["another bound", "another reason"])
+def test_sums_by_another_test_are_not(tests):
+    assert audit.UNKNOWN in depends(SASS.replace(SIGNS, tests))
 
 
 SCORES = "FSETP.GT.AND P2, PT, R24, RZ, PT ;\n@P2 BRA `(.L_no_rescale) ;\nVOTE"

@@ -77,7 +77,8 @@ def test_the_config_is_the_compile_key():
     """Each field makes another key, and prints, since the disk cache's key is the printed config."""
     base = FwdConfig(128)
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
-    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, overlap=False)
+    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, redo=True)
+    others |= dict(overlap=False)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
     bases = {name: few if name == "split" else base for name in others}
@@ -95,6 +96,9 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=64, tile_m=64, split=2),
         dict(head_dim=64, tile_m=128, split=2, scheduler=OneTile),
         dict(head_dim=256, tile_m=64, tile_n=64, split=8, scheduler=OneTile),
+        dict(head_dim=64, redo=True, q_in_regs=True),
+        dict(head_dim=64, redo=True, overlap=False),
+        dict(head_dim=64, redo=True, tile_m=64, split=2, scheduler=OneTile),
         dict(head_dim=64, tile_n=24),
         dict(head_dim=64, dtype="fp8"),
         dict(head_dim=256, tile_n=128),

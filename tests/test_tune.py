@@ -72,12 +72,15 @@ def many_tiles(head_dim, causal, seqlen_q):
         tiles = -(-seqlen_q // 256)
         uneven = 1 < tiles <= 18 and tiles * 256 - seqlen_q >= 64
         scheduler = DynamicLongest if causal or uneven else StaticTiles
-        return dict(tile_m=256, tile_n=64, stages=4, q_stages=2, scheduler=scheduler)
+        return dict(tile_m=256, tile_n=64, stages=4, q_stages=2, scheduler=scheduler, redo=True)
+    if head_dim == 96 and (causal or seqlen_q > 1024):
+        scheduler = DynamicLongest if causal else StaticTiles
+        return dict(tile_m=192, tile_n=96, q_stages=2, scheduler=scheduler, redo=True)
+    if causal and head_dim == 128:
+        return dict(tile_m=192, tile_n=64, stages=4, scheduler=DynamicLongest, redo=True)
     if causal:
-        tile_m = 192 if head_dim <= 160 else 128
-        tile_n = {96: 96, 128: 64, 160: 64, 192: 96, 224: 96, 256: 64}[head_dim]
-        q_stages = 2 if head_dim <= 128 else 1
-        return dict(tile_m=tile_m, tile_n=tile_n, q_stages=q_stages, scheduler=DynamicLongest)
+        tile_m, tile_n = {160: (192, 64), 192: (128, 96), 224: (128, 96), 256: (128, 64)}[head_dim]
+        return dict(tile_m=tile_m, tile_n=tile_n, scheduler=DynamicLongest)
     if head_dim == 128 and seqlen_q > 2896:
         return dict(tile_m=192, tile_n=64, q_stages=2, cluster=2)
     tile_n = {96: 128, 128: 128, 160: 96, 192: 96, 224: 80, 256: 64}[head_dim]
@@ -97,10 +100,10 @@ def few_tiles(head_dim, causal, blocks, seqlen_k):
         return one | dict(split=2)
     if blocks <= 132 and (head_dim, causal) != (128, True):
         return one | dict(tile_n=128, stages=2)
-    if blocks <= 264 and head_dim == 64:
-        return dict(tile_m=128) | (dict(scheduler=DynamicLongest) if causal else {})
-    if blocks <= 264 and causal:
+    if blocks <= 264 and (head_dim, causal) == (128, True):
         return one | dict(stages=4, scheduler=DynamicLongest)
+    if blocks <= 264:
+        return dict(tile_m=128, tile_n=64, stages=4, scheduler=OneTile, redo=True)
     return None
 
 
@@ -108,6 +111,7 @@ LENGTHS = [
     *range(0, 4700, 13),
     *range(254, 260),
     *range(446, 452),
+    *range(1022, 1027),
     *range(2893, 2900),
     *range(4540, 4550),
     *range(4605, 4612),
@@ -152,10 +156,8 @@ FEW = [  # head_dim, masks, B H Sq Sk -> tile, split, scheduler
     (64, BOTH, (4, 16, 1, 383), (64, 128), 1, "once"),
     (64, BOTH, (4, 16, 65, 512), (64, 128), 1, "once"),
     (64, BOTH, (1, 132, 64, 512), (64, 128), 1, "once"),
-    (64, FULL, (1, 133, 64, 512), (128, 128), 1, "static"),
-    (64, CAUSAL, (1, 133, 64, 512), (128, 128), 1, "drawn"),
-    (64, FULL, (2, 132, 64, 512), (128, 128), 1, "static"),
-    (64, CAUSAL, (2, 132, 64, 512), (128, 128), 1, "drawn"),
+    (64, BOTH, (1, 133, 64, 512), (128, 64), 1, "once"),
+    (64, BOTH, (2, 132, 64, 512), (128, 64), 1, "once"),
     (64, FULL, (1, 265, 64, 512), (256, 64), 1, "static"),
     (64, CAUSAL, (1, 265, 64, 512), (256, 64), 1, "drawn"),
     (40, BOTH, (1, 8, 64, 8192), (64, 128), 8, "once"),
@@ -168,9 +170,12 @@ FEW = [  # head_dim, masks, B H Sq Sk -> tile, split, scheduler
     (128, BOTH, (1, 64, 64, 384), (64, 64), 2, "once"),
     (128, FULL, (1, 64, 64, 383), (64, 128), 1, "once"),
     (128, FULL, (1, 132, 64, 512), (64, 128), 1, "once"),
-    (128, FULL, (1, 133, 64, 512), (128, 128), 1, "static"),
+    (128, FULL, (1, 133, 64, 512), (128, 64), 1, "once"),
+    (128, FULL, (1, 264, 64, 512), (128, 64), 1, "once"),
+    (128, FULL, (1, 265, 64, 512), (128, 128), 1, "static"),
     (128, FULL, (1, 2, 4096, 4096), (64, 128), 1, "once"),
-    (128, FULL, (1, 3, 4096, 4096), (192, 64), 1, "static"),
+    (128, FULL, (1, 3, 4096, 4096), (128, 64), 1, "once"),
+    (128, FULL, (1, 5, 4096, 4096), (192, 64), 1, "static"),
     (128, CAUSAL, (1, 65, 64, 512), (64, 64), 1, "drawn"),
     (128, CAUSAL, (1, 264, 64, 512), (64, 64), 1, "drawn"),
     (128, CAUSAL, (1, 265, 64, 512), (192, 64), 1, "drawn"),
@@ -336,6 +341,7 @@ def test_rows_in_words():
     large = Row(FwdConfig(64, tile_m=256, tile_n=64, stages=4, q_stages=2, cluster=2), None, 512, 64)
     said = "256x64, 4 stages, static, cluster of 2, 2 Q tiles; S <= 512; free rows >= 64"
     assert row_word(large) == said
+    assert row_word(Row(replace(A, redo=True))) == "128x128, 2 stages, static, redo"
 
 
 # Candidates

@@ -16,6 +16,11 @@ from ..tuned import MASKS, SCHEDULERS, Key, Row
 LAYOUT = "bshd"  # of the timed tensors; both layouts have the same machine code
 TILE_M, TILE_N = (128, 192, 256), range(48, 257, 16)
 STAGES, Q_STAGES = (2, 3, 4), (1, 2)
+PATHS = (  # of Q to the MMAs, and of S to P
+    dict(q_in_regs=False, redo=False),
+    dict(q_in_regs=True, redo=False),
+    dict(q_in_regs=False, redo=True),
+)
 SPARE_REGISTERS = 24  # ptxas spilled wherever 24 or fewer of a thread's registers were left, nowhere with 28 (CUDA 13)
 
 
@@ -40,8 +45,8 @@ def candidates(key: Key, incumbents: Iterable[FwdConfig], wide: bool = False) ->
     tiles = [dict(tile_m=m, tile_n=n) for m, n in product(TILE_M, TILE_N)]
     rings = [dict(stages=stages, q_stages=q_stages) for stages, q_stages in product(STAGES, Q_STAGES)]
     choices = [
-        dict(q_in_regs=q_in_regs, pingpong=pingpong, **grid)
-        for q_in_regs, pingpong, grid in product((False, True), (True, False), _grids(causal))
+        dict(**path, pingpong=pingpong, **grid)
+        for path, pingpong, grid in product(PATHS, (True, False), _grids(causal))
     ]
     base = FwdConfig(head_dim, mask=MASKS[causal], tile_n=48)
     found = [_config(base, a | b | c) for a, b, c in product(tiles, rings, choices)] if wide else []
@@ -68,9 +73,7 @@ def registers_left(config: FwdConfig) -> int:
 
     A model that saves compiling what spills; where it lets a kernel pass, ptxas has the last word.
     """
-    d, n = config.head_dim, config.tile_n
-    held = d // 2 + n // 2 + n // 4 + (d // 4 if config.q_in_regs else 0)
-    return (REGISTERS[config.warpgroups] or (255, 255))[1] - held - SPARE_REGISTERS
+    return (REGISTERS[config.warpgroups] or (255, 255))[1] - config.registers_held - SPARE_REGISTERS
 
 
 def of_type(config: FwdConfig, dtype: str) -> FwdConfig:
