@@ -784,9 +784,9 @@ def test_a_small_tune(tables, monkeypatch):
     content["rows"] = [dict(r, fields=r["fields"] | dict(tile_n=64)) for r in content["rows"] if r["head_dim"] == 128]
     path.write_text(json.dumps(content))
     forget()
-    check(*inputs(1, 32, 32, 512, 512, 128))
+    check(*inputs(4, 32, 32, 512, 512, 128))
     assert device.name() == gpu
-    assert plan.plan(Problem(1, 32, 32, 512, 512, 128)).tile_n == 128
-    assert plan.plan(Problem(1, 32, 32, 512, 512, 128), gpu).tile_n == 64
-    assert plan.plan(Problem(1, 32, 32, 512, 512, 128), gpu) in compile._compiled, "that is what the call ran"
+    assert plan.plan(Problem(4, 32, 32, 512, 512, 128)).tile_n == 128
+    assert plan.plan(Problem(4, 32, 32, 512, 512, 128), gpu).tile_n == 64
+    assert plan.plan(Problem(4, 32, 32, 512, 512, 128), gpu) in compile._compiled, "that is what the call ran"
     assert tune.main([*words, "--resume", str(path)]) == 0, "nothing is left to do"
