@@ -10,6 +10,7 @@ from statistics import geometric_mean
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks/readme.py writes from here -->", "<!-- to here -->"
+SHAPES = ("shapes_full", "shapes_causal", "gqa_full", "gqa_causal")  # records of the shapes outside of the sweep
 BEGIN_LADDER = "<!-- benchmarks/readme.py writes the ladder from here -->"
 
 
@@ -47,10 +48,49 @@ def text(sweep: dict) -> str:
             f"{geometric_mean(over_best):.3f} times as fast as the best of cuDNN, FlashAttention-3 and "
             f"FlashAttention-4 (least {min(over_best):.3f}), the",
             "last two by their ratio to cuDNN in `benchmarks/results/peers_h200_bf16.json`.",
+            *fp16(),
             "",
             "![TFLOPS over sequence length](benchmarks/results/sweep_bf16.png)",
+            *shapes(),
         ]
     )
+
+
+def fp16() -> list[str]:
+    """The same sweep in the other type, where it was measured."""
+    path = RESULTS / "sweep_fp16.json"
+    if not path.exists():
+        return []
+    ours = [r for r in json.loads(path.read_text())["records"] if r["contender"] == "cute_attn"]
+    ratios = [r["ratios"]["cudnn"] for r in ours]
+    return [f"fp16: {geometric_mean(ratios):.3f} times as fast as cuDNN (least {min(ratios):.3f})."]
+
+
+def shapes() -> list[str]:
+    """Other shapes: a row each, in graph replays where those were timed."""
+    records = [
+        r
+        for name in SHAPES
+        if (RESULTS / f"{name}.json").exists()
+        for r in json.loads((RESULTS / f"{name}.json").read_text())["records"]
+        if r["contender"] == "cute_attn"
+    ]
+    replayed = {(r["shape"], r["causal"]) for r in records if r["mode"] == "graph"}
+    lines = [
+        "",
+        "Other shapes, bf16, B,H,S,D (then K/V heads), in CUDA-graph replays where it says so:",
+        "",
+        "| shape | mask | | us | TFLOPS | us per head | over cuDNN |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        if r["mode"] == "eager" and (r["shape"], r["causal"]) in replayed:
+            continue
+        us, tflops, per_head = r["p50_us"], r["tflops"], r["us_per_head"]
+        numbers = f"{us:.{0 if us > 1000 else 2}f} | {tflops:.0f} | {per_head:.2f} | {r['ratios']['cudnn']:.2f}"
+        mask = "causal" if r["causal"] else "full"
+        lines.append(f"| {r['shape']} | {mask} | {'graph' if r['mode'] == 'graph' else ''} | {numbers} |")
+    return lines if records else []
 
 
 def rungs(records: list[dict]) -> list[str]:
