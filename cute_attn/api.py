@@ -51,6 +51,9 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
     Returns:
         o, like q; or (o, lse). Accumulated in float32, rounded once. A row that sees no key gives o = 0, lse = -inf.
 
+    Arrays of NumPy, CuPy, JAX and others that speak DLPack are taken too, all of one library, without a copy; o and lse
+    are then of that library. They run eagerly only, outside of `jax.jit`.
+
     Runs on torch's current stream of the tensors' device, and may be captured in a CUDA graph after one call. CPU
     tensors are computed by torch in float32 and rounded once. No gradients yet: inputs that require grad raise in grad
     mode.
@@ -62,6 +65,10 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         from .integrations.torch_op import traced
 
         return traced(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
+    if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
+        from .integrations import dlpack
+
+        return dlpack.flash_fwd(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
     if type(causal) is not bool or type(return_lse) is not bool:
         checks.flags(causal=causal, return_lse=return_lse)
     problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, causal, layout)

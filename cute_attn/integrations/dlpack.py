@@ -1,0 +1,71 @@
+"""flash_fwd on arrays that are not torch's: of whatever library speaks DLPack, as NumPy, CuPy and JAX do.
+
+No array is copied: torch sees its memory (dmlc.github.io/dlpack), and runs after what the array's library has queued
+before; what that library queues next runs after. Eager only: inside `jax.jit` there is no memory to share yet.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+
+IMMUTABLE = ("jax", "jaxlib")
+
+
+def flash_fwd(q, k, v, *, out=None, return_lse=False, **options) -> Any:
+    """As `cute_attn.flash_fwd`; o and lse are arrays of q's library, and o is `out` where that is given.
+
+    Raises:
+        TypeError: the arrays are of several libraries, or cannot be shared as they are; and whatever flash_fwd raises.
+    """
+    from .. import api
+
+    given = dict(q=q, k=k, v=v) | ({} if out is None else dict(out=out))
+    library = _library(q)
+    for name, x in given.items():
+        if _library(x) != library:
+            came = f"{_name(x)} came with q of {_name(q)}"
+            raise TypeError(
+                f"{name}: {came}; pass arrays of one library, torch.from_dlpack({name}) makes a tensor of one"
+            )
+    if out is not None:
+        _writable(out, library)
+    q, k, v, *o = (_tensor(name, x) for name, x in given.items())
+    found = api.flash_fwd(q, k, v, out=o[0] if o else None, return_lse=return_lse, **options)
+    results = [_array(x, given["q"]) for x in (found if return_lse else (found,))]  # its library waits for the kernel
+    if out is not None:
+        results[0] = out
+    return tuple(results) if return_lse else results[0]
+
+
+def _library(x) -> str:
+    return type(x).__module__.partition(".")[0]
+
+
+def _name(x) -> str:
+    return f"{type(x).__module__}.{type(x).__name__}"
+
+
+def _writable(out, library: str) -> None:
+    if library in IMMUTABLE:
+        raise TypeError(f"out: {_name(out)} arrays are immutable; omit it")
+    flags = getattr(out, "flags", None)
+    if getattr(flags, "writeable", True) is False:
+        raise ValueError("out: it is read-only; pass an array that may be written, or omit it")
+
+
+def _tensor(name: str, x) -> torch.Tensor:
+    try:
+        return torch.from_dlpack(x)
+    except Exception as error:  # each library says in its own way what it does not share
+        came, said = f"{_name(x)} does not share its memory", str(error).strip().splitlines() or [type(error).__name__]
+        way_out = "flash_fwd runs eagerly, so call it outside of jax.jit; otherwise pass a dense bf16 or fp16 array"
+        raise TypeError(f"{name}: {came} ({said[0][:160]}); {way_out}") from error
+
+
+def _array(x: torch.Tensor, like) -> Any:
+    """x as an array of `like`'s library, which then waits for the stream that writes x."""
+    if _library(like) == "numpy":
+        return x.numpy()
+    namespace = like.__array_namespace__() if hasattr(like, "__array_namespace__") else None
+    return (namespace or importlib.import_module(_library(like))).from_dlpack(x)
