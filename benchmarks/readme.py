@@ -31,7 +31,7 @@ def rows(sweep: dict) -> list[str]:
 
 def text(sweep: dict) -> str:
     c = sweep["conditions"]
-    ours = [r for r in sweep["records"] if r["contender"] == "cute_attn"]
+    ours = ours_of(sweep)
     over_cudnn = [r["ratios"]["cudnn"] for r in ours]
     over_best = [r["over_best_peer"] for r in ours]
     return "\n".join(
@@ -56,25 +56,27 @@ def text(sweep: dict) -> str:
     )
 
 
+def ours_of(record: dict) -> list[dict]:
+    return [r for r in record["records"] if r["contender"] == "cute_attn"]
+
+
+def ours_in(name: str) -> list[dict]:
+    """Of a file of results; nothing where it is not there yet."""
+    path = RESULTS / f"{name}.json"
+    return ours_of(json.loads(path.read_text())) if path.exists() else []
+
+
 def fp16() -> list[str]:
     """The same sweep in the other type, where it was measured."""
-    path = RESULTS / "sweep_fp16.json"
-    if not path.exists():
+    ratios = [r["ratios"]["cudnn"] for r in ours_in("sweep_fp16")]
+    if not ratios:
         return []
-    ours = [r for r in json.loads(path.read_text())["records"] if r["contender"] == "cute_attn"]
-    ratios = [r["ratios"]["cudnn"] for r in ours]
     return [f"fp16: {geometric_mean(ratios):.3f} times as fast as cuDNN (least {min(ratios):.3f})."]
 
 
 def shapes() -> list[str]:
     """Other shapes: a row each, in graph replays where those were timed."""
-    records = [
-        r
-        for name in SHAPES
-        if (RESULTS / f"{name}.json").exists()
-        for r in json.loads((RESULTS / f"{name}.json").read_text())["records"]
-        if r["contender"] == "cute_attn"
-    ]
+    records = [r for name in SHAPES for r in ours_in(name)]
     replayed = {(r["shape"], r["causal"]) for r in records if r["mode"] == "graph"}
     lines = [
         "",

@@ -152,16 +152,17 @@ class _Flow:
         texts = [self.text(j) for j in self.writers(i, self._operands(i)[-1])]
         return bool(texts) and all(text.startswith("ISETP.") and _SIGNS.search(text) for text in texts)
 
-    def _tests_sums(self, i: int) -> bool:
-        """Whether the predicate that `i` reads last says that a sum of P is too large, or that one before says so."""
-        predicate = self._operands(i)[-1]
-        writers = self.writers(i, predicate)
-        return predicate == "PT" or (bool(writers) and all(self._is_sum_test(j) for j in writers))
+    def _tests_sums(self, i: int, after: frozenset[int] = frozenset()) -> bool:
+        """Whether the predicate that `i` reads last says that a sum of P is too large."""
+        writers = self.writers(i, self._operands(i)[-1])
+        return bool(writers) and all(self._is_sum_test(j, after) for j in writers)
 
-    def _is_sum_test(self, i: int) -> bool:
-        if i < 0 or not self.code[i].opcode.startswith("FSETP.GTU"):
+    def _is_sum_test(self, i: int, after: frozenset[int]) -> bool:
+        """Of one sum, and of those tested before it; `after`: the tests that led here, no answer a lap ago."""
+        if i < 0 or i in after or not self.code[i].opcode.startswith("FSETP.GTU"):
             return False
-        return _number(self._operands(i)[3]) in LARGEST_SUM.values() and self._tests_sums(i)
+        *_, largest, before = self._operands(i)
+        return _number(largest) in LARGEST_SUM.values() and (before == "PT" or self._tests_sums(i, after | {i}))
 
     def _counts(self, i: int) -> bool:
         """Whether a compare is between a counter, which the loop steps by a constant, and what the loop leaves."""

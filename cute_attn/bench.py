@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m cute_attn.bench", description="Time cute_attn's forward beside others.")
     add = p.add_argument
-    add("--shape", type=_shape, action="append", metavar="B,H,S,D", help="may be repeated; default 16,16,2048,64")
+    add("--shape", type=sizes, action="append", metavar="B,H,S,D", help="may be repeated; default 16,16,2048,64")
     add("--kv-heads", type=positive, metavar="N", help="heads of k and v; default H")
     add("--seqlen-k", type=positive, metavar="N", help="rows of k and v; default S")
     add("--causal", action="store_true", help="with the causal mask; --sweep without it runs full and causal")
@@ -80,14 +80,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Problem]
     cells = [(shape, args.causal) for shape in shapes]
     if args.sweep:
         cells += [cell for cell in sweep() if cell[1] or not args.causal]
-    problems = []
-    for (batch, heads, seqlen, head_dim), causal in dict.fromkeys(cells):
-        heads_kv = args.kv_heads or heads
-        if heads % heads_kv:
-            shape = f"{batch},{heads},{seqlen},{head_dim}"
-            p.error(f"argument --kv-heads: {heads_kv} does not divide the {heads} heads of shape {shape}")
-        sizes = batch, heads, heads_kv, seqlen, args.seqlen_k or seqlen, head_dim
-        problems.append(Problem(*sizes, args.dtype, args.layout, causal))
+    problems = [asked(p, args, shape, causal) for shape, causal in dict.fromkeys(cells)]
     args.best_over_cudnn = {}
     if args.peers is not None:
         if "cudnn" not in args.vs:
@@ -101,18 +94,29 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Problem]
     return args, problems
 
 
-def _shape(word: str) -> tuple[int, ...]:
+def asked(p: argparse.ArgumentParser, args: argparse.Namespace, shape: Sequence[int], causal: bool) -> Problem:
+    """One shape with the other arguments; exits with 2 where they do not fit together."""
+    batch, heads, seqlen, head_dim = shape
+    heads_kv = args.kv_heads or heads
+    if heads % heads_kv:
+        word = ",".join(map(str, shape))
+        p.error(f"argument --kv-heads: {heads_kv} does not divide the {heads} heads of shape {word}")
+    sizes = batch, heads, heads_kv, seqlen, args.seqlen_k or seqlen, head_dim
+    return Problem(*sizes, args.dtype, args.layout, causal)
+
+
+def sizes(word: str) -> tuple[int, ...]:
     try:
-        sizes = tuple(int(size) for size in word.split(","))
+        found = tuple(int(size) for size in word.split(","))
     except ValueError:
-        sizes = ()
-    if len(sizes) != 4 or min(sizes) < 1:
+        found = ()
+    if len(found) != 4 or min(found) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is not four positive integers B,H,S,D, such as 16,16,2048,64")
-    if sizes[3] % ALIGNMENT or sizes[3] > HEAD_DIM_MAX:
+    if found[3] % ALIGNMENT or found[3] > HEAD_DIM_MAX:
         raise argparse.ArgumentTypeError(
-            f"{word!r}: head_dim {sizes[3]} is not supported; use a multiple of {ALIGNMENT} up to {HEAD_DIM_MAX}"
+            f"{word!r}: head_dim {found[3]} is not supported; use a multiple of {ALIGNMENT} up to {HEAD_DIM_MAX}"
         )
-    return sizes
+    return found
 
 
 def positive(word: str) -> int:

@@ -40,10 +40,14 @@ class Spec(NamedTuple):
         return extent(self.dims) * self.dtype.itemsize if self.shape.numel() else 0
 
 
+def type_word(x) -> str:
+    return f"{type(x).__module__}.{type(x).__name__}"
+
+
 def tensor(name: str, x) -> None:
     if not isinstance(x, torch.Tensor):
         way_out = f"; torch.from_dlpack({name}) shares its memory" if hasattr(x, "__dlpack__") else ""
-        raise TypeError(f"{name}: a torch.Tensor is needed, {type(x).__module__}.{type(x).__name__} came{way_out}")
+        raise TypeError(f"{name}: a torch.Tensor is needed, {type_word(x)} came{way_out}")
     _dense(name, x.layout)
 
 

@@ -20,7 +20,7 @@ except ImportError:
     raise SystemExit('python -m cute_attn.inspect: rich is missing; pip install "cute_attn[bench]"') from None
 
 from . import audit, inspect
-from .bench import WIDTH, _shape, positive
+from .bench import WIDTH, asked, positive, sizes
 from .benchmark import static
 from .benchmark.report import print_facts
 from .checks import DTYPES, LAYOUTS
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m cute_attn.inspect", description="Inspect the kernel of a shape.")
     add = p.add_argument
-    add("--shape", type=_shape, required=True, metavar="B,H,S,D", help="such as 16,16,2048,64")
+    add("--shape", type=sizes, required=True, metavar="B,H,S,D", help="such as 16,16,2048,64")
     add("--kv-heads", type=positive, metavar="N", help="heads of k and v; default H")
     add("--seqlen-k", type=positive, metavar="N", help="rows of k and v; default S")
     add("--causal", action="store_true", help="with the causal mask")
@@ -61,12 +61,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Problem]:
     """The arguments and the problem that they name; exits with 2 on bad ones, naming the argument."""
     p = parser()
     args = p.parse_args(argv)
-    batch, heads, seqlen, head_dim = args.shape
-    heads_kv = args.kv_heads or heads
-    if heads % heads_kv:
-        p.error(f"argument --kv-heads: {heads_kv} does not divide the {heads} heads of --shape")
-    sizes = batch, heads, heads_kv, seqlen, args.seqlen_k or seqlen, head_dim
-    return args, Problem(*sizes, args.dtype, args.layout, args.causal)
+    return args, asked(p, args, args.shape, args.causal)
 
 
 def write(text: str) -> int:

@@ -137,7 +137,13 @@ def test_sums_that_are_too_large_are_known():
     assert depends(SASS.replace(SIGNS, SUMS)) == redo
 
 
-@pytest.mark.parametrize("tests", [LESS, MORE], ids=["another bound", "another reason"])
+ITSELF = "FSETP.GTU.OR P4, PT, R4, 1073741824, P4 ;\n" + SUMS.replace("PT ;\n", "P4 ;\n")
+ALWAYS = SIGNS.replace("P0", "P3") + "\nVOTE.ANY P0, PT ;"
+
+
+@pytest.mark.parametrize(
+    "tests", [LESS, MORE, ITSELF, ALWAYS], ids=["another bound", "another reason", "a lap ago", "no test at all"]
+)
 def test_sums_by_another_test_are_not(tests):
     assert audit.UNKNOWN in depends(SASS.replace(SIGNS, tests))
 

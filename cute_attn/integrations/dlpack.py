@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..checks import type_word
+
 IMMUTABLE = ("jax", "jaxlib")
 
 
@@ -24,7 +26,7 @@ def flash_fwd(q, k, v, *, out=None, return_lse=False, **options) -> Any:
     library = _library(q)
     for name, x in given.items():
         if _library(x) != library:
-            came = f"{_name(x)} came with q of {_name(q)}"
+            came = f"{type_word(x)} came with q of {type_word(q)}"
             raise TypeError(
                 f"{name}: {came}; pass arrays of one library, torch.from_dlpack({name}) makes a tensor of one"
             )
@@ -42,13 +44,9 @@ def _library(x) -> str:
     return type(x).__module__.partition(".")[0]
 
 
-def _name(x) -> str:
-    return f"{type(x).__module__}.{type(x).__name__}"
-
-
 def _writable(out, library: str) -> None:
     if library in IMMUTABLE:
-        raise TypeError(f"out: {_name(out)} arrays are immutable; omit it")
+        raise TypeError(f"out: {type_word(out)} arrays are immutable; omit it")
     flags = getattr(out, "flags", None)
     if getattr(flags, "writeable", True) is False:
         raise ValueError("out: it is read-only; pass an array that may be written, or omit it")
@@ -58,7 +56,10 @@ def _tensor(name: str, x) -> torch.Tensor:
     try:
         return torch.from_dlpack(x)
     except Exception as error:  # each library says in its own way what it does not share
-        came, said = f"{_name(x)} does not share its memory", str(error).strip().splitlines() or [type(error).__name__]
+        came, said = (
+            f"{type_word(x)} does not share its memory",
+            str(error).strip().splitlines() or [type(error).__name__],
+        )
         way_out = "flash_fwd runs eagerly, so call it outside of jax.jit; otherwise pass a dense bf16 or fp16 array"
         raise TypeError(f"{name}: {came} ({said[0][:160]}); {way_out}") from error
 
