@@ -24,10 +24,12 @@ class FwdConfig:
     scheduler: type[Static] = StaticTiles
     pingpong: bool = True  # MMA warpgroups issue their GEMMs in turn
     q_in_regs: bool = False  # Q is read from shared memory once per tile, not once per block
-    cluster: int = 1  # CTAs along the query that share each K/V load; needs equal trip counts: Full, static
+    cluster: int = 1  # or 2: CTAs along the query that share each K/V load, and so the blocks of a tile
     q_stages: int = 1  # Q tiles in shared memory: with 2, the next one is loaded while this one is used
     split: int = 1  # CTAs of a cluster that share a tile's keys: FlashFwdSplitSm90
     redo: bool = False  # offsets are questioned after the exponentials, and the step redone: FlashFwdRedoSm90
+    constant_time: bool = False  # no branch depends on a score: FlashFwdConstantSm90
+    timeline: bool = False  # the first CTA writes down when it does what: Timeline
     overlap: bool = True  # PV runs beside the next block's QK and softmax; without: FlashFwdSerialSm90, for the ladder
 
     def __post_init__(self):
@@ -35,9 +37,11 @@ class FwdConfig:
         assert self.head_dim % 32 == 0 and self.head_dim <= 256, "whole swizzle atoms, one WGMMA N"
         assert self.tile_m % 64 == 0 and self.warpgroups in REGISTERS
         assert self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
-        assert self.cluster == 1 or not (self.mask.causal or self.scheduler.draws), "a cluster's CTAs must stay in step"
+        assert self.cluster in (1, 2), "HandOver goes from the first CTA to one other"
         assert self.split == 1 or (self.tile_m, self.cluster, self.scheduler) == (64, 1, OneTile), "one merge per CTA"
         assert not self.redo or (self.overlap and self.split == 1 and not self.q_in_regs), "Q and K are read once more"
+        assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
+        assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
     @property
@@ -76,5 +80,7 @@ class FwdConfig:
     @property
     def name(self) -> str:
         tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}" + (f"_split{self.split}" if self.split > 1 else "")
-        tile += "_redo" if self.redo else ""
+        tile += f"_cluster{self.cluster}" if self.cluster > 1 else ""
+        tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
+        tile += "_timeline" if self.timeline else ""
         return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{self.mask.name}_{tile}"

@@ -24,7 +24,7 @@ class FlashFwdRedoSm90(FlashFwdSm90):
         else:
             softmax, S = w.frag.softmax, acc_mn(acc_S)  # (rows, cols)
             sums, redo = softmax.quick_step(S, LARGEST_SUM[self.config.dtype])
-            self._wait_for_pv()
+            self._wait_for_pv(w)
             if redo:
                 self._qk_again(w, acc_S, q_state, k_state)
                 softmax.step(S, self.slack)
@@ -56,8 +56,3 @@ class FlashFwdRedoSm90(FlashFwdSm90):
             for n in cutlass.range_constexpr(c.tile_n // 8):
                 read_k(sK[None, None, n, k], rK)
                 cute.gemm(mma, acc[None, None, None, n], rQ, rK, acc[None, None, None, n])
-
-    def _ldmatrix(self, matrices: int, tiled_copy, mma, thread):
-        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=matrices), self.dtype)
-        copy = tiled_copy(atom, mma).get_slice(thread)
-        return lambda s, r: cute.copy(copy, copy.partition_S(s), copy.retile(r))

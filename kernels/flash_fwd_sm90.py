@@ -19,7 +19,7 @@ from .config import LAYOUTS, FwdConfig
 from .layout import acc_as_A, acc_mn, normalise_rows, scale_rows
 from .ping_pong import WARPGROUP, PingPong
 from .softmax import SLACK_LOG2, Softmax
-from .tile_scheduler import Grid, Tile
+from .tile_scheduler import Grid, HandOver, Tile
 
 ROWS = 64  # query rows of a warpgroup: the M of one WGMMA
 OWN_BARRIER = 1  # and the next two: one named barrier per warpgroup
@@ -50,6 +50,7 @@ class Smem(NamedTuple):
     o: cute.Tensor | None  # (64, d, warpgroups)
     parts: cute.Tensor | None  # (128, d / 2 + 4, split - 1) float32: what the other CTAs of a split have found
     tile: cute.Tensor  # (4, 2) the tiles to do: m_block, head, batch, valid
+    hand_over: HandOver | None  # where a cluster draws its tiles
 
 
 class Pipes(NamedTuple):
@@ -148,15 +149,15 @@ class FlashFwdSm90:
         )
         ratio = heads // heads_kv
         group = cutlass.max(L2_KV_BYTES // (Int64(seqlen_k) * (4 * c.head_dim)) * ratio, 1)
-        m_blocks = cute.ceil_div(seqlen_q, c.tile_m * c.cluster) * c.cluster
+        m_blocks = cute.ceil_div(seqlen_q, c.tile_m * c.cluster)
         grid = Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
         scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY))
         problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign)
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
-        ctas, _, _ = c.scheduler.grid(grid, num_sms // c.cluster * c.cluster)
+        clusters = c.scheduler.grid(grid, num_sms // c.cluster)
         self.kernel(gmem, problem, tiling).launch(
-            grid=(ctas * c.split, 1, 1),
+            grid=(clusters * c.cluster_size, 1, 1),
             block=(WARPGROUP * (1 + c.warpgroups), 1, 1),
             cluster=(c.cluster_size, 1, 1),
             stream=stream,
@@ -225,6 +226,7 @@ class FlashFwdSm90:
         o = alloc.allocate_tensor(self.dtype, tiling.sO.outer, 1024, tiling.sO.inner) if c.stages_o else None
         parts = self._allocate_parts(alloc)
         tile = alloc.allocate_tensor(Int32, cute.make_layout((4, 2)), 16)
+        hand_over = HandOver.create(alloc) if c.cluster > 1 and c.scheduler.draws else None
 
         def group(n):
             return pipeline.CooperativeGroup(pipeline.Agent.Thread, n)
@@ -247,7 +249,7 @@ class FlashFwdSm90:
         )
         kv = cute.select(tiling.sKV, mode=[0, 1])
         pipes = Pipes(ring(c.q_stages, tiling.sO), ring(c.stages, kv, c.cluster), ring(c.stages, kv, c.cluster), tiles)
-        return Smem(q, k, v, o, parts, tile), pipes
+        return Smem(q, k, v, o, parts, tile, hand_over), pipes
 
     def _allocate_parts(self, alloc: SmemAllocator):
         return None
@@ -257,16 +259,16 @@ class FlashFwdSm90:
         """Run by warp 0. Tells the others each tile; fills empty stages: Q once, K one block ahead of V, last first."""
         c = self.config
         q_state, k_state, v_state, t_state = self._states(pipeline.PipelineUserType.Producer)
-        index = self._first_index()
-        tile = c.scheduler.decode(index, problem.grid)
+        index, done = self._first_index(), Int32(0)
+        tile = self._decode(index, problem)
         cute.arch.griddepcontrol_wait()  # what ran before on this stream; all that touches global memory follows
         cute.arch.griddepcontrol_launch_dependents()
         while tile.valid:
             t_state = tell(smem, pipes, t_state, tile)
             head_kv = tile.head // problem.group
-            load_q = self._tma_load(gmem.q, smem.q, ROWS, (tile.head, tile.batch), pipes.q, 1)
-            load_k = self._tma_load(gmem.k, smem.k, c.tile_n, (head_kv, tile.batch), pipes.k, c.cluster)
-            load_v = self._tma_load(gmem.v, smem.v, c.tile_n, (head_kv, tile.batch), pipes.v, c.cluster)
+            load_q = self._tma_load(gmem, smem, pipes, "q", (tile.head, tile.batch))
+            load_k = self._tma_load(gmem, smem, pipes, "k", (head_kv, tile.batch))
+            load_v = self._tma_load(gmem, smem, pipes, "v", (head_kv, tile.batch))
             first, n_max = self._blocks(tile, problem)
             pipes.k.producer_acquire(k_state)
             load_k(n_max - 1, k_state.index, k_state)
@@ -285,17 +287,40 @@ class FlashFwdSm90:
             pipes.v.producer_acquire(v_state)
             load_v(first, v_state.index, v_state)
             v_state.advance()
-            index = c.scheduler.upcoming(index, problem.grid, gmem.ticket)
-            tile = c.scheduler.decode(index, problem.grid)
+            index = self._upcoming(index, done, gmem, smem, problem)
+            tile = self._decode(index, problem)
+            done += 1
         tell(smem, pipes, t_state, tile)
 
     def _first_index(self):
-        return cute.arch.block_idx()[0]
+        return cute.arch.block_idx()[0] // self.config.cluster_size
+
+    def _decode(self, index, problem: Problem) -> Tile:
+        """The tile of this CTA, its cluster's first or second."""
+        c, tile = self.config, self.config.scheduler.decode(index, problem.grid)
+        return tile._replace(m_block=tile.m_block * c.cluster + rank()) if c.cluster > 1 else tile
+
+    @cute.jit
+    def _upcoming(self, index, done, gmem: Gmem, smem: Smem, problem: Problem):
+        """The first CTA of a cluster asks the scheduler; the other hears of it."""
+        if cutlass.const_expr(smem.hand_over is not None):
+            if rank() == 0:
+                index = self._ask(index, gmem, problem)
+                smem.hand_over.give(index, done)
+            else:
+                index = smem.hand_over.take(done)
+        else:
+            index = self._ask(index, gmem, problem)
+        return index
+
+    def _ask(self, index, gmem: Gmem, problem: Problem):
+        clusters = cute.arch.grid_dim()[0] // self.config.cluster_size
+        return self.config.scheduler.upcoming(index, problem.grid, gmem.ticket, clusters)
 
     def _blocks(self, tile: Tile, problem: Problem):
-        """The blocks of keys that this CTA multiplies for a tile: from, and up to but without."""
-        c = self.config
-        n_max, _ = mask_ops.block_range(c.mask, tile.m_block * c.tile_m, c.tile_m, c.tile_n, problem)
+        """The blocks of keys that this CTA multiplies for a tile, with its cluster: from, and up to but without."""
+        c, rows = self.config, self.config.tile_m * self.config.cluster
+        n_max, _ = mask_ops.block_range(c.mask, tile.m_block // c.cluster * rows, rows, c.tile_n, problem)
         return 0, n_max
 
     def _loaded(self):
@@ -305,12 +330,18 @@ class FlashFwdSm90:
         c = self.config
         return [pipeline.make_pipeline_state(user, n) for n in (c.q_stages, c.stages, c.stages, 2)]  # q, k, v, tile
 
-    def _tma_load(self, tma, s, rows, head_batch, pipe, cluster):
+    def _tma_load(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, head_batch):
+        """What loads a block of one head's q, k or v into a slot; a cluster's CTAs each load their part of k and v."""
+        c, tma, s, pipe = self.config, getattr(gmem, name), getattr(smem, name), getattr(pipes, name)
+        rows, cluster = (ROWS, 1) if name == "q" else (c.tile_n, c.cluster)
         g = tma.tensor[None, None, head_batch[0], head_batch[1]]  # (s, d)
-        g = cute.local_tile(g, (rows, self.config.head_dim), (None, 0))  # (rows, d, blocks)
-        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster()) if cluster > 1 else 0
+        g = cute.local_tile(g, (rows, c.head_dim), (None, 0))  # (rows, d, blocks)
         sT, gT = cpasync.tma_partition(
-            tma.atom, rank, cute.make_layout(cluster), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
+            tma.atom,
+            rank() if cluster > 1 else 0,
+            cute.make_layout(cluster),
+            cute.group_modes(s, 0, 2),
+            cute.group_modes(g, 0, 2),
         )
         share = dict(mcast_mask=cutlass.Int16((1 << cluster) - 1)) if cluster > 1 else {}
 
@@ -426,10 +457,14 @@ class FlashFwdSm90:
     def _read_q(self, w: Warpgroup, q_state):
         if self.config.q_in_regs:
             f = w.frag
-            atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
-            copy = cute.make_tiled_copy_A(atom, w.tiling.mma_qk).get_slice(f.thread)
-            sQ = w.smem.q[None, None, self._slot(f, q_state)]  # (64, d)
-            cute.copy(copy, copy.partition_S(sQ), copy.retile(f.tSrQ))
+            read = self._ldmatrix(4, cute.make_tiled_copy_A, w.tiling.mma_qk, f.thread)
+            read(w.smem.q[None, None, self._slot(f, q_state)], f.tSrQ)  # (64, d)
+
+    def _ldmatrix(self, matrices: int, tiled_copy, mma, thread):
+        """What reads an operand of `mma` from shared memory into a thread's registers."""
+        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=matrices), self.dtype)
+        copy = tiled_copy(atom, mma).get_slice(thread)
+        return lambda s, r: cute.copy(copy, copy.partition_S(s), copy.retile(r))
 
     @cute.jit
     def _pass_over(self, w: Warpgroup, kv_state):
@@ -496,10 +531,10 @@ class FlashFwdSm90:
         else:
             if f.softmax.exponents(S):
                 f.softmax.raise_offsets(S, self.slack)
-                self._wait_for_pv()
+                self._wait_for_pv(w)
                 scale_rows(f.acc_O, f.softmax.rescale)
             f.softmax.exp(S)
-            self._wait_for_pv()
+            self._wait_for_pv(w)
 
     @cute.jit
     def _masked_softmax(self, w: Warpgroup, S, at):
@@ -507,11 +542,11 @@ class FlashFwdSm90:
         f = w.frag
         self._mask(w, S, at)
         changed = f.softmax.step(S, self.slack)
-        self._wait_for_pv()
+        self._wait_for_pv(w)
         if changed:
             scale_rows(f.acc_O, f.softmax.rescale)
 
-    def _wait_for_pv(self):
+    def _wait_for_pv(self, w: Warpgroup):
         if self.pv_pending:
             warpgroup.wait_group(0)
 
@@ -647,6 +682,11 @@ def quad_transpose(x, thread):
                 x[i] = got if high else low_word
                 x[i + step] = high_word if high else got
     return x
+
+
+def rank():
+    """This CTA's place in its cluster."""
+    return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
 
 
 def lse_layout(batch, heads, seqlen_q):

@@ -7,7 +7,7 @@ import cutlass
 from cutlass import Float32, cute
 from cutlass.memory import SmemAllocator
 
-from .flash_fwd_sm90 import WARPGROUP, FlashFwdSm90, Problem, Warpgroup
+from .flash_fwd_sm90 import WARPGROUP, FlashFwdSm90, Problem, Warpgroup, rank
 from .layout import acc_mn
 from .softmax import LOWEST, Softmax
 from .tile_scheduler import Tile
@@ -20,9 +20,6 @@ class FlashFwdSplitSm90(FlashFwdSm90):
         c = self.config
         shape = (WARPGROUP, c.head_dim // 2 + 4, c.split - 1)  # O, two offsets, two sums of each thread
         return alloc.allocate_tensor(Float32, cute.make_layout(shape), 128)
-
-    def _first_index(self):
-        return cute.arch.block_idx()[0] // self.config.split
 
     def _blocks(self, tile: Tile, problem: Problem):
         """A CTA without a block of its own takes one beyond the last, which the mask hides."""
@@ -92,7 +89,3 @@ def offset_of(softmax: Softmax, r) -> Float32:
 def store_there(address, value: Float32):
     """Into another CTA's shared memory; the cluster's barrier orders it before the reads there."""
     cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, value])
-
-
-def rank():
-    return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())

@@ -2,7 +2,8 @@
 
 P = 2^(scale S - offset), and O and the row sums carry the same offset, so any offset is right that keeps P in range. A
 row's offset starts `slack` above the maximum of its first block; as long as no score exceeds it, P <= 1 and there is no
-maximum to look for: the steady loop only asks for the signs of its exponents.
+maximum to look for: the steady loop only asks for the signs of its exponents (`exponents`), or whether the sums of P
+are still small (`quick_step`).
 """
 
 from typing import NamedTuple

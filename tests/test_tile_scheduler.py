@@ -13,7 +13,7 @@ SCHEDULERS = pytest.mark.parametrize("scheduler", [StaticTiles, DynamicLongest])
 @SCHEDULERS
 @given(grid=GRIDS, num_sms=st.integers(1, 140))
 def test_every_tile_once(scheduler, grid, num_sms):
-    ctas = scheduler.grid(grid, num_sms)[0]
+    ctas = scheduler.grid(grid, num_sms)
     assert 1 <= ctas <= min(num_sms, tiles(grid))
     # a CTA strides over the tiles, or draws: either way the indices from 0 on are handed out one by one
     decoded = [scheduler.decode(i, grid) for i in range(tiles(grid) + ctas)]

@@ -58,7 +58,7 @@ def candidates(key: Key, incumbents: Iterable[FwdConfig], wide: bool = False) ->
 def _grids(causal: bool) -> list[dict[str, Any]]:
     """How CTAs come by their tiles."""
     static, drawn = (dict(scheduler=SCHEDULERS[name], cluster=1) for name in ("static", "drawn"))
-    return [static, drawn] if causal else [static, drawn, static | dict(cluster=2)]
+    return [static, drawn, (drawn if causal else static) | dict(cluster=2)]
 
 
 def _config(base: FwdConfig, fields: dict[str, Any]) -> FwdConfig | None:
