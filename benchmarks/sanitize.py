@@ -20,7 +20,7 @@ from gpu_tests import where
 
 from cute_attn import flash_fwd
 from cute_attn.benchmark.contenders import make_inputs
-from cute_attn.kernels.config import FwdConfig
+from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped
 
 ROOT = Path(__file__).parent.parent
@@ -36,8 +36,8 @@ SIZES = (
 def problems(head_dim: int) -> list[Problem]:
     """A small problem for each shipped kernel of a head dim."""
     found: dict[FwdConfig, Problem] = {}
-    for (s_q, s_k, h), dtype, causal in product(SIZES, ("bf16", "fp16"), (False, True)):
-        problem = Problem(2, h, h // 3 or 1, s_q, s_k, head_dim - 8, dtype, "bhsd", causal)
+    for (s_q, s_k, h), dtype, causal, constant_time in product(SIZES, DTYPES, (False, True), (False, True)):
+        problem = Problem(2, h, h // 3 or 1, s_q, s_k, head_dim - 8, dtype, "bhsd", causal, constant_time)
         found.setdefault(plan(problem), problem)
     return list(found.values())
 
@@ -52,7 +52,8 @@ def run_cases(head_dim: int) -> None:
         q, k, v, _ = make_inputs(p, torch.device("cuda"))
         k *= torch.linspace(30, 0, p.seqlen_k, device="cuda", dtype=k.dtype)[:, None]  # so that offsets are raised too
         scale, out = -0.1 if p.dtype == "fp16" else None, torch.full_like(q, torch.nan)
-        o, lse = flash_fwd(q, k, v, causal=p.causal, scale=scale, return_lse=True, out=out)
+        how = dict(causal=p.causal, constant_time=p.constant_time)
+        o, lse = flash_fwd(q, k, v, scale=scale, return_lse=True, out=out, **how)
         assert not o.isnan().any()
         assert not lse.isnan().any()
     print("kernels:", *sorted({plan(p).name for p in problems(head_dim)}))

@@ -21,6 +21,7 @@ class Options(TypedDict, total=False):
     scale: float | None
     layout: str
     out: Tensor | None
+    constant_time: bool
 
 
 @overload
@@ -35,7 +36,7 @@ def flash_fwd(
 def flash_fwd(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]) -> Any: ...
 
 
-def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=False, out=None):
+def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=False, out=None, constant_time=False):
     """Exact attention, softmax(scale q k^T) v, by one fused kernel (FlashAttention-3, arXiv:2407.08608).
 
     Args:
@@ -47,6 +48,8 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         layout: "bhsd" as above, torch SDPA's order; "bshd" for FlashAttention's (B, S, H, D).
         return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (B, H, Sq).
         out: written in place and returned as o; like q, sharing no memory with q, k, v.
+        constant_time: run the kernel in which no branch depends on a value of q, k or v, so that its time says nothing
+            of them; it rescales O in every step, and is slower. The same bound on errors.
 
     Returns:
         o, like q; or (o, lse). Accumulated in float32, rounded once. A row that sees no key gives o = 0, lse = -inf.
@@ -64,14 +67,16 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
     if torch.compiler.is_compiling():
         from .integrations.torch_op import traced
 
-        return traced(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
+        how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
+        return traced(q, k, v, out=out, **how)
     if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
         from .integrations import dlpack
 
-        return dlpack.flash_fwd(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
+        how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
+        return dlpack.flash_fwd(q, k, v, out=out, **how)
     if type(causal) is not bool or type(return_lse) is not bool:
         checks.flags(causal=causal, return_lse=return_lse)
-    problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, causal, layout)
+    problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, causal, layout, constant_time)
     scale = default_scale if scale is None else checks.scale(scale)
     checks.gradients(q, k, v)
     if out is not None:
@@ -90,7 +95,7 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         try:
             kernel(*tensors, address, ticket, scale, gpu.num_sms)
         except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it
-            _prepared(q, k, v, out, causal, layout)
+            _prepared(q, k, v, out, causal, layout, constant_time)
             checks.addresses(q, k, v, o)
             raise
     return (o, lse) if return_lse else o
@@ -112,7 +117,7 @@ _calls: dict[tuple, Call] = {}
 CALLS = 4096  # looked up; with one more all are forgotten
 
 
-def _call(q, k, v, out, causal, layout) -> Call:
+def _call(q, k, v, out, causal, layout, constant_time) -> Call:
     """Checked, planned and compiled; a look-up where the like has come before.
 
     The key leaves out what the compiled call itself holds against q and k before it launches: v's and out's shape, and
@@ -120,12 +125,13 @@ def _call(q, k, v, out, causal, layout) -> Call:
     """
     try:
         o = None if out is None else out.stride()
-        key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), o, q.dtype, q.get_device(), causal, layout)
+        how = causal, layout, constant_time
+        key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), o, q.dtype, q.get_device(), how)
         call = _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a layout that has no hash
-        return _prepared(q, k, v, out, causal, layout)
+        return _prepared(q, k, v, out, causal, layout, constant_time)
     if call is None:
-        call = _prepared(q, k, v, out, causal, layout)
+        call = _prepared(q, k, v, out, *how)
         if call.kernel is not None:
             if len(_calls) >= CALLS:
                 _calls.clear()
@@ -133,12 +139,12 @@ def _call(q, k, v, out, causal, layout) -> Call:
     return call
 
 
-def _prepared(q, k, v, out, causal, layout) -> Call:
-    checks.words(causal, layout)
+def _prepared(q, k, v, out, causal, layout, constant_time) -> Call:
+    checks.words(causal, layout, constant_time)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
         checks.tensor(name, x)
     q, k, v, o = (Spec.of(x) for x in (q, k, v, q if out is None else out))
-    problem = checks.problem(q, k, v, causal, layout)
+    problem = checks.problem(q, k, v, causal, layout, constant_time)
     if out is not None:
         checks.out(o, q, layout)
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
@@ -155,17 +161,19 @@ def warmup(
     dtype: str | torch.dtype | Sequence[str | torch.dtype] = ("bf16", "fp16"),
     layout: str | Sequence[str] = ("bhsd", "bshd"),
     causal: bool | Sequence[bool] = (False, True),
+    constant_time: bool | Sequence[bool] = False,
 ) -> list[FwdConfig]:
     """Compile ahead of time, into memory and the disk cache; needs no GPU. About 2 s for each kernel not there yet.
 
     Args:
         head_dim: one or several D, multiples of 8 up to 256; default: one of each kernel.
-        dtype: "bf16", "fp16" (or torch's), one or several; layout, causal: as of `flash_fwd`, one or several.
+        dtype: "bf16", "fp16" (or torch's), one or several.
+        layout, causal, constant_time: as of `flash_fwd`, one or several.
 
     Returns:
         the FwdConfigs that are ready.
     """
-    asked = [x if isinstance(x, (tuple, list)) else (x,) for x in (head_dim, dtype, layout, causal)]
+    asked = [x if isinstance(x, (tuple, list)) else (x,) for x in (head_dim, dtype, layout, causal, constant_time)]
     kinds = {kind(plan(checks.warmup_problem(*one))) for one in product(*asked)}
     ready = [config for config in shipped(device.name()) if kind(config) in kinds]
     for config in ready:

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, default=ROUNDS, metavar="N", help=f"default {ROUNDS}")
     add("--json", type=out_file, metavar="FILE", help="everything; complete after each cell")
     add("--csv", type=out_file, metavar="FILE", help="a line per contender and cell")
-    add("--plot", type=_png, metavar="FILE.png", help="TFLOPS over S, or bars for a few shapes")
+    add("--plot", type=png, metavar="FILE.png", help="TFLOPS over S, or bars for a few shapes")
     add("--peers", type=Path, metavar="FILE", help="JSON of cells with best_over_cudnn: also ours over that best")
     return p
 
@@ -140,7 +140,7 @@ def out_file(word: str) -> Path:
     return path
 
 
-def _png(word: str) -> Path:
+def png(word: str) -> Path:
     if not word.endswith(".png"):
         raise argparse.ArgumentTypeError(f"{word!r} is not the name of a .png file")
     return out_file(word)

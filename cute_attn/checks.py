@@ -62,13 +62,13 @@ def flags(**named) -> None:
             raise TypeError(f"{name}: a bool is needed, {value!r} came")
 
 
-def words(causal, layout) -> None:
-    flags(causal=causal)
+def words(causal, layout, constant_time=False) -> None:
+    flags(causal=causal, constant_time=constant_time)
     if layout not in LAYOUTS:
         raise ValueError(f'layout: {layout!r} is not known; use "bhsd" (torch SDPA) or "bshd" (FlashAttention)')
 
 
-def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str) -> Problem:
+def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str, constant_time: bool = False) -> Problem:
     """The problem that q, k, v state together."""
     for name, x in zip("qkv", (q, k, v), strict=True):
         _one_tensor(name, x, layout)
@@ -88,15 +88,16 @@ def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str) -> Problem:
     tiles = -(-q.shape[s] // 64) * heads * batch
     if tiles >= SIZE_MAX:
         raise ValueError(f"q: {tiles} tiles of 64 rows in one call; split the batch to stay below {SIZE_MAX}")
-    return Problem(batch, heads, heads_kv, q.shape[s], k.shape[s], d, DTYPES[q.dtype], layout, causal)
+    sizes = batch, heads, heads_kv, q.shape[s], k.shape[s], d
+    return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time)
 
 
-def warmup_problem(head_dim, dtype, layout, causal) -> Problem:
+def warmup_problem(head_dim, dtype, layout, causal, constant_time) -> Problem:
     """A small problem that the kernel for these serves."""
-    words(causal, layout)
+    words(causal, layout, constant_time)
     dtype = TORCH_DTYPES.get(dtype, dtype)
     x = Spec(torch.Size((1, 1, 1, head_dim)), (head_dim, head_dim, head_dim, 1), dtype, torch.device("cpu"))
-    return problem(x, x, x, causal, layout)
+    return problem(x, x, x, causal, layout, constant_time)
 
 
 def _words(layout: str, h: str, s: str) -> str:

@@ -12,6 +12,7 @@ import platform
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
 from .kernels.config import FwdConfig
+from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
 from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
 from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
 from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
 from .kernels.flash_fwd_split_sm90 import FlashFwdSplitSm90
+from .kernels.flash_fwd_timeline_sm90 import Timeline
 
 ARCH = "sm_90a"
 SYMBOL = "cute_attn_fwd"
@@ -102,10 +105,15 @@ def compile(config: FwdConfig, options: str = ""):
 
 def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
     """The class that is compiled for a config."""
+    if config.timeline:
+        plain = kernel(replace(config, timeline=False))
+        return type(f"{plain.__name__}Timeline", (Timeline, plain), {})
     if config.split > 1:
         return FlashFwdSplitSm90
     if not config.overlap:
         return FlashFwdSerialSm90
+    if config.constant_time:
+        return FlashFwdConstantSm90
     return FlashFwdRedoSm90 if config.redo else FlashFwdSm90
 
 

@@ -2,11 +2,14 @@
 
     python -m cute_attn.inspect --shape 16,16,2048,64 --causal
     python -m cute_attn.inspect --shape 16,16,2048,128 --sass | less
+    python -m cute_attn.inspect --shape 16,16,512,128 --timeline timeline.png    # on a Hopper GPU
 
 Needs `pip install "cute_attn[bench]"`.
 """
 
 import argparse
+import importlib.util
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,8 +23,8 @@ except ImportError:
     raise SystemExit('python -m cute_attn.inspect: rich is missing; pip install "cute_attn[bench]"') from None
 
 from . import audit, inspect
-from .bench import WIDTH, asked, positive, sizes
-from .benchmark import static
+from .bench import WIDTH, asked, out_file, png, positive, sizes
+from .benchmark import machine, static
 from .benchmark.report import print_facts
 from .checks import DTYPES, LAYOUTS
 from .kernels.config import FwdConfig
@@ -31,6 +34,8 @@ from .plan import Problem, plan
 def main(argv: Sequence[str] | None = None) -> int:
     """0 for a healthy kernel, 1 for problems or a branch that nothing explains, 2 for bad arguments."""
     args, problem = parse(argv)
+    if args.timeline is not None:
+        return timeline(args, problem)
     config = plan(problem)
     try:
         if args.sass or args.ptx:
@@ -51,9 +56,12 @@ def parser() -> argparse.ArgumentParser:
     add("--causal", action="store_true", help="with the causal mask")
     add("--dtype", choices=tuple(DTYPES.values()), default="bf16", help="default bf16")
     add("--layout", choices=LAYOUTS, default="bshd", help="order of the inputs in memory; default bshd")
+    add("--constant-time", action="store_true", help="the kernel in which no branch depends on a score")
     code = p.add_mutually_exclusive_group()
     code.add_argument("--sass", action="store_true", help="the machine code instead, as nvdisasm writes it")
     code.add_argument("--ptx", action="store_true", help="the PTX instead")
+    code.add_argument("--timeline", type=png, metavar="F.png", help="on a GPU: when one CTA's warpgroups do what")
+    add("--json", type=out_file, metavar="FILE", help="the timeline's spans, in cycles")
     return p
 
 
@@ -61,7 +69,28 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Problem]:
     """The arguments and the problem that they name; exits with 2 on bad ones, naming the argument."""
     p = parser()
     args = p.parse_args(argv)
-    return args, asked(p, args, args.shape, args.causal)
+    if args.json is not None and args.timeline is None:
+        p.error("argument --json: it takes what --timeline draws; give both")
+    if args.timeline is not None and importlib.util.find_spec("matplotlib") is None:
+        p.error('argument --timeline: matplotlib is missing; pip install "cute_attn[bench]"')
+    return args, asked(p, args, args.shape, args.causal)._replace(constant_time=args.constant_time)
+
+
+def timeline(args: argparse.Namespace, problem: Problem) -> int:
+    """Runs the kernel that notes its times, and draws them; 1 without a Hopper GPU."""
+    reason = machine.no_hopper()
+    if reason is not None:
+        print(f"--timeline: a kernel must run for it, and {reason}", file=sys.stderr)
+        return 1
+    from .benchmark import timeline, timeline_plot
+
+    spans = timeline.spans(timeline.record(problem))
+    facts = machine.conditions(machine.Nvml())
+    facts |= dict(kernel=timeline.timeline_config(problem, facts["gpu"]).name, problem=problem._asdict())
+    timeline_plot.draw(args.timeline, spans, timeline_plot.title_of(facts))
+    if args.json is not None:
+        args.json.write_text(json.dumps(dict(facts, spans=[span._asdict() for span in spans]), indent=1) + "\n")
+    return 0
 
 
 def write(text: str) -> int:

@@ -24,6 +24,7 @@ class Problem(NamedTuple):
     dtype: str = "bf16"
     layout: str = "bhsd"
     causal: bool = False
+    constant_time: bool = False
 
     @property
     def empty(self) -> bool:
@@ -51,6 +52,8 @@ def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
     A head dim that has no kernel of its own runs on the next larger one.
     """
     head_dim = next(d for d in HEAD_DIMS if problem.head_dim <= d)
+    if problem.constant_time:
+        return constant_time(config(head_dim, problem.dtype, problem.layout, problem.causal, gpu))
     rows = tuned.table(gpu).classes[head_dim, problem.causal, problem.dtype]
     row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
     return replace(row.config, dtype=problem.dtype, layout=problem.layout)
@@ -61,15 +64,21 @@ def config(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None
     return _configs(head_dim, dtype, layout, causal, gpu)[-1]
 
 
-def kind(config: FwdConfig) -> tuple[int, str, str, bool]:
+def constant_time(config: FwdConfig) -> FwdConfig:
+    """The same tiles and schedule, with a softmax of which no branch depends on a score."""
+    return replace(config, redo=False, constant_time=True)
+
+
+def kind(config: FwdConfig) -> tuple[int, str, str, bool, bool]:
     """What a caller chooses, beside the sizes: they may take one kernel or another of a kind."""
-    return config.head_dim, config.dtype, config.layout, config.mask.causal
+    return config.head_dim, config.dtype, config.layout, config.mask.causal, config.constant_time
 
 
 def shipped(gpu: str | None = None) -> list[FwdConfig]:
-    """Every kernel that some problem can reach: first one of each kind, then those of some lengths only."""
+    """Every kernel that some problem can reach: one of each kind, those of some lengths only, constant-time ones."""
     every = [_configs(*one, gpu) for one in product(HEAD_DIMS, DTYPES, LAYOUTS, (False, True))]
-    return list(dict.fromkeys([*(configs[-1] for configs in every), *(c for configs in every for c in configs[:-1])]))
+    always, some = [configs[-1] for configs in every], [c for configs in every for c in configs[:-1]]
+    return list(dict.fromkeys([*always, *some, *map(constant_time, always)]))
 
 
 def _configs(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None) -> list[FwdConfig]:

@@ -53,6 +53,12 @@ def depends(sass):
     return [branch.depends for branch in audit.control_flow(text(sass))]
 
 
+def test_constant_time(capsys):
+    assert inspect_cli.main(["--shape", "4,16,2048,64", "--constant-time"]) == 0
+    out = capsys.readouterr().out
+    assert "constant_time=True" in out and "0 data: lazy rescale, 0 data: redo, 0 unknown" in out
+
+
 @kernels
 def test_output_has_the_reports_numbers(argv, problem, capsys):
     assert inspect_cli.main(argv) == 0

@@ -78,7 +78,7 @@ def test_the_config_is_the_compile_key():
     base = FwdConfig(128)
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
     others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, redo=True)
-    others |= dict(overlap=False)
+    others |= dict(constant_time=True, timeline=True, overlap=False)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
     bases = {name: few if name == "split" else base for name in others}
@@ -102,8 +102,9 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=64, tile_n=24),
         dict(head_dim=64, dtype="fp8"),
         dict(head_dim=256, tile_n=128),
-        dict(head_dim=64, cluster=2, mask=Causal()),
-        dict(head_dim=64, cluster=2, scheduler=DynamicLongest),
+        dict(head_dim=64, cluster=4),
+        dict(head_dim=64, constant_time=True, redo=True),
+        dict(head_dim=64, tile_m=64, scheduler=OneTile, split=2, timeline=True),
     ],
     ids=str,
 )

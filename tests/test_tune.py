@@ -204,7 +204,12 @@ def test_every_class_has_rows_and_says_what_was_measured():
 def test_shipped_is_what_the_table_can_reach():
     every = [(d, t, o, c) for d in HEAD_DIMS for t in ("bf16", "fp16") for o in ("bhsd", "bshd") for c in (False, True)]
     sizes = [(h, s, k) for h in (1, 3, 999) for s in LENGTHS for k in {s, 99_999}]
-    reached = {plan.plan(Problem(1, h, h, s, k, d, t, o, c)) for d, t, o, c in every for h, s, k in sizes}
+    reached = {
+        plan.plan(Problem(1, h, h, s, k, d, t, o, c, constant_time))
+        for d, t, o, c in every
+        for h, s, k in sizes
+        for constant_time in (False, True)
+    }
     assert reached == set(plan.shipped())
     assert plan.shipped()[: len(every)] == [plan.config(*one) for one in every]
 
@@ -232,7 +237,8 @@ def test_a_users_table_serves_its_gpu(tables):
         assert plan.plan(problem(causal=True), GPU) == plan.plan(problem(causal=True)), "what it lacks is the package's"
         assert plan.plan(problem()) == plan.plan(problem(), "NVIDIA H200") == before
     mine = {replace(c, layout="bhsd") for c in plan.shipped(GPU) if (c.head_dim, c.mask.causal) == (64, False)}
-    assert mine == {B, A, replace(B, dtype="fp16"), replace(C, dtype="fp16")}
+    named = {B, A, replace(B, dtype="fp16"), replace(C, dtype="fp16")}
+    assert mine == named | {plan.constant_time(c) for c in (A, replace(C, dtype="fp16"))}
 
 
 def test_a_named_table_serves_every_gpu(tmp_path, monkeypatch):
@@ -266,7 +272,6 @@ BAD = {
     "overlap": [dict(Row(A).entry(), fields=FIELDS | dict(overlap=False))],
     "for few tiles only": [Row(A, max_row_blocks=64).entry()],
     "for many keys only": [Row(A, min_seqlen_k=64).entry()],
-    "causal cluster": [dict(Row(A).entry(), causal=True, fields=FIELDS | dict(cluster=2))],
     "bound": [dict(Row(A).entry(), max_seqlen_q=-1), Row(A).entry()],
     "dtype": [dict(Row(A).entry(), dtype="fp8"), Row(A).entry()],
 }
@@ -356,7 +361,8 @@ def test_candidates(key):
     assert all((c.head_dim, c.mask.causal, c.dtype, c.layout) == (*key[:2], "bf16", "bhsd") for c in found)
     assert {c.pingpong for c in found} == {False, True}
     assert {c.scheduler for c in found} == {StaticTiles, DynamicLongest}
-    assert {c.cluster for c in found} == ({1} if key[1] else {1, 2})
+    assert {c.cluster for c in found} == {1, 2}
+    assert all(c.scheduler.draws == c.mask.causal for c in found if c.cluster == 2)
     assert {c.split for c in found} == {1}, "kernels for few tiles are not on trial"
     if key[0] <= 64:
         assert {c.tile_m for c in found} == {128, 192, 256}

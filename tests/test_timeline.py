@@ -1,0 +1,121 @@
+"""`python -m cute_attn.inspect --timeline`: clock samples, spans, picture."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from cute_attn import compile, inspect, inspect_cli
+from cute_attn.benchmark import timeline, timeline_plot
+from cute_attn.benchmark.timeline import Sample, Span
+from cute_attn.kernels.flash_fwd_timeline_sm90 import EVENTS, HEAD, SAMPLES
+from cute_attn.plan import Problem
+
+WARPGROUP = [("QK", 900), ("softmax", 1500), ("softmax done", 2000), ("step", 2010), ("QK", 2100), ("PV", 2120)]
+WARPGROUP += [("softmax", 2700), ("PV done", 3000), ("softmax done", 3300), ("PV", 3310), ("PV done", 3700)]
+WARPGROUP += [("store", 3710), ("store done", 4000)]
+PRODUCER = [("load k", 0), ("load q", 30), ("load k", 60), ("load v", 90)]
+
+
+def notes(*roles, start):
+    """As the kernel leaves them, by a clock of 32 bits; signed, as an int32 tensor gives them back."""
+    found = [0] * (HEAD + 2 * SAMPLES * len(roles))
+    for role, events in enumerate(roles):
+        for i, (event, clock) in enumerate(events):
+            at = HEAD + 2 * (role * SAMPLES + i)
+            found[at], found[at + 1] = EVENTS.index(event) + 1, (clock + start + (1 << 31)) % (1 << 32) - (1 << 31)
+    return found
+
+
+@pytest.mark.parametrize("start", [0, 12345, (1 << 31) - 1000, (1 << 32) - 1000], ids=str)
+def test_samples_count_from_the_first(start):
+    producer, warpgroup, other = timeline.samples(notes(PRODUCER, WARPGROUP, [], start=start))
+    assert producer == [Sample(*one) for one in PRODUCER]
+    assert warpgroup == [Sample(*one) for one in WARPGROUP]
+    assert other == []
+
+
+def test_spans():
+    found = timeline.spans([[Sample(*one) for one in role] for role in (PRODUCER, WARPGROUP)])
+    assert [span for span in found if span.role == 0] == [Span(0, what, at, at) for what, at in PRODUCER]
+    assert [span[1:] for span in found if span.role == 1] == [
+        ("QK", 900, 1500),
+        ("softmax", 1500, 2000),
+        ("step", 2010, 2100),
+        ("QK", 2100, 2700),
+        ("PV", 2120, 3000),
+        ("softmax", 2700, 3300),
+        ("PV", 3310, 3700),
+        ("store", 3710, 4000),
+    ]
+
+
+def test_picture(tmp_path):
+    spans = timeline.spans([[Sample(*one) for one in role] for role in (PRODUCER, WARPGROUP)])
+    assert timeline_plot.window(spans) == 4000
+    timeline_plot.draw(tmp_path / "t.png", spans, "a title")
+    assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_of_many_blocks_a_few_are_drawn():
+    blocks = [Span(1, "QK", 1000 * i, 1000 * i + 500) for i in range(40)]
+    assert timeline_plot.window([*blocks, Span(1, "store", 40_000, 41_000)]) == 8000
+
+
+@pytest.mark.parametrize(
+    ("shape", "split"), [((4, 16, 16, 2048, 2048, 128), 1), ((1, 8, 8, 64, 8192, 64), 8)], ids=["many", "split"]
+)
+def test_the_kernel_that_notes(shape, split):
+    """Of the plan's tiles; where the plan splits keys, of its class. Only this kernel reads the clock."""
+    problem = Problem(*shape)
+    config = timeline.timeline_config(problem)
+    assert timeline.plan(problem).split == split and config.split == 1 and config.timeline
+    plain = timeline.replace(config, timeline=False)
+    assert issubclass(compile.kernel(config), compile.kernel(plain))
+    assert "CS2R" in inspect.sass(config) or "SR_CLOCKLO" in inspect.sass(config)
+    assert "SR_CLOCK" not in inspect.sass(plain)
+    assert not inspect.report(config).serialised
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert inspect_cli.main(["--shape", "1,2,64,64", "--timeline", str(tmp_path / "t.png")]) == 1
+    assert "--timeline: a kernel must run for it, and no CUDA device is available" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--json", "t.json"], "--json: it takes what --timeline draws"),
+        (["--timeline", "t.jpg"], "--timeline"),
+        (["--timeline", "t.png", "--sass"], "not allowed with argument"),
+    ],
+)
+def test_bad_arguments(argv, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        inspect_cli.parse(["--shape", "1,2,64,64", *argv])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_timeline_of_the_gpu(head_dim, causal, tmp_path):
+    """Each warpgroup's events alternate as its program does, and a step takes 100 cycles to 20,000."""
+    argv = ["--shape", f"4,16,1024,{head_dim}", *(["--causal"] if causal else [])]
+    assert inspect_cli.main([*argv, "--timeline", str(tmp_path / "t.png"), "--json", str(tmp_path / "t.json")]) == 0
+    assert (tmp_path / "t.png").stat().st_size > 10_000
+    content = json.loads((tmp_path / "t.json").read_text())
+    spans = [Span(**one) for one in content["spans"]]
+    config = timeline.timeline_config(Problem(4, 16, 16, 1024, 1024, head_dim, "bf16", "bshd", causal))
+    assert {span.role for span in spans} == set(range(1 + config.warpgroups))
+    assert content["kernel"] == config.name
+    for role in range(1, 1 + config.warpgroups):
+        mine = [span for span in spans if span.role == role]
+        assert {span.what for span in mine} == {"step", "QK", "PV", "softmax", "store"}
+        starts = [span.start for span in mine if span.what == "softmax"]
+        assert all(b - a > 100 for a, b in pairwise(starts))
+        assert all(0 <= span.end - span.start < 50_000 for span in mine)
