@@ -139,23 +139,26 @@ def test_update_writes_gates_from_a_sweep(tmp_path, own_gates, gate):
 
 
 PLAYED = """#!/usr/bin/env bash
-# python3 on a machine with a Hopper GPU: the tests and the sweep are played, the rest is run.
+# python3 on a machine with a Hopper GPU: the tests, validate and the sweep are played, the rest is run.
 case "$*" in
   -\\ *) exit 0 ;;
   *no_hopper*) exit 0 ;;
   benchmarks/gpu_tests.py*) echo '{{"passed": 7, "failed": {failed}, "skipped": 1}}' > "$3"; exit {failed} ;;
+  *cute_attn.validate*) echo "validate: played"; touch "$4"; exit {invalid} ;;
   *cute_attn.bench*) cp "{sweep}" "$7"; touch "$9" ;;
   *) exec "{python}" "$@" ;;
 esac
 """
 
 
-def gpu_ci(folder, sweep, failed=0):
-    """benchmarks/gpu_ci where the GPU tests and the sweep end so; its exit status, output and step summary."""
+def gpu_ci(folder, sweep, failed=0, invalid=0):
+    """benchmarks/gpu_ci where tests, validate and sweep end so; its exit status, last line and step summary."""
     (folder / "played.json").write_text(json.dumps(sweep))
     played = folder / "bin" / "python3"
     played.parent.mkdir()
-    played.write_text(PLAYED.format(failed=failed, sweep=folder / "played.json", python=sys.executable))
+    played.write_text(
+        PLAYED.format(failed=failed, invalid=invalid, sweep=folder / "played.json", python=sys.executable)
+    )
     played.chmod(0o755)
     summary = folder / "step_summary.md"
     env = {**os.environ, "PATH": f"{played.parent}:{os.environ['PATH']}", "GITHUB_STEP_SUMMARY": str(summary)}
@@ -163,6 +166,7 @@ def gpu_ci(folder, sweep, failed=0):
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert {path.name for path in (folder / "out").iterdir()} == {
         "gpu_tests.json",
+        "validate.json",
         "sweep.json",
         "sweep.png",
         "summary.md",
@@ -174,15 +178,15 @@ def gpu_ci(folder, sweep, failed=0):
 def test_gpu_ci_passes(tmp_path):
     status, verdict, summary = gpu_ci(tmp_path, SWEEP)
     assert (status, verdict) == (0, "gpu_ci: passed")
-    assert "36 of 36 cells hold their gate" in summary
+    assert summary.startswith("```\nvalidate: played\n```\n\n### 36 of 36 cells hold their gate")
     assert "GPU tests: 7 passed, 0 failed, 1 skipped. **gpu_ci: passed**" in summary
 
 
 def test_gpu_ci_names_what_failed(tmp_path):
-    status, verdict, summary = gpu_ci(tmp_path, slower(50), failed=1)
-    assert (status, verdict) == (1, "gpu_ci: failed: GPU tests, gate")
+    status, verdict, summary = gpu_ci(tmp_path, slower(50), failed=1, invalid=1)
+    assert (status, verdict) == (1, "gpu_ci: failed: GPU tests, validate, gate")
     assert f"| {CELL} |" in summary
-    assert "**gpu_ci: failed: GPU tests, gate**" in summary
+    assert "**gpu_ci: failed: GPU tests, validate, gate**" in summary
 
 
 def test_gpu_ci_refuses_without_a_gpu(tmp_path):
