@@ -125,7 +125,7 @@ def right_at_edges(lab: Lab) -> Finding:
     words = f"{right} of {len(found)} right; largest error {_share(found[worst]):.2f} of what is allowed ({worst})"
     if wrong := [name for name, edge in found.items() if not edge.lse]:
         words += f"; lse wrong at {wrong[0]}"
-    details = {name: dict(error=_finite(x.error), allowed=x.allowed, lse=x.lse) for name, x in found.items()}
+    details = {name: dict(error=_finite(x.error), allowed=_finite(x.allowed), lse=x.lse) for name, x in found.items()}
     return Finding(right == len(found), words, details)
 
 
