@@ -13,39 +13,12 @@ import json
 import sys
 from pathlib import Path
 from statistics import geometric_mean
-from typing import NamedTuple
+
+from cute_attn.benchmark.gates import PEER, PROBLEM, Cell, compare, ratios
 
 ROOT = Path(__file__).parent.parent
 GATES = ROOT / "benchmarks" / "gates.json"
-TOLERANCE = 0.05  # of the gate
-OURS, PEER = "cute_attn", "cudnn"
-PROBLEM = ("dtype", "layout")  # what all cells of a sweep share
 MACHINE = ("gpu", "driver", "cuda", "torch", "cudnn", "cutlass_dsl")
-
-
-class Cell(NamedTuple):
-    """A cell's gate and what a sweep has for it."""
-
-    name: str  # B,H,S,D and the mask
-    gate: float
-    ratio: float | None  # None: the sweep has none
-
-    @property
-    def passed(self) -> bool:
-        return self.ratio is not None and self.ratio >= self.gate * (1 - TOLERANCE)
-
-    @property
-    def verdict(self) -> str:
-        if self.ratio is None:
-            return "missing"
-        return "ok" if self.passed else f"more than {TOLERANCE:.0%} under its gate"
-
-
-def ratios(sweep: dict) -> dict[str, float]:
-    """Cell -> how many times as fast as cuDNN ours is; without the cells that were not timed, or came out wrong."""
-    ours = [r for r in sweep["records"] if (r["contender"], r["mode"], r["reason"]) == (OURS, "eager", None)]
-    timed = [r for r in ours if PEER in r["ratios"]]
-    return {f"{r['shape']} {'causal' if r['causal'] else 'full'}": round(r["ratios"][PEER], 4) for r in timed}
 
 
 def gates(sweep: dict, source: str) -> dict:
@@ -54,16 +27,15 @@ def gates(sweep: dict, source: str) -> dict:
         raise ValueError("gates come from a complete sweep, and this one is not")
     conditions = sweep["conditions"]
     facts = {key: conditions[key] for key in ("date", "kernels_sha256", *MACHINE, *PROBLEM)}
-    return {"source": source, **facts, "ratio": f"{PEER}'s time / ours, p50", "gates": ratios(sweep)}
+    return {"source": source, **facts, "ratio": f"{PEER}'s time / ours, p50", "gates": ratios(sweep["records"])}
 
 
-def compare(recorded: dict, sweep: dict) -> list[Cell]:
+def cells_of(recorded: dict, sweep: dict) -> list[Cell]:
     """A row per gate, in the gates' order. A sweep of another problem raises ValueError."""
     for key in PROBLEM:
         if sweep["conditions"][key] != recorded[key]:
             raise ValueError(f"{key}: the sweep's is {sweep['conditions'][key]}, the gates' is {recorded[key]}")
-    found = ratios(sweep)
-    return [Cell(name, gate, found.get(name)) for name, gate in recorded["gates"].items()]
+    return compare(recorded["gates"], sweep["records"])
 
 
 def markdown(recorded: dict, sweep: dict, cells: list[Cell]) -> str:
@@ -93,7 +65,7 @@ def update(sweep: dict, path: Path, gates_file: Path) -> None:
 
 def check(sweep: dict, recorded: dict, summary: Path | None) -> int:
     """Prints the table, and on stderr the cells that fail; 1 where there are any."""
-    cells = compare(recorded, sweep)
+    cells = cells_of(recorded, sweep)
     table = markdown(recorded, sweep, cells)
     print(table)
     if summary is not None:

@@ -1,4 +1,4 @@
-"""Writes README's numbers between its markers, from the JSON under benchmarks/results/.
+"""Writes the numbers of README.md and docs/how_it_works.md between their markers, from benchmarks/results/*.json.
 
 python benchmarks/readme.py
 """
@@ -127,15 +127,17 @@ def filled(readme: str, begin: str, content: str) -> str:
     """The readme with its part from `begin` on written anew."""
     before, found, rest = readme.partition(begin)
     if not found:
-        raise ValueError(f"README.md: no line {begin}")
+        raise ValueError(f"no line {begin}")
     return "\n".join([before + begin, content, END]) + rest.partition(END)[2]
 
 
 def main() -> None:
-    readme, ladder = ROOT / "README.md", RESULTS / "ladder.json"
+    readme, ladder, how = ROOT / "README.md", RESULTS / "ladder.json", ROOT / "docs" / "how_it_works.md"
     words = filled(readme.read_text(), BEGIN, text(json.loads((RESULTS / "sweep_bf16.json").read_text())))
     if ladder.exists():
-        words = filled(words, BEGIN_LADDER, ladder_text(json.loads(ladder.read_text())))
+        content = ladder_text(json.loads(ladder.read_text()))
+        words = filled(words, BEGIN_LADDER, content)
+        how.write_text(filled(how.read_text(), BEGIN_LADDER, content.replace("](", "](../")))
     readme.write_text(words)
 
 

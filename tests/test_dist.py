@@ -1,6 +1,7 @@
 """Wheel and sdist: what is in them, and that the wheel works outside the checkout, beside another package `kernels`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TREE = (".ci", ".github", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "benchmarks", "cute_attn", "kernels")
-TREE += ("pyproject.toml", "tests")
+TREE += ("docs", "pyproject.toml", "tests")
 SMOKE = """
 import importlib.metadata, os, pathlib, sys
 import torch, cute_attn
@@ -136,7 +137,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, tree):
     inside = contents(wheel)
     assert {name.split("/")[0].split("-")[0] for name in inside} == {"cute_attn"}
     assert "cute_attn/py.typed" in inside
-    assert sum(name.endswith("/licenses/LICENSE") for name in inside) == 1
+    assert inside["cute_attn/CHANGELOG.md"] == (tree / "CHANGELOG.md").read_bytes()
+    assert inside["cute_attn/gates.json"] == (tree / "benchmarks" / "gates.json").read_bytes()
+    (licence,) = (text for name, text in inside.items() if name.endswith("/licenses/LICENSE"))
+    assert licence == (tree / "LICENSE").read_bytes()
     for path in (tree / "cute_attn").rglob("*.*"):
         if path.is_file():
             assert inside[str(path.relative_to(tree))] == path.read_bytes()
@@ -148,7 +152,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, tree):
 def test_wheel_metadata(wheel):
     inside = contents(wheel)
     metadata = next(text for name, text in inside.items() if name.endswith("/METADATA")).decode()
-    for line in ("License-Expression: Apache-2.0", "License-File: LICENSE", "Requires-Python: <3.14,>=3.10"):
+    version = re.search(r'__version__ = "(.*)"', inside["cute_attn/__init__.py"].decode())[1]
+    assert f"## [{version}]" in inside["cute_attn/CHANGELOG.md"].decode()
+    for line in (
+        f"Version: {version}",
+        "License-Expression: Apache-2.0",
+        "License-File: LICENSE",
+        "Requires-Python: <3.14,>=3.10",
+    ):
         assert f"\n{line}\n" in metadata
 
 
@@ -156,7 +167,7 @@ def test_sdist_holds_what_its_own_tests_need(unpacked, tree):
     assert files(unpacked / "kernels") == files(unpacked / "cute_attn" / "kernels") == files(tree / "kernels")
     for name in ("CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"):
         assert (unpacked / name).read_bytes() == (tree / name).read_bytes()
-    for folder in (".ci", ".github/workflows", "benchmarks", "benchmarks/results", "tests"):
+    for folder in (".ci", ".github/workflows", "benchmarks", "benchmarks/results", "docs", "tests"):
         assert files(unpacked / folder) == files(tree / folder)
     for script in (".ci/run", "benchmarks/gpu_ci", "benchmarks/run", "tests/run"):
         assert os.access(unpacked / script, os.X_OK)
@@ -178,7 +189,8 @@ def test_wheel_from_the_sdist_is_the_wheel_from_the_tree(unpacked, wheel):
 def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     python = environment(tmp_path / "env", wheel)
     smoke(python, tmp_path, tmp_path / "cache")
-    assert "--sweep" in run(python, "-I", "-m", "cute_attn.bench", "--help", cwd=tmp_path)
+    for module, option in (("bench", "--sweep"), ("inspect", "--sass"), ("tune", "--help"), ("validate", "--gates")):
+        assert option in run(python, "-I", "-m", f"cute_attn.{module}", "--help", cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -192,11 +204,15 @@ def test_wheel_works_beside_a_package_named_kernels(wheel, tmp_path):
 
 @pytest.mark.slow
 def test_wheel_works_beside_hugging_face_kernels(wheel, tmp_path):
-    """The real package, without its dependencies: found, not imported."""
+    """The real package, with the dependencies that are at hand: both are found, and ours works."""
     python = environment(tmp_path / "env", wheel)
     try:
         install(tmp_path / "env", "--retries", "0", "--timeout", "20", "--only-binary", ":all:", "kernels")
     except AssertionError as error:
         pytest.skip(f"kernels could not be downloaded: {str(error).strip().splitlines()[-1]}")
-    imports = "import cute_attn, cute_attn.kernels.config as ours"
-    assert run(python, "-I", "-c", BESIDE.format(imports=imports), cwd=tmp_path) == "side by side\n"
+    smoke(python, tmp_path, tmp_path / "cache")
+    ours, theirs = "import cute_attn, cute_attn.kernels.config as ours", "import kernels; kernels.get_kernel"
+    has = "import importlib.util as u; print(bool(u.find_spec('huggingface_hub') and u.find_spec('tomlkit')))"
+    orders = (f"{ours}\n{theirs}", f"{theirs}\n{ours}") if run(python, "-c", has, cwd=tmp_path) == "True\n" else (ours,)
+    for imports in orders:
+        assert run(python, "-I", "-c", BESIDE.format(imports=imports), cwd=tmp_path) == "side by side\n"

@@ -1,11 +1,13 @@
 """The gate: what passes, what fails and is named, the table; and benchmarks/gpu_ci with its long steps played."""
 
 import copy
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import why_no_hopper
@@ -18,14 +20,36 @@ CELL = "8,16,2048,128 causal"
 
 
 @pytest.fixture(scope="module")
-def own_gates():
+def script():
+    """benchmarks/gate.py as a module."""
+    spec = importlib.util.spec_from_file_location("gate", GATE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def own_gates(script):
     """Gates of the recorded sweep itself, whatever gates.json holds by now."""
-    sys.path.insert(0, str(GATE.parent))
-    try:
-        import gate
-    finally:
-        sys.path.remove(str(GATE.parent))
-    return gate.gates(SWEEP, "sweep_bf16.json")
+    return script.gates(SWEEP, "sweep_bf16.json")
+
+
+@pytest.fixture
+def gate(script, monkeypatch, capsys):
+    """A function: run in a folder, with these contents of its files."""
+
+    def run(folder, sweep, gates, *arguments):
+        for name, content in (("sweep.json", sweep), ("gates.json", gates)):
+            (folder / name).write_text(json.dumps(content))
+        monkeypatch.chdir(folder)
+        try:
+            status = script.main(["sweep.json", "--gates", "gates.json", *arguments])
+        except SystemExit as stop:
+            status = stop.code
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=said.out, stderr=said.err)
+
+    return run
 
 
 def doctored(change):
@@ -45,14 +69,7 @@ def slower(percent):
     return doctored(change)
 
 
-def gate(folder, sweep, gates, *arguments):
-    for name, content in (("sweep.json", sweep), ("gates.json", gates)):
-        (folder / name).write_text(json.dumps(content))
-    command = [sys.executable, str(GATE), "sweep.json", "--gates", "gates.json", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-
-def test_gates_name_their_source_and_the_recorded_sweep_holds_them(tmp_path):
+def test_gates_name_their_source_and_the_recorded_sweep_holds_them(tmp_path, gate):
     assert GATES["source"] == "benchmarks/results/sweep_bf16.json"
     assert len(GATES["gates"]) == 36
     assert len(GATES["kernels_sha256"]) == 64
@@ -62,14 +79,14 @@ def test_gates_name_their_source_and_the_recorded_sweep_holds_them(tmp_path):
 
 
 @pytest.mark.parametrize(("percent", "status"), [(4.5, 0), (5.5, 1), (-20, 0)])
-def test_five_percent_under_a_gate_fails(tmp_path, own_gates, percent, status):
+def test_five_percent_under_a_gate_fails(tmp_path, own_gates, gate, percent, status):
     done = gate(tmp_path, slower(percent), own_gates)
     assert done.returncode == status
     assert done.stderr.count("\n") == status
     assert not status or done.stderr.startswith(f"{CELL}: more than 5% under its gate (1.")
 
 
-def test_cells_that_are_missing_or_wrong_fail_by_name(tmp_path, own_gates):
+def test_cells_that_are_missing_or_wrong_fail_by_name(tmp_path, own_gates, gate):
     missing = {**SWEEP, "records": [r for r in SWEEP["records"] if r["head_dim"] != 256]}
     done = gate(tmp_path, missing, own_gates)
     assert done.returncode == 1
@@ -82,7 +99,7 @@ def test_cells_that_are_missing_or_wrong_fail_by_name(tmp_path, own_gates):
     assert gate(tmp_path, {**SWEEP, "timed": False, "records": []}, own_gates).returncode == 1
 
 
-def test_another_problem_is_refused(tmp_path, own_gates):
+def test_another_problem_is_refused(tmp_path, own_gates, gate):
     fp16 = {**SWEEP, "conditions": {**SWEEP["conditions"], "dtype": "fp16"}}
     done = gate(tmp_path, fp16, own_gates)
     assert done.returncode == 2
@@ -93,7 +110,7 @@ def test_another_problem_is_refused(tmp_path, own_gates):
     assert "Traceback" not in lone.stderr
 
 
-def test_the_table(tmp_path, own_gates):
+def test_the_table(tmp_path, own_gates, gate):
     (tmp_path / "summary.md").write_text("before\n")
     done = gate(tmp_path, slower(10), own_gates, "--markdown", "summary.md")
     text = (tmp_path / "summary.md").read_text()
@@ -111,7 +128,7 @@ def test_the_table(tmp_path, own_gates):
     assert all(line.endswith("| ok |") for line in table[3:])
 
 
-def test_update_writes_gates_from_a_sweep(tmp_path, own_gates):
+def test_update_writes_gates_from_a_sweep(tmp_path, own_gates, gate):
     sweep = slower(10)
     assert gate(tmp_path, sweep, own_gates, "--update").returncode == 0
     updated = json.loads((tmp_path / "gates.json").read_text())
@@ -122,23 +139,26 @@ def test_update_writes_gates_from_a_sweep(tmp_path, own_gates):
 
 
 PLAYED = """#!/usr/bin/env bash
-# python3 on a machine with a Hopper GPU: the tests and the sweep are played, the rest is run.
+# python3 on a machine with a Hopper GPU: the tests, validate and the sweep are played, the rest is run.
 case "$*" in
   -\\ *) exit 0 ;;
   *no_hopper*) exit 0 ;;
   benchmarks/gpu_tests.py*) echo '{{"passed": 7, "failed": {failed}, "skipped": 1}}' > "$3"; exit {failed} ;;
+  *cute_attn.validate*) echo "validate: played"; touch "$4"; exit {invalid} ;;
   *cute_attn.bench*) cp "{sweep}" "$7"; touch "$9" ;;
   *) exec "{python}" "$@" ;;
 esac
 """
 
 
-def gpu_ci(folder, sweep, failed=0):
-    """benchmarks/gpu_ci where the GPU tests and the sweep end so; its exit status, output and step summary."""
+def gpu_ci(folder, sweep, failed=0, invalid=0):
+    """benchmarks/gpu_ci where tests, validate and sweep end so; its exit status, last line and step summary."""
     (folder / "played.json").write_text(json.dumps(sweep))
     played = folder / "bin" / "python3"
     played.parent.mkdir()
-    played.write_text(PLAYED.format(failed=failed, sweep=folder / "played.json", python=sys.executable))
+    played.write_text(
+        PLAYED.format(failed=failed, invalid=invalid, sweep=folder / "played.json", python=sys.executable)
+    )
     played.chmod(0o755)
     summary = folder / "step_summary.md"
     env = {**os.environ, "PATH": f"{played.parent}:{os.environ['PATH']}", "GITHUB_STEP_SUMMARY": str(summary)}
@@ -146,6 +166,7 @@ def gpu_ci(folder, sweep, failed=0):
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert {path.name for path in (folder / "out").iterdir()} == {
         "gpu_tests.json",
+        "validate.json",
         "sweep.json",
         "sweep.png",
         "summary.md",
@@ -157,15 +178,15 @@ def gpu_ci(folder, sweep, failed=0):
 def test_gpu_ci_passes(tmp_path):
     status, verdict, summary = gpu_ci(tmp_path, SWEEP)
     assert (status, verdict) == (0, "gpu_ci: passed")
-    assert "36 of 36 cells hold their gate" in summary
+    assert summary.startswith("```\nvalidate: played\n```\n\n### 36 of 36 cells hold their gate")
     assert "GPU tests: 7 passed, 0 failed, 1 skipped. **gpu_ci: passed**" in summary
 
 
 def test_gpu_ci_names_what_failed(tmp_path):
-    status, verdict, summary = gpu_ci(tmp_path, slower(50), failed=1)
-    assert (status, verdict) == (1, "gpu_ci: failed: GPU tests, gate")
+    status, verdict, summary = gpu_ci(tmp_path, slower(50), failed=1, invalid=1)
+    assert (status, verdict) == (1, "gpu_ci: failed: GPU tests, validate, gate")
     assert f"| {CELL} |" in summary
-    assert "**gpu_ci: failed: GPU tests, gate**" in summary
+    assert "**gpu_ci: failed: GPU tests, validate, gate**" in summary
 
 
 def test_gpu_ci_refuses_without_a_gpu(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -272,6 +273,8 @@ def test_readme_has_the_ladder_once_it_was_measured(tmp_path, monkeypatch):
     (tmp_path / "sweep_bf16.json").write_text((readme.RESULTS / "sweep_bf16.json").read_text())
     before = (readme.ROOT / "README.md").read_text()
     (tmp_path / "README.md").write_text(before)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(readme.ROOT / "docs" / "how_it_works.md", tmp_path / "docs")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     readme.main()
@@ -284,6 +287,8 @@ def test_readme_has_the_ladder_once_it_was_measured(tmp_path, monkeypatch):
     assert "| cudnn |  | 600.0 | 458 |  | 1.00 | 2.4e-03 |" in with_ladder and "| fa3 |" not in with_ladder
     assert with_ladder.split(readme.BEGIN_LADDER)[0] == without.split(readme.BEGIN_LADDER)[0]
     assert with_ladder.split(readme.END)[-1] == without.split(readme.END)[-1] == before.split(readme.END)[-1]
+    how = (tmp_path / "docs" / "how_it_works.md").read_text()
+    assert "| 800.0 | 344 | 1.25x |" in how and "](../benchmarks/results/ladder.png)" in how
     readme.main()
     assert (tmp_path / "README.md").read_text() == with_ladder
 

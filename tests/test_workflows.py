@@ -97,6 +97,27 @@ def test_a_strange_workflow_is_caught(tmp_path, old, new, says):
     assert strange(tmp_path / "ci.yml") == says
 
 
+def test_h100_is_one_script_on_a_runner_of_choice_and_keeps_what_it_wrote():
+    workflow = load(WORKFLOWS[1])
+    (job,) = workflow["jobs"].values()
+    assert workflow["on"]["workflow_dispatch"]["inputs"]["runner"]["type"] == "string"
+    assert job["runs-on"] == "${{ inputs.runner || vars.HOPPER_RUNNER || 'h100' }}"
+    assert [step["run"] for step in job["steps"] if "run" in step] == ['benchmarks/gpu_ci "$RUNNER_TEMP/hopper"']
+    upload = job["steps"][-1]
+    assert (upload["if"], upload["with"]["path"]) == ("always()", "${{ runner.temp }}/hopper")
+    script = (ROOT / "benchmarks" / "gpu_ci").read_text()
+    steps = [
+        "benchmarks/gpu_tests.py",
+        "-m cute_attn.validate",
+        "-m cute_attn.bench --sweep --vs cudnn",
+        "benchmarks/gate.py",
+    ]
+    found = [script.index(f"python3 {step}") for step in steps]
+    assert found == sorted(found)
+    for name in ("GITHUB_STEP_SUMMARY", '--json "$out/sweep.json"', '--plot "$out/sweep.png"'):
+        assert name in script
+
+
 def test_ci_runs_on_every_python_that_is_supported():
     matrix = load(WORKFLOWS[0])["jobs"]["test"]["strategy"]["matrix"]["python"]
     project = (ROOT / "pyproject.toml").read_text()
