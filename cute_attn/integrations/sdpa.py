@@ -5,8 +5,8 @@
 
 While either holds, torch's flash attention on CUDA is our forward, and torch asks for flash attention first. What
 flash_fwd does not take (dropout, other head dims or GPUs) is computed by torch's own flash attention, and what is not
-for flash attention at all (a mask, float32) goes to torch's other backends as before. The backward is torch's. Compile a
-model while it holds: torch.compile keeps the backend that it saw.
+for flash attention at all (a mask, float32) goes to torch's other backends as before. The backward is torch's. Compile
+a model while it holds: torch.compile keeps the backend that it saw.
 
 `is_causal` means two things in torch: F.scaled_dot_product_attention aligns it to the first key, but asks flash
 attention only where Sq == Sk; the operator beneath, which torch.nn.attention.bias.causal_lower_right calls, aligns it
