@@ -136,6 +136,30 @@ def test_without_gradients_there_is_no_operator(monkeypatch):
         flash_fwd(q.requires_grad_(), k, v)
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_no_gradient_in_none_out():
+    """Nothing is computed, nor zeros made, for what nobody asks."""
+    qkv = leaves(1, 2, 2, 8, 8, 16)
+    o = NoGradient.apply(flash_fwd(*qkv))
+    assert torch.autograd.grad(o.sum(), qkv, allow_unused=True) == (None,) * 3
+
+
+def test_a_kernel_that_others_register_may_call_us():
+    """There the mode says that gradients are recorded, and nobody records them."""
+    q, k, v = leaves(1, 2, 2, 8, 8, 16)
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not flash_fwd(q, k, v).requires_grad
+
+
 def test_what_has_no_gradient_says_so():
     q, k, v = leaves(1, 2, 2, 8, 8, 16)
     (dq,) = torch.autograd.grad(flash_fwd(q, k, v).sum(), q, create_graph=True)

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from cute_attn import flash_fwd, reference
-from cute_attn.integrations import sdpa
+from cute_attn.integrations import sdpa, torch_op
 
 OPERATOR = torch.ops.aten._scaled_dot_product_flash_attention
 registry = torch.nn.attention
@@ -39,6 +39,9 @@ def test_use_is_undone(before):
     assert state() == before
     with pytest.raises(ZeroDivisionError), sdpa.use():
         raise ZeroDivisionError
+    assert state() == before
+    held = sdpa.Active()
+    held.remove()
     assert state() == before
 
 
@@ -88,7 +91,8 @@ def test_the_operator_is_flash_fwd(seqlens, causal, on_cpu):
     assert OPERATOR(*dense)[0].stride() == dense[0].stride()
 
 
-def test_its_backward_is_torchs(on_cpu):
+def test_its_backward_is_torchs(on_cpu, monkeypatch):
+    monkeypatch.setattr(torch_op, "traced", None)  # ours
     q, k, v = (x.requires_grad_() for x in inputs(2, 4, 4, 40, 40, 64, device="cpu"))
     o, lse, *_ = OPERATOR(q, k, v)
     assert type(o.grad_fn).__name__ == "ScaledDotProductFlashAttentionBackward0" and not lse.requires_grad
