@@ -207,10 +207,10 @@ def test_it_is_used_where_it_is_active_and_nowhere_else(ours, before):
 @pytest.mark.gpu
 def test_after_it_torch_is_as_before():
     call, _ = both(2, 4, 4, 128, 128, 64, causal=True)
-    first = kernels(call)
+    first = set(kernels(call))
     with sdpa.use():
         assert is_ours(call)
-    assert kernels(call) == first and not is_ours(call)
+    assert set(kernels(call)) == first and not is_ours(call)
 
 
 @pytest.mark.gpu
@@ -283,14 +283,15 @@ def test_compile(mode):
     q, k, v = (x.requires_grad_() for x in inputs(2, 4, 4, 128, 128, 64))
     with sdpa.use():
         model = torch.compile(
-            lambda q, k, v: F.scaled_dot_product_attention(q * 2, k, v, is_causal=True).sum(), fullgraph=True, mode=mode
+            lambda q, k, v: F.scaled_dot_product_attention(q * 2, k, v, is_causal=True), fullgraph=True, mode=mode
         )
-        want = flash_fwd(q * 2, k, v, causal=True).sum()
-        want_dq, *_ = torch.autograd.grad(want, (q, k, v))
+        want = flash_fwd(q * 2, k, v, causal=True)
+        (want_dq,) = torch.autograd.grad(want.sum(), q)
         for _ in range(4):
             torch.compiler.cudagraph_mark_step_begin()
             o = model(q, k, v)
-            (dq, *_) = torch.autograd.grad(o, (q, k, v))
             torch.testing.assert_close(o, want)
+            (dq,) = torch.autograd.grad(o.sum(), q)
             torch.testing.assert_close(dq, want_dq, atol=1e-3, rtol=0.02)
-        assert is_ours(lambda: model(q, k, v))
+        with torch.no_grad():
+            assert is_ours(lambda: model(q, k, v))
