@@ -268,10 +268,10 @@ def test_transforms_of_torch_func_raise_where_the_call_is_known_too():
 class Block(torch.nn.Module):
     """A causal transformer of two layers, attention given."""
 
-    def __init__(self, attention, vocabulary=64, width=64, heads=4):
+    def __init__(self, attention, vocabulary=64, length=64, width=64, heads=4):
         super().__init__()
         self.attention, self.heads = attention, heads
-        self.embed = torch.nn.Embedding(vocabulary, width)
+        self.embed, self.position = torch.nn.Embedding(vocabulary, width), torch.nn.Embedding(length, width)
         self.layers = torch.nn.ModuleList(
             torch.nn.ModuleDict(
                 dict(
@@ -291,7 +291,7 @@ class Block(torch.nn.Module):
         self.head = torch.nn.Linear(width, vocabulary)
 
     def forward(self, tokens):
-        x = self.embed(tokens)
+        x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
         for layer in self.layers:
             q, k, v = (
                 y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -304,12 +304,13 @@ class Block(torch.nn.Module):
 
 
 def losses(attention, steps, device):
+    """Each text repeats 8 tokens drawn anew in each step: what comes next is known by attention alone."""
     torch.manual_seed(0)
     model = Block(attention).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    tokens = torch.randint(0, 64, (4, 48)).repeat(1, 2).to(device)  # the second half can be read off the first
     found = []
     for _ in range(steps):
+        tokens = torch.randint(0, 64, (16, 8)).repeat(1, 8).to(device)
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -324,6 +325,6 @@ def losses(attention, steps, device):
 def test_training_follows_sdpas_loss_curve(device, steps):
     ours = losses(lambda q, k, v: flash_fwd(q, k, v, causal=True), steps, device)
     theirs = losses(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), steps, device)
-    assert theirs[-1] < (0.9 if steps < 100 else 0.1) * theirs[0]
+    assert theirs[-1] < (0.2 if steps == 200 else 0.97) * theirs[0]  # 200 steps without attention: 0.93
     print("largest difference:", float((ours - theirs).abs().max()), "loss:", float(theirs[0]), "to", float(theirs[-1]))
     torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0.01)
