@@ -58,8 +58,11 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
     are then of that library. They run eagerly only, outside of `jax.jit`.
 
     Runs on torch's current stream of the tensors' device, and may be captured in a CUDA graph after one call. CPU
-    tensors are computed by torch in float32 and rounded once. No gradients yet: inputs that require grad raise in grad
-    mode.
+    tensors are computed by torch in float32 and rounded once.
+
+    Differentiable once in q, k and v; lse is not. The backward is torch's FlashAttention-2, which takes at most 65,535
+    batches and heads, and is deterministic where torch.use_deterministic_algorithms says so. With gradients there is no
+    `out`, and a backward through the backward raises, as do the transforms of torch.func.
 
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
@@ -78,7 +81,12 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         checks.flags(causal=causal, return_lse=return_lse)
     problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, causal, layout, constant_time)
     scale = default_scale if scale is None else checks.scale(scale)
-    checks.gradients(q, k, v)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        from .integrations.torch_op import traced
+
+        for name, x in zip("qkv", (q, k, v), strict=True):
+            checks.tensor(name, x)
+        return traced(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
     if gpu is None:
@@ -188,6 +196,7 @@ def _for_tma(x):
 
 def _on_cpu(problem, q, k, v, scale, return_lse, out):
     how = dict(causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32)
-    o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
+    with torch.autocast("cpu", enabled=False):
+        o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
     o = (torch.empty_like(q) if out is None else out).copy_(o)
     return (o, lse) if return_lse else o

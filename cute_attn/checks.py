@@ -13,6 +13,7 @@ TORCH_DTYPES = {word: dtype for dtype, word in DTYPES.items()}
 LAYOUTS = ("bhsd", "bshd")
 ALIGNMENT = 8  # elements of 2 bytes: TMA moves multiples of 16 bytes from multiples of 16
 SIZE_MAX = 1 << 30  # rows of a sequence, and tiles of a launch: indices are int32
+GRID_MAX = 65_535  # blocks of a CUDA grid in y and z
 SCALE_MAX = 2.3e38  # times log2(e) it is still a float32
 
 
@@ -48,6 +49,9 @@ def tensor(name: str, x) -> None:
     if not isinstance(x, torch.Tensor):
         way_out = f"; torch.from_dlpack({name}) shares its memory" if hasattr(x, "__dlpack__") else ""
         raise TypeError(f"{name}: a torch.Tensor is needed, {type_word(x)} came{way_out}")
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        way_out = "differentiate with torch.autograd, and put what vmap would map over into the batch"
+        raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and flash_fwd has no rule; {way_out}")
     _dense(name, x.layout)
 
 
@@ -149,13 +153,14 @@ def addresses(q, k, v, o) -> None:
             raise ValueError(f"{name}: {what}; slice at a multiple of 8 elements, or use {name}.clone()")
 
 
-def gradients(q, k, v) -> None:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        name = next(n for n, x in zip("qkv", (q, k, v), strict=True) if x.requires_grad)
-        raise ValueError(
-            f"{name}: requires grad, and flash_fwd has no backward yet; call it under torch.no_grad(), or pass "
-            f"{name}.detach()"
-        )
+def gradients(q: torch.Tensor, layout: str) -> None:
+    """The backward's own limit: CUDA's grids have at most 65,535 blocks in y and z."""
+    for what, i in (("batches", 0), ("heads", layout.index("h"))):
+        if q.is_cuda and q.shape[i] > GRID_MAX:
+            raise ValueError(
+                f"q: {q.shape[i]} {what}; with gradients at most {GRID_MAX} are supported: split them over several "
+                "calls, or call under torch.no_grad()"
+            )
 
 
 def scale(value) -> float:

@@ -1,6 +1,7 @@
 """What the host keeps per GPU: its size, and the counters from which running launches draw their tiles."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -44,9 +45,14 @@ class Device:
     def _new(self, stream: int) -> int:
         with self._lock:
             if not self._unused:
-                self._unused = self._zeros(TICKETS)
-                torch.cuda.current_stream(self.index).synchronize()  # once: other streams may use it next
+                with ThreadPoolExecutor(1) as thread:  # the caller's allocations may be a CUDA graph's, and end with it
+                    self._unused = thread.submit(self._slab).result()
             return self._of_stream.setdefault(stream, self._unused.pop())
+
+    def _slab(self) -> list[int]:
+        counters = self._zeros(TICKETS)
+        torch.cuda.current_stream(self.index).synchronize()  # once: other streams may use it next
+        return counters
 
     def _captured(self) -> int:
         with self._lock:

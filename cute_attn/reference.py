@@ -1,4 +1,6 @@
-"""Attention by its definition, in float32 or float64: the truth for tests and benchmark, and what CPU tensors get."""
+"""Attention and its gradients by definition, in float32 or float64: the truth for tests, and what CPU tensors get."""
+
+from itertools import product
 
 import torch
 
@@ -30,15 +32,46 @@ def attention(q, k, v, *, causal=False, scale=None, layout="bhsd", dtype=torch.f
     return (o.transpose(1, 2) if layout == "bshd" else o), lse
 
 
+def gradients(grad, q, k, v, *, causal=False, scale=None, layout="bhsd", dtype=torch.float64):
+    """Of `attention`'s o: (dq, dk, dv), like q, k, v and in `dtype`, where `grad` is o's. A row without keys adds 0."""
+    if layout == "bshd":
+        swapped = (x.transpose(1, 2) for x in (grad, q, k, v))
+        found = gradients(*swapped, causal=causal, scale=scale, dtype=dtype)
+        return tuple(x.transpose(1, 2) for x in found)
+    batch, heads, seqlen_q, head_dim = q.shape
+    seqlen_k, ratio = k.shape[2], heads // max(k.shape[1], 1)
+    scale = head_dim**-0.5 if scale is None else scale
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    rows = max(1, CHUNK_BYTES // (max(seqlen_k, 1) * dtype.itemsize))
+    for b, h in product(range(batch), range(heads if seqlen_k else 0)):
+        keys, values = k[b, h // ratio].to(dtype), v[b, h // ratio].to(dtype)
+        for start in range(0, seqlen_q, rows):
+            part = slice(start, start + rows)
+            queries, do = q[b, h, part].to(dtype), grad[b, h, part].to(dtype)
+            s = _scores(queries, keys, scale, _limits(start, len(do), seqlen_q, seqlen_k, q.device) if causal else None)
+            p = s.softmax(dim=1).masked_fill(s.amax(dim=1, keepdim=True) == -torch.inf, 0.0)
+            dp = do @ values.T
+            ds = scale * p * (dp - (p * dp).sum(dim=1, keepdim=True))
+            dq[b, h, part] = ds @ keys
+            dk[b, h // ratio] += ds.T @ queries
+            dv[b, h // ratio] += p.T @ do
+    return dq, dk, dv
+
+
 def _limits(start, rows, seqlen_q, seqlen_k, device):
     """(rows, 1) keys that each row from `start` on sees."""
     return torch.arange(start + 1, start + 1 + rows, device=device)[:, None] + seqlen_k - seqlen_q
 
 
-def _rows(q, k, v, scale, limit):
+def _scores(q, k, scale, limit):
     s = (q @ k.T) * scale
     if limit is not None:
         s.masked_fill_(torch.arange(s.shape[1], device=s.device) >= limit, -torch.inf)
+    return s
+
+
+def _rows(q, k, v, scale, limit):
+    s = _scores(q, k, scale, limit)
     if s.shape[1] == 0:
         return torch.zeros_like(q), torch.full_like(s.sum(1), -torch.inf)
     top = s.amax(dim=1, keepdim=True)

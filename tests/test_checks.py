@@ -1,5 +1,7 @@
 """Everything wrong raises before any launch, naming the argument, what came, what is allowed and the way out."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,21 @@ WRONG = {
     "scale 1e300": (lambda: flash_fwd(Q, K, K, scale=1e300), ValueError, "scale: 1e[+]300 is not finite in float32"),
     "scale tensor": (lambda: flash_fwd(Q, K, K, scale=torch.tensor(1.0)), TypeError, "scale: .* Tensor came.*item()"),
     "scale text": (lambda: flash_fwd(Q, K, K, scale="1"), TypeError, "scale: a real number is needed, str came"),
-    "grad": (lambda: flash_fwd(Q, K.clone().requires_grad_(), K), ValueError, r"k: requires grad.*k.detach\(\)"),
+    "out and grad": (
+        lambda: flash_fwd(Q, K.clone().requires_grad_(), K, out=torch.empty_like(Q)),
+        ValueError,
+        r"out: given with inputs that require grad; omit it, or call under torch.no_grad\(\)",
+    ),
+    "vmap": (
+        lambda: torch.vmap(lambda q: flash_fwd(q, K, K))(Q.expand(3, -1, -1, -1, -1)),
+        TypeError,
+        "q: a tensor inside a transform of torch.func",
+    ),
+    "torch.func.grad": (
+        lambda: torch.func.grad(lambda k: flash_fwd(Q, k, K).sum())(K),
+        TypeError,
+        "k: a tensor inside a transform of torch.func",
+    ),
     "out shape": (lambda: flash_fwd(Q, K, K, out=x(2, 4, 11, 64)), ValueError, r"out: shape .* is not q's"),
     "out dtype": (lambda: flash_fwd(Q, K, K, out=Q.half()), TypeError, "out: torch.float16 came, q's torch.bf"),
     "out list": (lambda: flash_fwd(Q, K, K, out=[]), TypeError, "out: a torch.Tensor is needed"),
@@ -123,13 +139,21 @@ def test_too_many_tiles_and_rows():
         checks.problem(spec((1, 1, 64, 64), (0, 0, 0, 1)), k, k, False, "bhsd")
 
 
+def test_more_than_the_backwards_grid_takes():
+    for layout, shape, what in (("bhsd", (1, 65_536, 8, 8), "heads"), ("bshd", (65_536, 8, 1, 8), "batches")):
+        with pytest.raises(ValueError, match=f"q: 65536 {what}; with gradients at most 65535"):
+            checks.gradients(SimpleNamespace(is_cuda=True, shape=shape), layout)
+        checks.gradients(SimpleNamespace(is_cuda=True, shape=(65_535, 65_535, 65_535, 8)), layout)
+        checks.gradients(SimpleNamespace(is_cuda=False, shape=shape), layout)
+
+
 def test_wrong_arguments_are_still_wrong_the_second_time():
     flash_fwd(Q, K, K, causal=True)
     for _ in range(2):
         with pytest.raises(TypeError, match="causal"):
             flash_fwd(Q, K, K, causal=1)
-        with pytest.raises(ValueError, match="requires grad"):
-            flash_fwd(Q.clone().requires_grad_(), K, K)
+        with pytest.raises(ValueError, match="out: given with"):
+            flash_fwd(Q.clone().requires_grad_(), K, K, out=torch.empty_like(Q))
 
 
 def test_slices_of_a_packed_buffer_do_not_overlap():

@@ -41,3 +41,31 @@ def test_nan_is_kept():
     assert o[0, 0, 2:].isnan().all()
     assert lse[0, 0, 2:].isnan().all()
     assert o[0, 0, :2].isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_q", [1, 20, 40])
+def test_gradients_are_autograds(seqlen_q, causal, monkeypatch):
+    """torch differentiates its own float64 attention; a query that sees no key is left out of that."""
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 20 * 8 * 7)
+    q, grad = (torch.randn(2, 4, seqlen_q, 8, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, 2, 20, 8, dtype=torch.float64) for _ in range(2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    first = max(0, seqlen_q - 20) if causal else 0
+    mask = torch.ones(seqlen_q, 20, dtype=torch.bool).tril(20 - seqlen_q)[first:] if causal else None
+    full = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+    o = F.scaled_dot_product_attention(q[:, :, first:], *full, attn_mask=mask, scale=0.3)
+    want = torch.autograd.grad(o, leaves, grad[:, :, first:])
+    with torch.no_grad():
+        got = reference.gradients(grad, q, k, v, causal=causal, scale=0.3)
+        swapped = [x.transpose(1, 2) for x in (grad, q, k, v)]
+        other = reference.gradients(*swapped, causal=causal, scale=0.3, layout="bshd")
+    for ours, theirs, bshd in zip(got, want, other, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert torch.equal(bshd.transpose(1, 2), ours)
+
+
+def test_gradients_without_keys_are_zero():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0, 8)
+    dq, dk, dv = reference.gradients(q, q, k, k)
+    assert (dq == 0).all() and dk.shape == dv.shape == k.shape

@@ -128,13 +128,32 @@ def test_other_head_dims_are_sdpas(changes, calls):
     assert torch.equal(logits(ours, PROMPT), logits(theirs, PROMPT)) and not calls
 
 
-def test_training_is_sdpas(calls):
-    ours, theirs = pair("llama", attention_dropout=0.0)
-    gradients = []
-    for model in (ours, theirs):
-        model.train()(PROMPT, labels=PROMPT).loss.backward()
-        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
-    assert torch.equal(*gradients) and not calls
+def weight_gradients(model, **changes):
+    model.zero_grad()
+    model.train()(PROMPT, labels=PROMPT, **changes).loss.backward()
+    return torch.cat([x.grad.flatten() for x in model.parameters()]).float()
+
+
+@families
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training(family, checkpointing, calls):
+    """Every weight's gradient, no worse than twice sdpa's; the backward of a checkpoint calls anew."""
+    ours, theirs = pair(family)
+    reference = pair(family, torch.float32)[1]
+    reference.load_state_dict({name: x.float() for name, x in theirs.state_dict().items()})
+    if checkpointing:
+        ours.gradient_checkpointing_enable()
+    want, mine, other = (weight_gradients(model) for model in (reference, ours, theirs))
+    assert calls == [(37, 37, True)] * (8 if checkpointing else 4)  # each once more, by the operator
+    assert (mine - want).norm() <= 2 * (other - want).norm()
+
+
+def test_training_with_dropout_or_padding_is_sdpas(calls):
+    for model in pair("llama", attention_dropout=0.5)[:1]:
+        weight_gradients(model)
+    ours, theirs = pair("llama")
+    assert torch.equal(*(weight_gradients(model, attention_mask=PADDED) for model in (ours, theirs)))
+    assert not calls
 
 
 def test_float32_is_sdpas(calls):

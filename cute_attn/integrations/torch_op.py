@@ -1,19 +1,21 @@
-"""torch.ops.cute_attn.flash_fwd: the operator that torch.compile and torch.export see where Python calls flash_fwd.
+"""torch.ops.cute_attn.flash_fwd: the operator that torch.compile, torch.export and autograd see in place of flash_fwd.
 
-`flash_fwd` calls it by itself while it is traced, and only then: an eager call has no dispatcher to go through.
+`flash_fwd` calls it by itself where it is traced or differentiated, and only there: any other eager call has no
+dispatcher to go through. Its gradients are `flash_bwd`'s, torch's own kernels fed with our o and lse.
 """
 
 import torch
 
-from .. import api
+from .. import api, checks, reference
 
 
 @torch.library.custom_op("cute_attn::flash_fwd", mutates_args=())
 def flash_fwd_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None, layout: str, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse) of `cute_attn.flash_fwd`; lse has no elements where it is not asked for."""
-    result = api.flash_fwd(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse)
+    """(o, lse) of `cute_attn.flash_fwd`; lse has no elements where it is not asked for, as gradients do."""
+    with torch.no_grad():
+        result = api.flash_fwd(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse)
     return result if return_lse else (result, _lse_like(q, layout, False))
 
 
@@ -34,7 +36,8 @@ def flash_fwd_out_op(
     return_lse: bool,
 ) -> torch.Tensor:
     """lse of `cute_attn.flash_fwd(..., out=out)`; no elements where it is not asked for."""
-    result = api.flash_fwd(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
+    with torch.no_grad():
+        result = api.flash_fwd(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
     return result[1] if return_lse else _lse_like(q, layout, False)
 
 
@@ -43,15 +46,89 @@ def _(q, k, v, out, causal, scale, layout, return_lse):
     return _lse_like(q, layout, return_lse)
 
 
+@torch.library.custom_op("cute_attn::flash_bwd", mutates_args=())
+def flash_bwd_op(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    layout: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) from o's grad, and from o and lse of the forward."""
+    if q.device.type == "cpu" or q.numel() == 0 or k.numel() == 0:
+        with torch.autocast("cpu", enabled=False):
+            found = reference.gradients(grad, q, k, v, causal=causal, scale=scale, layout=layout, dtype=torch.float32)
+        dq, dk, dv = (_grad_like(x, layout).copy_(dx) for x, dx in zip((q, k, v), found, strict=True))
+        return dq, dk, dv
+    if scale is not None and scale <= 0:  # FlashAttention-2 multiplies masked scores, -inf, by it: q takes the sign
+        sign = -1 if scale < 0 else 0
+        dq, dk, dv = flash_bwd_op(grad, q * sign, k, v, o, lse, causal, -scale or 1.0, layout)
+        return dq * sign, dk, dv
+    seqlen_q, seqlen_k = (x.shape[layout.index("s")] for x in (q, k))
+    if causal and seqlen_q > seqlen_k:
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # as FlashAttention-2 marks a row without keys
+    if grad.data_ptr() % 16:
+        grad = grad.clone()
+    bshd = (x.transpose(1, 2) if layout == "bhsd" else x for x in (grad, q, k, v, o))
+    unused = q.new_empty(0, dtype=torch.uint64)  # dropout's random state
+    how = (None, None, seqlen_q, seqlen_k, 0.0, causal, unused, unused)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(*bshd, lse, *how, scale=scale)
+    return (dq, dk, dv) if layout == "bshd" else (dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))
+
+
+@flash_bwd_op.register_fake
+def _(grad, q, k, v, o, lse, causal, scale, layout):
+    return _grad_like(q, layout), _grad_like(k, layout), _grad_like(v, layout)
+
+
+def _grad_like(x, layout):
+    """Empty, in the order in which torch's backward allocates the gradient of x."""
+    return torch.empty_like(x) if layout == "bshd" else torch.empty_like(x.transpose(1, 2)).transpose(1, 2)
+
+
+def _save(ctx, inputs, output):
+    (q, k, v, causal, scale, layout, return_lse), (o, lse) = inputs, output
+    if not return_lse:
+        raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
+    checks.gradients(q, layout)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, o, lse)
+    ctx.options = causal, scale, layout
+
+
+def _backward(ctx, grad, _):
+    grads = (None,) * 3 if grad is None else torch.ops.cute_attn.flash_bwd(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None, None, None)
+
+
+def _no_backward(ctx, *grads):
+    raise NotImplementedError(
+        "flash_fwd has no second derivative; for one use torch.nn.functional.scaled_dot_product_attention under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+flash_fwd_op.register_autograd(_backward, setup_context=_save)
+flash_bwd_op.register_autograd(_no_backward)
+
+
 def _lse_like(q, layout, asked):
     h, s = layout.index("h"), layout.index("s")
     return q.new_empty((q.shape[0], q.shape[h], q.shape[s]) if asked else (0,), dtype=torch.float32)
 
 
 def traced(q, k, v, *, causal, scale, layout, return_lse, out):
-    """What flash_fwd does while torch traces it: one operator in the graph."""
+    """What flash_fwd does where torch traces it or differentiates it: one operator in the graph."""
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if out is None:
-        o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, causal, scale, layout, return_lse)
+        o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, causal, scale, layout, return_lse or learns)
+    elif learns:
+        raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
     else:
         o, lse = out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, causal, scale, layout, return_lse)
     return (o, lse) if return_lse else o

@@ -1,8 +1,8 @@
 """Hugging Face transformers: `register()`, then `attn_implementation="cute_attn"`.
 
-The kernel computes what it takes: causal or full attention without a mask, that is prefill, and decoding with a cache
-that grows. Whatever else comes (padded batches, decoding with a static cache, dropout, training, other types) goes to
-transformers' own sdpa attention, which computes it as it would have without us.
+The kernel computes what it takes: causal or full attention without a mask, that is training, prefill, and decoding
+with a cache that grows. Whatever else comes (padded batches, decoding with a static cache, dropout, other types) goes
+to transformers' own sdpa attention, which computes it as it would have without us.
 """
 
 from functools import lru_cache
@@ -48,8 +48,11 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     causal = seqlen_q > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if causal and key.shape[2] > seqlen_q:  # an empty static cache: no query sees what is not filled yet
         key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
+    how = dict(causal=causal, scale=scaling)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return api.flash_fwd(query, key, value, **how).transpose(1, 2), None
     o = query.new_empty(query.shape[0], seqlen_q, query.shape[1], query.shape[3])
-    api.flash_fwd(query, key, value, causal=causal, scale=scaling, out=o.transpose(1, 2))
+    api.flash_fwd(query, key, value, **how, out=o.transpose(1, 2))
     return o, None
 
 
@@ -60,8 +63,7 @@ def serves(query, key, value, attention_mask, dropout: float, kwargs: dict[str, 
         return False
     head_dim = query.shape[3]
     fits = head_dim % 8 == 0 and head_dim <= HEAD_DIM_MAX and value.shape[3] == head_dim
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return fits and not learns and query.dtype in DTYPES and query.dtype == key.dtype == value.dtype
+    return fits and query.dtype in DTYPES and query.dtype == key.dtype == value.dtype
 
 
 @lru_cache

@@ -1,0 +1,107 @@
+"""torch's own F.scaled_dot_product_attention, computed by flash_fwd: `with sdpa.use():`, or by torch's registry
+
+    torch.nn.attention.activate_flash_attention_impl(sdpa.register())  # torch 2.11 or later
+    torch.nn.attention.restore_flash_attention_impl()  # and back
+
+While either holds, torch's flash attention on CUDA is our forward, and torch asks for flash attention first. What
+flash_fwd does not take (dropout, other head dims or GPUs) is computed by torch's own flash attention, and what is not
+for flash attention at all (a mask, float32) goes to torch's other backends as before. The backward is torch's. Compile
+a model while it holds: torch.compile keeps the backend that it saw.
+
+`is_causal` means two things in torch: F.scaled_dot_product_attention aligns it to the first key, but asks flash
+attention only where Sq == Sk; the operator beneath, which torch.nn.attention.bias.causal_lower_right calls, aligns it
+to the last, as we do.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from .. import api
+
+NAME = "cute_attn"
+FLASH = SDPBackend.FLASH_ATTENTION.value
+OPERATOR = "_scaled_dot_product_flash_attention"
+
+
+def register() -> str:
+    """Make "cute_attn" known to torch's registry of flash attention implementations; nothing changes yet.
+
+    Returns:
+        the name, for `torch.nn.attention.activate_flash_attention_impl(register())`.
+
+    Raises:
+        RuntimeError: this torch has no such registry.
+    """
+    if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        raise RuntimeError(f"torch {torch.__version__} has no registry of flash attention; use `with sdpa.use():`")
+    torch.nn.attention.register_flash_attention_impl(NAME, register_fn=Active)
+    return NAME
+
+
+@contextmanager
+def use() -> Iterator[None]:
+    """F.scaled_dot_product_attention is ours in the `with` block, in every thread, on any torch."""
+    active = Active()
+    try:
+        yield
+    finally:
+        active.remove()
+
+
+class Active:
+    """Our kernel in the place of torch's, from when it is made until `remove()`."""
+
+    def __init__(self, dispatch_key: str = "CUDA"):
+        self._order = _priorities()
+        self._library = torch.library.Library("aten", "IMPL", dispatch_key)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+            self._library.impl(OPERATOR, attention)
+        torch._C._set_sdp_priority_order([FLASH, *(backend for backend in self._order if backend != FLASH)])
+
+    def remove(self) -> None:
+        self._library._destroy()
+        torch._C._set_sdp_priority_order(self._order)
+
+
+def _priorities() -> list[int]:
+    """Of torch's backends; where torch sets its own first on the first call, as on Hopper, after such a call."""
+    if torch.cuda.is_available():
+        x = torch.empty(1, 1, 1, 8, dtype=torch.bfloat16, device="cuda")
+        torch._fused_sdp_choice(x, x, x)
+    return torch._C._get_sdp_priority_order()
+
+
+def attention(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    """aten::_scaled_dot_product_flash_attention."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    fits = scale is None or scale > 0 or not learns  # torch's backward takes no other scale
+    if fits and dropout_p == 0 and not return_debug_mask:
+        try:
+            return ours(query, key, value, is_causal, scale)
+        except (TypeError, ValueError):
+            pass  # flash_fwd does not take it, and has launched nothing
+    return torchs(query, key, value, dropout_p, is_causal, return_debug_mask, scale)
+
+
+def ours(query, key, value, is_causal, scale):
+    """What the operator returns: o, lse, no cumulative lengths, Sq, Sk, no random state and no debug mask."""
+    with torch.no_grad():
+        o, lse = api.flash_fwd(query, key, value, causal=is_causal, scale=scale, return_lse=True)
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    if seqlen_k == 0 or (is_causal and seqlen_q > seqlen_k):
+        lse.masked_fill_(lse == -torch.inf, torch.inf)  # as FlashAttention-2 marks a row without keys
+    random = query.new_empty(2, dtype=torch.uint64), query.new_empty((), dtype=torch.uint64)
+    return o, lse, None, None, seqlen_q, seqlen_k, *random, query.new_empty(0)
+
+
+def torchs(query, key, value, dropout_p, is_causal, return_debug_mask, scale):
+    """The same by torch's own kernel, as its C++ does it."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    how = (None, None, q.shape[1], k.shape[1], dropout_p, is_causal, return_debug_mask)
+    o, lse, *random, debug_mask = torch.ops.aten._flash_attention_forward(q, k, v, *how, scale=scale)
+    return o.transpose(1, 2), lse, None, None, q.shape[1], k.shape[1], *random, debug_mask
