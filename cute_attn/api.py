@@ -77,8 +77,8 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
 
         how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
         return dlpack.flash_fwd(q, k, v, out=out, **how)
-    if type(causal) is not bool or type(return_lse) is not bool:
-        checks.flags(causal=causal, return_lse=return_lse)
+    if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
+        checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
     problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, causal, layout, constant_time)
     scale = default_scale if scale is None else checks.scale(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -86,7 +86,8 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
 
         for name, x in zip("qkv", (q, k, v), strict=True):
             checks.tensor(name, x)
-        return traced(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
+        how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
+        return traced(q, k, v, out=out, **how)
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
     if gpu is None:

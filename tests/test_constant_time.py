@@ -11,7 +11,7 @@ import pytest
 import torch
 from attention import DTYPES, EDGES, check, inputs
 
-from cute_attn import audit, flash_fwd, inspect, plan
+from cute_attn import api, audit, flash_fwd, inspect, plan
 
 CONSTANT = [c for c in plan.shipped() if c.constant_time]
 HEAD_DIMS = (40, 64, 96, 128, 192, 256)
@@ -64,6 +64,25 @@ def test_the_plan_keeps_tiles_and_schedule():
 def test_on_the_cpu_it_changes_nothing():
     q, k, v = inputs(1, 2, 2, 33, 47, 64, device="cpu")
     assert torch.equal(flash_fwd(q, k, v, constant_time=True), flash_fwd(q, k, v))
+
+
+def test_every_way_in_passes_it_on(monkeypatch):
+    """Eager, differentiated, compiled, by the operators, and from NumPy."""
+    asked = []
+    monkeypatch.setattr(
+        api, "plan", lambda problem, gpu=None: asked.append(problem.constant_time) or plan.plan(problem)
+    )
+    q, k, v = inputs(1, 2, 2, 33, 47, 64, torch.float16, device="cpu")
+    out, op = torch.empty_like(q), torch.ops.cute_attn
+    flash_fwd(q, k, v, constant_time=True)
+    flash_fwd(q.detach().requires_grad_(), k, v, constant_time=True).sum().backward()
+    torch.compile(lambda q: flash_fwd(q, k, v, constant_time=True), backend="eager", fullgraph=True)(q)
+    torch.compile(lambda q: flash_fwd(q, k, v, constant_time=True, out=out), backend="eager", fullgraph=True)(q)
+    op.flash_fwd(q.detach().requires_grad_(), k, v, False, None, "bhsd", True, True)[0].sum().backward()
+    op.flash_fwd(q.detach().requires_grad_(), k, v, False, None, "bhsd", True)[0].sum().backward()
+    assert asked.pop() is False, "the operator's default"
+    flash_fwd(*(x.numpy() for x in (q, k, v)), constant_time=True)
+    assert len(asked) >= 6 and all(asked)
 
 
 def test_only_a_bool():

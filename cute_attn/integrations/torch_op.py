@@ -11,16 +11,24 @@ from .. import api, checks, reference
 
 @torch.library.custom_op("cute_attn::flash_fwd", mutates_args=())
 def flash_fwd_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None, layout: str, return_lse: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    layout: str,
+    return_lse: bool,
+    constant_time: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of `cute_attn.flash_fwd`; lse has no elements where it is not asked for, as gradients do."""
+    how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
     with torch.no_grad():
-        result = api.flash_fwd(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse)
+        result = api.flash_fwd(q, k, v, **how)
     return result if return_lse else (result, _lse_like(q, layout, False))
 
 
 @flash_fwd_op.register_fake
-def _(q, k, v, causal, scale, layout, return_lse):
+def _(q, k, v, causal, scale, layout, return_lse, constant_time=False):
     return torch.empty_like(q), _lse_like(q, layout, return_lse)
 
 
@@ -34,15 +42,17 @@ def flash_fwd_out_op(
     scale: float | None,
     layout: str,
     return_lse: bool,
+    constant_time: bool = False,
 ) -> torch.Tensor:
     """lse of `cute_attn.flash_fwd(..., out=out)`; no elements where it is not asked for."""
+    how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
     with torch.no_grad():
-        result = api.flash_fwd(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=return_lse, out=out)
+        result = api.flash_fwd(q, k, v, out=out, **how)
     return result[1] if return_lse else _lse_like(q, layout, False)
 
 
 @flash_fwd_out_op.register_fake
-def _(q, k, v, out, causal, scale, layout, return_lse):
+def _(q, k, v, out, causal, scale, layout, return_lse, constant_time=False):
     return _lse_like(q, layout, return_lse)
 
 
@@ -91,19 +101,19 @@ def _grad_like(x, layout):
 
 
 def _save(ctx, inputs, output):
-    (q, k, v, causal, scale, layout, return_lse), (o, lse) = inputs, output
+    (q, k, v, causal, scale, layout, return_lse, *_), (o, lse) = inputs, output
     if not return_lse:
         raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
     checks.gradients(q, layout)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, o, lse)
-    ctx.options = causal, scale, layout
+    ctx.options, ctx.others = (causal, scale, layout), len(inputs) - 3
 
 
 def _backward(ctx, grad, _):
     grads = (None,) * 3 if grad is None else torch.ops.cute_attn.flash_bwd(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None)
+    return (*grads, *(None,) * ctx.others)
 
 
 def _no_backward(ctx, *grads):
@@ -122,13 +132,14 @@ def _lse_like(q, layout, asked):
     return q.new_empty((q.shape[0], q.shape[h], q.shape[s]) if asked else (0,), dtype=torch.float32)
 
 
-def traced(q, k, v, *, causal, scale, layout, return_lse, out):
+def traced(q, k, v, *, causal, scale, layout, return_lse, out, constant_time):
     """What flash_fwd does where torch traces it or differentiates it: one operator in the graph."""
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if out is None:
-        o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, causal, scale, layout, return_lse or learns)
+        o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, causal, scale, layout, return_lse or learns, constant_time)
     elif learns:
         raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
     else:
-        o, lse = out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, causal, scale, layout, return_lse)
+        how = causal, scale, layout, return_lse, constant_time
+        o, lse = out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, *how)
     return (o, lse) if return_lse else o
