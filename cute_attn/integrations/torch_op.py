@@ -21,9 +21,9 @@ def flash_fwd_op(
     constant_time: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of `cute_attn.flash_fwd`; lse has no elements where it is not asked for, as gradients do."""
-    how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
+    how: api.Options = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
     with torch.no_grad():
-        result = api.flash_fwd(q, k, v, **how)
+        result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result if return_lse else (result, _lse_like(q, layout, False))
 
 
@@ -45,9 +45,9 @@ def flash_fwd_out_op(
     constant_time: bool = False,
 ) -> torch.Tensor:
     """lse of `cute_attn.flash_fwd(..., out=out)`; no elements where it is not asked for."""
-    how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
+    how: api.Options = dict(causal=causal, scale=scale, layout=layout, out=out, constant_time=constant_time)
     with torch.no_grad():
-        result = api.flash_fwd(q, k, v, out=out, **how)
+        result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result[1] if return_lse else _lse_like(q, layout, False)
 
 
