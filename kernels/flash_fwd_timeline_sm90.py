@@ -7,7 +7,7 @@ from cutlass.memory import SmemAllocator
 from .flash_fwd_sm90 import WARPGROUP, Gmem, Pipes, Smem, Warpgroup
 from .tile_scheduler import Tile
 
-EVENTS = ("load q", "load k", "load v", "step", "QK", "PV", "PV done", "softmax", "softmax done", "store", "store done")
+EVENTS = ("load q", "load k", "load v", "step", "QK", "PV", "PV done", "softmax", "store", "store done")
 SAMPLES = 512  # of the producer and of each warpgroup: (event, clock), behind the tile counter's 16 bytes
 HEAD = 4  # int32s
 
@@ -46,11 +46,6 @@ class Timeline:
 
         return noted
 
-    def _first(self, w: Warpgroup, q_state, kv_state, at):
-        kv_state = super()._first(w, q_state, kv_state, at)
-        self._note(w, "softmax done")
-        return kv_state
-
     def _cut(self, w: Warpgroup, at):
         self._note(w, "softmax")  # of the first block
         return super()._cut(w, at)
@@ -74,7 +69,6 @@ class Timeline:
     def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at, edge):
         self._note(w, "softmax")
         super()._softmax(w, acc_S, q_state, k_state, at, edge)
-        self._note(w, "softmax done")
 
     def _last(self, w: Warpgroup, kv_state):
         super()._last(w, kv_state)

@@ -194,7 +194,7 @@ def test_outputs_and_gradients(seqlen, head_dim, causal, heads, dtype):
 
 
 @pytest.mark.gpu
-def test_it_is_used_where_it_is_active_and_nowhere_else(ours, before):
+def test_it_is_used_where_it_is_active_and_nowhere_else(before, ours):
     call, _ = both(2, 4, 4, 128, 128, 64, causal=True)
     assert is_ours(call)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

@@ -76,11 +76,13 @@ def many_tiles(head_dim, causal, seqlen_q):
     if head_dim == 96 and (causal or seqlen_q > 1024):
         scheduler = DynamicLongest if causal else StaticTiles
         return dict(tile_m=192, tile_n=96, q_stages=2, scheduler=scheduler, redo=True)
+    cluster = 2 if causal and head_dim != 160 and seqlen_q > (2896 if head_dim in (128, 224) else 1448) else 1
     if causal and head_dim == 128:
-        return dict(tile_m=192, tile_n=64, stages=4, scheduler=DynamicLongest, redo=True)
+        stages = 5 - cluster
+        return dict(tile_m=192, tile_n=64, stages=stages, scheduler=DynamicLongest, cluster=cluster, redo=True)
     if causal:
         tile_m, tile_n = {160: (192, 64), 192: (128, 96), 224: (128, 96), 256: (128, 64)}[head_dim]
-        return dict(tile_m=tile_m, tile_n=tile_n, scheduler=DynamicLongest)
+        return dict(tile_m=tile_m, tile_n=tile_n, scheduler=DynamicLongest, cluster=cluster)
     if head_dim == 128 and seqlen_q > 2896:
         return dict(tile_m=192, tile_n=64, q_stages=2, cluster=2)
     tile_n = {96: 128, 128: 128, 160: 96, 192: 96, 224: 80, 256: 64}[head_dim]

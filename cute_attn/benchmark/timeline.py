@@ -13,7 +13,13 @@ from ..plan import Problem, config, plan
 from .contenders import make_inputs
 
 PRODUCER = 0
-ENDS = {"step": ("QK",), "QK": ("softmax",), "PV": ("PV done",), "softmax": ("softmax done",), "store": ("store done",)}
+ENDS = {  # the softmax: with P's conversion, until the next step, or the last PV
+    "step": ("QK",),
+    "QK": ("softmax",),
+    "PV": ("PV done",),
+    "softmax": ("step", "PV"),
+    "store": ("store done",),
+}
 
 
 class Sample(NamedTuple):
