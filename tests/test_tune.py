@@ -105,7 +105,7 @@ def few_tiles(head_dim, causal, blocks, seqlen_k):
     if blocks <= 264 and (head_dim, causal) == (128, True):
         return one | dict(stages=4, scheduler=DynamicLongest)
     if blocks <= 264:
-        return dict(tile_m=128, tile_n=64, stages=4, scheduler=OneTile, redo=True)
+        return dict(tile_m=128, tile_n=64, stages=4, scheduler=OneTile, redo=True, pingpong=head_dim == 64)
     return None
 
 

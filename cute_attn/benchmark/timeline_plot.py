@@ -16,7 +16,12 @@ from .timeline import PRODUCER, Span
 
 # Okabe and Ito's colours, as in plot.py; the tensor cores' work above, the other units' below.
 COLOURS = {"QK": "#0072B2", "PV": "#56B4E9", "softmax": "#D55E00", "step": "#E5E5E5", "store": "#009E73"}
-WORDS = {"softmax": "softmax, P to 16 bits", "step": "waits for K and its turn", "PV": "PV until waited for", "store": "epilogue: O to memory"}
+WORDS = {
+    "softmax": "softmax, P to 16 bits",
+    "step": "waits for K and its turn",
+    "PV": "PV until waited for",
+    "store": "epilogue: O to memory",
+}
 LOADS = {"load q": "#222222", "load k": COLOURS["QK"], "load v": COLOURS["PV"]}
 UPPER = ("QK", "PV")
 MANY, FEW = 12, 8  # of a tile with more than MANY blocks the first FEW are drawn
