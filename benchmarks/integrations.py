@@ -47,8 +47,9 @@ def prefill(config, tokens: int, device: torch.device, timer: Timer, backends=SD
     from transformers import AutoModelForCausalLM
 
     ids = torch.arange(tokens, device=device)[None] * 7 % config.vocab_size
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=room.register(), dtype=torch.bfloat16)
-    model = model.to(device).eval()
+    with device:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=room.register(), dtype=torch.bfloat16)
+    model.eval()
     calls, logits = {}, {}
 
     def call(implementation):

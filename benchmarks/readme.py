@@ -48,6 +48,7 @@ def text(sweep: dict) -> str:
             f"{geometric_mean(over_best):.3f} times as fast as the best of cuDNN, FlashAttention-3 and "
             f"FlashAttention-4 (least {min(over_best):.3f}), the",
             "last two by their ratio to cuDNN in `benchmarks/results/peers_h200_bf16.json`.",
+            *beside("fa4", "FlashAttention-4", ours),
             *fp16(),
             "",
             "![TFLOPS over sequence length](benchmarks/results/sweep_bf16.png)",
@@ -66,12 +67,19 @@ def ours_in(name: str) -> list[dict]:
     return ours_of(json.loads(path.read_text())) if path.exists() else []
 
 
-def fp16() -> list[str]:
-    """The same sweep in the other type, where it was measured."""
-    ratios = [r["ratios"]["cudnn"] for r in ours_in("sweep_fp16")]
+def beside(peer: str, name: str, ours: list[dict], dtype: str = "bf16") -> list[str]:
+    """How much faster than a peer of the same run; nothing where it did not run."""
+    ratios = [r["ratios"][peer] for r in ours if peer in r["ratios"]]
     if not ratios:
         return []
-    return [f"fp16: {geometric_mean(ratios):.3f} times as fast as cuDNN (least {min(ratios):.3f})."]
+    over = f"{geometric_mean(ratios):.3f} times as fast as {name} (least {min(ratios):.3f})"
+    return [f"{dtype}, {len(ratios)} cells, beside it in the same run: {over}."]
+
+
+def fp16() -> list[str]:
+    """The same sweep in the other type, where it was measured."""
+    ours = ours_in("sweep_fp16")
+    return [*beside("cudnn", "cuDNN", ours, "fp16"), *beside("fa4", "FlashAttention-4", ours, "fp16")]
 
 
 def shapes() -> list[str]:
