@@ -105,7 +105,8 @@ def test_another_problem_is_refused(tmp_path, own_gates, gate):
     assert done.returncode == 2
     assert "dtype: the sweep's is fp16, the gates' is bf16" in done.stderr
     (tmp_path / "sweep.json").unlink()
-    lone = subprocess.run([sys.executable, str(GATE), "sweep.json"], cwd=tmp_path, capture_output=True, text=True)
+    how = dict(cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    lone = subprocess.run([sys.executable, str(GATE), "sweep.json"], **how)
     assert lone.returncode == 2
     assert "Traceback" not in lone.stderr
 

@@ -1,5 +1,7 @@
 """CUDA graphs made for us: torch.cuda.make_graphed_callables and torch.compile(mode="reduce-overhead")."""
 
+import gc
+
 import pytest
 import torch
 from attention import inputs
@@ -12,6 +14,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(params=[64, 128])
 def qkv(request):
     """Long enough for several tiles per CTA, drawn from a counter where that is planned."""
+    gc.collect()  # graphs of earlier tests, which would die, and call CUDA, in the middle of a capture
     return inputs(4, 16, 4, 1024, 1024, request.param)
 
 
