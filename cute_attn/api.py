@@ -68,10 +68,7 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
     if torch.compiler.is_compiling():
-        from .integrations.torch_op import traced
-
-        how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
-        return traced(q, k, v, out=out, **how)
+        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time)
     if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
         from .integrations import dlpack
 
@@ -81,13 +78,10 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
     problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, causal, layout, constant_time)
     scale = default_scale if scale is None else checks.scale(scale)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        from .integrations.torch_op import traced
-
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
         for name, x in zip("qkv", (q, k, v), strict=True):
             checks.tensor(name, x)
-        how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
-        return traced(q, k, v, out=out, **how)
+        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time)
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
     if gpu is None:
@@ -108,6 +102,12 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
             checks.addresses(q, k, v, o)
             raise
     return (o, lse) if return_lse else o
+
+
+def _by_operator(*arguments):
+    from .integrations.torch_op import traced  # which imports this file
+
+    return traced(*arguments)
 
 
 class Call(NamedTuple):

@@ -153,6 +153,11 @@ def addresses(q, k, v, o) -> None:
             raise ValueError(f"{name}: {what}; slice at a multiple of 8 elements, or use {name}.clone()")
 
 
+def learns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether a backward may follow a call."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
 def gradients(q: torch.Tensor, layout: str) -> None:
     """The backward's own limit: CUDA's grids have at most 65,535 blocks in y and z."""
     for what, i in (("batches", 0), ("heads", layout.index("h"))):

@@ -9,7 +9,6 @@ Needs `pip install "cute_attn[bench]"`.
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ except ImportError:
 from . import audit, inspect
 from .bench import WIDTH, asked, out_file, png, positive, sizes
 from .benchmark import machine, static
-from .benchmark.report import print_facts
+from .benchmark.report import print_facts, write_json
 from .checks import DTYPES, LAYOUTS
 from .kernels.config import FwdConfig
 from .plan import Problem, plan
@@ -89,7 +88,7 @@ def timeline(args: argparse.Namespace, problem: Problem) -> int:
     facts |= dict(kernel=timeline.timeline_config(problem, facts["gpu"]).name, problem=problem._asdict())
     timeline_plot.draw(args.timeline, spans, timeline_plot.title_of(facts))
     if args.json is not None:
-        args.json.write_text(json.dumps(dict(facts, spans=[span._asdict() for span in spans]), indent=1) + "\n")
+        write_json(args.json, dict(facts, spans=[span._asdict() for span in spans]))
     return 0
 
 

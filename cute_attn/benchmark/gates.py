@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..plan import Problem
+from .cells import EAGER
+from .contenders import OURS
 
 GATES = Path(__file__).parent.parent / "gates.json"  # in the repository a link to benchmarks/gates.json
 TOLERANCE = 0.05  # of the gate
-OURS, PEER = "cute_attn", "cudnn"
+PEER = "cudnn"
 PROBLEM = ("dtype", "layout")  # what all cells of a sweep share
 
 
@@ -36,7 +38,7 @@ class Cell(NamedTuple):
 
 def ratios(records: list[dict]) -> dict[str, float]:
     """Cell -> how many times as fast as cuDNN ours is; without the cells that were not timed, or came out wrong."""
-    ours = [r for r in records if (r["contender"], r["mode"], r["reason"]) == (OURS, "eager", None)]
+    ours = [r for r in records if (r["contender"], r["mode"], r["reason"]) == (OURS, EAGER, None)]
     timed = [r for r in ours if PEER in r["ratios"]]
     return {f"{r['shape']} {'causal' if r['causal'] else 'full'}": round(r["ratios"][PEER], 4) for r in timed}
 

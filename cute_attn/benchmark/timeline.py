@@ -47,9 +47,8 @@ def timeline_config(problem: Problem, gpu: str | None = None) -> FwdConfig:
 def record(problem: Problem) -> list[list[Sample]]:
     """Runs the kernel on this GPU, twice, and returns the second run's samples of each role."""
     gpu = device.get(torch.cuda.current_device())
-    cuda = torch.device("cuda", gpu.index)
-    chosen = timeline_config(problem, gpu.name)
-    q, k, v = (x if problem.layout == "bhsd" else x.transpose(1, 2) for x in make_inputs(problem, cuda)[:3])
+    chosen, inputs = timeline_config(problem, gpu.name), make_inputs(problem, torch.device("cuda", gpu.index))
+    q, k, v = inputs.bshd() if problem.layout == "bshd" else inputs[:3]
     o, kernel = torch.empty_like(q), compile.get(chosen)
     for _ in range(2):
         notes = torch.zeros(HEAD + 2 * SAMPLES * (1 + chosen.warpgroups), dtype=torch.int32, device=q.device)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend
 
-from .. import api
+from .. import api, checks
 
 NAME = "cute_attn"
 FLASH = SDPBackend.FLASH_ATTENTION.value
@@ -78,8 +78,7 @@ def _priorities() -> list[int]:
 
 def attention(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     """aten::_scaled_dot_product_flash_attention."""
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    fits = scale is None or scale > 0 or not learns  # torch's backward takes no other scale
+    fits = scale is None or scale > 0 or not checks.learns(query, key, value)  # torch's backward takes no other scale
     if fits and dropout_p == 0 and not return_debug_mask:
         try:
             return ours(query, key, value, is_causal, scale)

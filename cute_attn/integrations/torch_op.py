@@ -132,9 +132,9 @@ def _lse_like(q, layout, asked):
     return q.new_empty((q.shape[0], q.shape[h], q.shape[s]) if asked else (0,), dtype=torch.float32)
 
 
-def traced(q, k, v, *, causal, scale, layout, return_lse, out, constant_time):
+def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time):
     """What flash_fwd does where torch traces it or differentiates it: one operator in the graph."""
-    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    learns = checks.learns(q, k, v)
     if out is None:
         o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, causal, scale, layout, return_lse or learns, constant_time)
     elif learns:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import api
-from ..checks import DTYPES
+from ..checks import DTYPES, learns
 from ..plan import HEAD_DIM_MAX
 
 NAME = "cute_attn"
@@ -49,7 +49,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     if causal and key.shape[2] > seqlen_q:  # an empty static cache: no query sees what is not filled yet
         key, value = key[:, :, :seqlen_q], value[:, :, :seqlen_q]
     how = dict(causal=causal, scale=scaling)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if learns(query, key, value):
         return api.flash_fwd(query, key, value, **how).transpose(1, 2), None
     o = query.new_empty(query.shape[0], seqlen_q, query.shape[1], query.shape[3])
     api.flash_fwd(query, key, value, **how, out=o.transpose(1, 2))
