@@ -3,7 +3,7 @@
 python benchmarks/integrations.py [--out FILE]
 
 The model is random, bf16, B=1 and 2,048 tokens; its attention is ours, or torch SDPA's with one backend allowed. The
-backward is torch's FlashAttention-2 with ours and with `flash`, cuDNN's with `cudnn`.
+backward is cuDNN's with ours and with `cudnn`, torch's FlashAttention-2 with `flash`.
 """
 
 import argparse

@@ -60,9 +60,10 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
     Runs on torch's current stream of the tensors' device, and may be captured in a CUDA graph after one call. CPU
     tensors are computed by torch in float32 and rounded once.
 
-    Differentiable once in q, k and v; lse is not. The backward is torch's FlashAttention-2, which takes at most 65,535
-    batches and heads, and is deterministic where torch.use_deterministic_algorithms says so. With gradients there is no
-    `out`, and a backward through the backward raises, as do the transforms of torch.func.
+    Differentiable once in q, k and v; lse is not. The backward is torch's: cuDNN's where Sq == Sk and the
+    scale is positive, else FlashAttention-2's, and that everywhere under torch.use_deterministic_algorithms or without
+    torch.backends.cuda.enable_cudnn_sdp. At most 65,535 batches and heads; no `out`; a backward through the backward
+    raises, as do the transforms of torch.func.
 
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.

@@ -1,5 +1,8 @@
 """flash_fwd's gradients against float64 and beside SDPA's; training with it beside training with SDPA."""
 
+import math
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,8 @@ from cute_attn import flash_fwd, reference
 from cute_attn.integrations import torch_op
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-OP, OP_BWD = torch.ops.cute_attn.flash_fwd, torch.ops.cute_attn.flash_bwd
+OP, OP_BWD, OP_CUDNN = torch.ops.cute_attn.flash_fwd, torch.ops.cute_attn.flash_bwd, torch.ops.cute_attn.cudnn_bwd
+SEQLENS = pytest.mark.parametrize("seqlen_k", [50, 40])  # of 40 queries; 40 keys: cuDNN's backward
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -80,8 +84,9 @@ def test_nothing_to_multiply(device):
 
 
 @DEVICES
-def test_whatever_the_strides_of_grad(device):
-    qkv = leaves(2, 4, 2, 40, 50, 64, device=device)
+@SEQLENS
+def test_whatever_the_strides_of_grad(seqlen_k, device):
+    qkv = leaves(2, 4, 2, 40, seqlen_k, 64, device=device)
     want = gradients(qkv)
     o = flash_fwd(*qkv)
     assert all(map(torch.equal, torch.autograd.grad(o.sum(), qkv, retain_graph=True), want))  # expanded
@@ -92,14 +97,15 @@ def test_whatever_the_strides_of_grad(device):
 
 
 @DEVICES
-def test_whatever_the_strides_of_the_inputs(device):
+@SEQLENS
+def test_whatever_the_strides_of_the_inputs(seqlen_k, device):
     """Slices of one packed buffer, then one K/V head expanded over all: as with copies of their own."""
     packed = torch.randn(2, 40, 3, 4, 64, device=device).bfloat16().requires_grad_()
     copies = [x.detach().clone().requires_grad_() for x in packed.unbind(2)]
     (dpacked,) = torch.autograd.grad(flash_fwd(*packed.unbind(2), causal=True, layout="bshd").sum(), packed)
     for dx, want in zip(dpacked.unbind(2), gradients(copies, causal=True, layout="bshd"), strict=True):
         torch.testing.assert_close(dx, want, atol=1e-3, rtol=0.02)
-    q, k, v = leaves(2, 4, 1, 40, 50, 64, device=device)
+    q, k, v = leaves(2, 4, 1, 40, seqlen_k, 64, device=device)
     got = torch.autograd.grad(flash_fwd(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1)).sum(), (q, k, v))
     for dx, want in zip(got, gradients((q, k, v)), strict=True):
         torch.testing.assert_close(dx, want, atol=0.02, rtol=0.02)
@@ -178,6 +184,14 @@ def test_opcheck(layout, device):
     torch.library.opcheck(OP_BWD.default, (torch.ones_like(o), *qkv, o, lse, True, None, layout))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_opcheck_of_cudnns_backward(layout):
+    q, k, v = inputs(2, 4, 2, 40, 40, 64, device="cuda", layout=layout)
+    o, lse = OP(q, k, v, True, None, layout, True)
+    torch.library.opcheck(OP_CUDNN.default, (torch.ones_like(o), q, k, v, o, lse, True, None, layout))
+
+
 @DEVICES
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend, device):
@@ -234,15 +248,71 @@ def test_deterministic_where_torch_is():
 
 
 @pytest.mark.gpu
-def test_the_kernels_are_ours_and_torchs():
-    qkv = leaves(2, 8, 2, 1000, 1000, 64, device="cuda")
-    gradients(qkv)
+@pytest.mark.parametrize(
+    ("seqlen_k", "scale", "cudnn", "name"),
+    [
+        (1000, None, True, "bprop"),
+        (1000, None, False, "flash_bwd"),
+        (1000, -0.1, True, "flash_bwd"),
+        (900, None, True, "flash_bwd"),
+    ],
+    ids=["cudnn", "cudnn_off", "scale", "lengths"],
+)
+def test_the_kernels_are_ours_and_torchs(seqlen_k, scale, cudnn, name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: cudnn)
+    qkv = leaves(2, 8, 2, 1000, seqlen_k, 64, device="cuda")
+    gradients(qkv, scale=scale)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        gradients(qkv)
+        gradients(qkv, scale=scale)
         torch.cuda.synchronize()
     names = [event.key for event in profile.key_averages()]
-    assert any(name.startswith("flash_fwd") and "sm90" in name for name in names), names
-    assert any("flash_bwd" in name for name in names), names
+    assert any(event.startswith("flash_fwd") and "sm90" in event for event in names), names
+    assert any(name in event for event in names), names
+
+
+class OnGpu(NamedTuple):
+    """What `cudnn_serves` looks at."""
+
+    shape: tuple[int, ...]
+    is_cuda: bool = True
+
+    def numel(self):
+        return math.prod(self.shape)
+
+
+@pytest.mark.parametrize(
+    ("want", "q", "seqlen_k", "scale"),
+    [
+        (True, (2, 4, 8, 64), 8, None),
+        (True, (2, 4, 8, 64), 8, 0.1),
+        (False, (2, 4, 8, 64), 9, None),
+        (False, (2, 4, 1, 64), 1, None),
+        (False, (0, 4, 8, 64), 8, None),
+        (False, (2, 4, 8, 64), 8, 0.0),
+        (False, (2, 4, 8, 64), 8, -0.1),
+    ],
+)
+def test_what_cudnns_backward_serves(want, q, seqlen_k, scale):
+    k = OnGpu((*q[:2], seqlen_k, q[3]))
+    assert torch_op.cudnn_serves(OnGpu(q), k, scale, "bhsd") is want
+    assert not torch_op.cudnn_serves(OnGpu(q, is_cuda=False), k, scale, "bhsd")
+
+
+def test_cudnns_backward_gives_way(monkeypatch):
+    """To determinism, to torch's switch, and, above a head dim of 128, to its own age."""
+    q, wide = OnGpu((2, 4, 8, 64)), OnGpu((2, 4, 8, 136))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91_000)
+    assert torch_op.cudnn_serves(q, q, None, "bhsd") and not torch_op.cudnn_serves(wide, wide, None, "bhsd")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91_100)
+    assert torch_op.cudnn_serves(wide, wide, None, "bhsd")
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert not torch_op.cudnn_serves(q, q, None, "bhsd")
+    monkeypatch.undo()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not torch_op.cudnn_serves(q, q, None, "bhsd")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """torch.ops.cute_attn.flash_fwd: the operator that torch.compile, torch.export and autograd see in place of flash_fwd.
 
 `flash_fwd` calls it by itself where it is traced or differentiated, and only there: any other eager call has no
-dispatcher to go through. Its gradients are `flash_bwd`'s, torch's own kernels fed with our o and lse.
+dispatcher to go through. Its gradients are `flash_bwd`'s or `cudnn_bwd`'s, torch's own kernels fed with our o and lse.
 """
 
 import torch
@@ -81,13 +81,11 @@ def flash_bwd_op(
     seqlen_q, seqlen_k = (x.shape[layout.index("s")] for x in (q, k))
     if causal and seqlen_q > seqlen_k:
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # as FlashAttention-2 marks a row without keys
-    if grad.data_ptr() % 16:
-        grad = grad.clone()
-    bshd = (x.transpose(1, 2) if layout == "bhsd" else x for x in (grad, q, k, v, o))
+    bshd = (_in_order(x, layout, "bshd") for x in (_aligned(grad), q, k, v, o))
     unused = q.new_empty(0, dtype=torch.uint64)  # dropout's random state
     how = (None, None, seqlen_q, seqlen_k, 0.0, causal, unused, unused)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(*bshd, lse, *how, scale=scale)
-    return (dq, dk, dv) if layout == "bshd" else (dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))
+    return _in_order(dq, "bshd", layout), _in_order(dk, "bshd", layout), _in_order(dv, "bshd", layout)
 
 
 @flash_bwd_op.register_fake
@@ -95,9 +93,56 @@ def _(grad, q, k, v, o, lse, causal, scale, layout):
     return _grad_like(q, layout), _grad_like(k, layout), _grad_like(v, layout)
 
 
-def _grad_like(x, layout):
+@torch.library.custom_op("cute_attn::cudnn_bwd", mutates_args=())
+def cudnn_bwd_op(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    layout: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As flash_bwd, by cuDNN: about twice as fast on Hopper. For what `cudnn_serves`."""
+    bhsd = (_in_order(x, layout, "bhsd") for x in (_aligned(grad), q, k, v, o))
+    seqlen = q.shape[layout.index("s")]
+    unused = q.new_empty((), dtype=torch.int64)  # dropout's random state
+    how = (unused, unused, None, None, None, seqlen, seqlen, 0.0, causal)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *bhsd, lse.unsqueeze(-1), *how, scale=scale
+    )
+    return _in_order(dq, "bhsd", layout), _in_order(dk, "bhsd", layout), _in_order(dv, "bhsd", layout)
+
+
+@cudnn_bwd_op.register_fake
+def _(grad, q, k, v, o, lse, causal, scale, layout):
+    return _grad_like(q, layout, "bhsd"), _grad_like(k, layout, "bhsd"), _grad_like(v, layout, "bhsd")
+
+
+def cudnn_serves(q, k, scale, layout) -> bool:
+    """Its causal is aligned to the first key, its sums are in no fixed order, and it wants a positive scale."""
+    s = layout.index("s")
+    if not q.is_cuda or q.shape[s] != k.shape[s] or q.shape[s] < 2 or q.numel() == 0:
+        return False
+    if torch.are_deterministic_algorithms_enabled() or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    wide = q.shape[3] > 128 and (torch.backends.cudnn.version() or 0) < 91_100
+    return not wide and (scale is None or scale > 0)
+
+
+def _aligned(grad):
+    return grad.clone() if grad.data_ptr() % 16 else grad
+
+
+def _in_order(x, layout, other):
+    return x if layout == other else x.transpose(1, 2)
+
+
+def _grad_like(x, layout, order="bshd"):
     """Empty, in the order in which torch's backward allocates the gradient of x."""
-    return torch.empty_like(x) if layout == "bshd" else torch.empty_like(x.transpose(1, 2)).transpose(1, 2)
+    return _in_order(torch.empty_like(_in_order(x, layout, order)), order, layout)
 
 
 def _save(ctx, inputs, output):
@@ -112,8 +157,12 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    grads = (None,) * 3 if grad is None else torch.ops.cute_attn.flash_bwd(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None,) * ctx.others)
+    if grad is None:
+        return (None,) * (3 + ctx.others)
+    saved, (_, scale, layout) = ctx.saved_tensors, ctx.options  # once: a checkpoint computes them anew
+    serves = cudnn_serves(*saved[:2], scale, layout)
+    operator = torch.ops.cute_attn.cudnn_bwd if serves else torch.ops.cute_attn.flash_bwd
+    return (*operator(grad, *saved, *ctx.options), *(None,) * ctx.others)
 
 
 def _no_backward(ctx, *grads):
@@ -125,6 +174,7 @@ def _no_backward(ctx, *grads):
 
 flash_fwd_op.register_autograd(_backward, setup_context=_save)
 flash_bwd_op.register_autograd(_no_backward)
+cudnn_bwd_op.register_autograd(_no_backward)
 
 
 def _lse_like(q, layout, asked):
