@@ -26,6 +26,7 @@ from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped
 ROOT = Path(__file__).parent.parent
 TOOLS = ("racecheck", "memcheck", "initcheck")
 SECONDS = 90  # for one process
+MASKS, WINDOW = ("full", "causal", "window"), (150, 40)
 # Sq, Sk, heads: the first leaves warpgroups without rows and rows without keys; from the fifth on tiles are few.
 SIZES = (
     *((1400, 333, 12), (1500, 200, 12), (3000, 100, 12), (700, 333, 12)),
@@ -36,8 +37,9 @@ SIZES = (
 def problems(head_dim: int) -> list[Problem]:
     """A small problem for each shipped kernel of a head dim."""
     found: dict[FwdConfig, Problem] = {}
-    for (s_q, s_k, h), dtype, causal, constant_time in product(SIZES, DTYPES, (False, True), (False, True)):
-        problem = Problem(2, h, h // 3 or 1, s_q, s_k, head_dim - 8, dtype, "bhsd", causal, constant_time)
+    for (s_q, s_k, h), dtype, mask, constant_time in product(SIZES, DTYPES, MASKS, (False, True)):
+        how = dict(causal=mask == "causal", window=mask == "window", constant_time=constant_time)
+        problem = Problem(2, h, h // 3 or 1, s_q, s_k, head_dim - 8, dtype, **how)
         found.setdefault(plan(problem), problem)
     return list(found.values())
 
@@ -52,7 +54,7 @@ def run_cases(head_dim: int) -> None:
         q, k, v, _ = make_inputs(p, torch.device("cuda"))
         k *= torch.linspace(30, 0, p.seqlen_k, device="cuda", dtype=k.dtype)[:, None]  # so that offsets are raised too
         scale, out = -0.1 if p.dtype == "fp16" else None, torch.full_like(q, torch.nan)
-        how = dict(causal=p.causal, constant_time=p.constant_time)
+        how = dict(causal=p.causal, constant_time=p.constant_time, window=WINDOW if p.window else None)
         o, lse = flash_fwd(q, k, v, scale=scale, return_lse=True, out=out, **how)
         assert not o.isnan().any()
         assert not lse.isnan().any()

@@ -29,6 +29,8 @@ from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
 from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
 from .kernels.flash_fwd_split_sm90 import FlashFwdSplitSm90
 from .kernels.flash_fwd_timeline_sm90 import Timeline
+from .kernels.flash_fwd_window_sm90 import Windowed
+from .kernels.mask import Causal
 
 ARCH = "sm_90a"
 SYMBOL = "cute_attn_fwd"
@@ -39,7 +41,10 @@ lock = threading.Lock()  # the DSL compiles in one thread at a time, or it abort
 
 
 def get(config: FwdConfig) -> Callable:
-    """The compiled `FlashFwdSm90.__call__`: (q, k, v, o, lse, ticket, scale, num_sms) on torch's current stream."""
+    """The compiled `FlashFwdSm90.__call__`: (q, k, v, o, lse, ticket, scale, num_sms) on torch's current stream.
+
+    With a window's two sides, left and right, behind them where the mask is a `Window`.
+    """
     function = _compiled.get(config)
     if function is None:
         with lock:
@@ -98,6 +103,7 @@ def compile(config: FwdConfig, options: str = ""):
         kernel(config)(config),
         *(tensor(h, s_q), tensor(h_kv, s_k), tensor(h_kv, s_k), tensor(h, s_q)),
         *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
+        *((Int32(0), Int32(0)) if config.mask.windowed else ()),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch {ARCH} {options}",
     )
@@ -108,6 +114,9 @@ def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
     if config.timeline:
         plain = kernel(replace(config, timeline=False))
         return type(f"{plain.__name__}Timeline", (Timeline, plain), {})
+    if config.mask.windowed:
+        plain = kernel(replace(config, mask=Causal()))
+        return type(f"{plain.__name__}Windowed", (Windowed, plain), {})
     if config.split > 1:
         return FlashFwdSplitSm90
     if not config.overlap:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from . import tuned
 from .kernels.config import DTYPES, LAYOUTS, FwdConfig
+from .kernels.mask import Window
 
 HEAD_DIM_MAX = 256
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the kernels; D runs on the next one up
@@ -25,6 +26,7 @@ class Problem(NamedTuple):
     layout: str = "bhsd"
     causal: bool = False
     constant_time: bool = False
+    window: bool = False
 
     @property
     def empty(self) -> bool:
@@ -52,8 +54,10 @@ def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
     A head dim that has no kernel of its own runs on the next larger one.
     """
     head_dim = next(d for d in HEAD_DIMS if problem.head_dim <= d)
-    if problem.constant_time:
-        return constant_time(config(head_dim, problem.dtype, problem.layout, problem.causal, gpu))
+    if problem.window or problem.constant_time:
+        base = config(head_dim, problem.dtype, problem.layout, problem.window or problem.causal, gpu)
+        base = windowed(base) if problem.window else base
+        return constant_time(base) if problem.constant_time else base
     rows = tuned.table(gpu).classes[head_dim, problem.causal, problem.dtype]
     row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
     return replace(row.config, dtype=problem.dtype, layout=problem.layout)
@@ -69,16 +73,25 @@ def constant_time(config: FwdConfig) -> FwdConfig:
     return replace(config, redo=False, constant_time=True)
 
 
-def kind(config: FwdConfig) -> tuple[int, str, str, bool, bool]:
+def windowed(config: FwdConfig) -> FwdConfig:
+    """Of a causal kernel the one for a window. Its tiles are short: CTAs of a cluster would share too little.
+
+    With redo ptxas spills at d64, 12 bytes.
+    """
+    return replace(config, mask=Window(), cluster=1, redo=config.redo and config.head_dim != 64)
+
+
+def kind(config: FwdConfig) -> tuple[int, str, str, str, bool]:
     """What a caller chooses, beside the sizes: they may take one kernel or another of a kind."""
-    return config.head_dim, config.dtype, config.layout, config.mask.causal, config.constant_time
+    return config.head_dim, config.dtype, config.layout, config.mask.name, config.constant_time
 
 
 def shipped(gpu: str | None = None) -> list[FwdConfig]:
-    """Every kernel that some problem can reach: one of each kind, those of some lengths only, constant-time ones."""
+    """Every kernel that some problem can reach: those of each kind, of some lengths only, windowed, constant-time."""
     every = [_configs(*one, gpu) for one in product(HEAD_DIMS, DTYPES, LAYOUTS, (False, True))]
     always, some = [configs[-1] for configs in every], [c for configs in every for c in configs[:-1]]
-    return list(dict.fromkeys([*always, *some, *map(constant_time, always)]))
+    windows = [windowed(config) for config in always if config.mask.causal]
+    return list(dict.fromkeys([*always, *some, *windows, *map(constant_time, [*always, *windows])]))
 
 
 def _configs(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None) -> list[FwdConfig]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .mask import Causal, Full
+from .mask import Causal, Full, Window
 from .tile_scheduler import OneTile, Static, StaticTiles
 
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
@@ -17,7 +17,7 @@ class FwdConfig:
     head_dim: int  # columns of a tile; D may be smaller: TMA reads zeros beyond it and writes nothing there
     dtype: str = "bf16"
     layout: str = "bhsd"
-    mask: Full | Causal = Full()
+    mask: Full | Causal | Window = Full()
     tile_m: int = 128  # query rows per CTA, 64 per MMA warpgroup
     tile_n: int = 128  # key rows per K/V stage
     stages: int = 2  # K/V ring depth
@@ -41,6 +41,7 @@ class FwdConfig:
         assert self.split == 1 or (self.tile_m, self.cluster, self.scheduler) == (64, 1, OneTile), "one merge per CTA"
         assert not self.redo or (self.overlap and self.split == 1 and not self.q_in_regs), "Q and K are read once more"
         assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
+        assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
         assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 

@@ -77,6 +77,7 @@ class Problem(NamedTuple):
     group: Int32  # query heads per K/V head
     scale_log2: Float32  # |scale| * log2(e)
     q_sign: Float32  # 1, 0 or -1: the scale's sign, applied to Q
+    window: tuple[Int32, Int32] | None  # left, right; where the mask is a Window
 
 
 class Frag(NamedTuple):
@@ -129,6 +130,10 @@ class FlashFwdSm90:
         stream: cuda.CUstream,
         /,
     ):
+        self._launch(mQ, mK, mV, mO, lse, ticket, scale, num_sms, None, stream)
+
+    @cute.jit
+    def _launch(self, mQ, mK, mV, mO, lse, ticket, scale, num_sms, window, stream):
         """Mode order, TMA atoms, tiled MMAs, grid, launch."""
         c = self.config
         mQ, mK, mV, mO = [
@@ -153,7 +158,7 @@ class FlashFwdSm90:
         grid = Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
         scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY))
-        problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign)
+        problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign, window)
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
         clusters = c.scheduler.grid(grid, num_sms // c.cluster)
         self.kernel(gmem, problem, tiling).launch(
@@ -320,8 +325,8 @@ class FlashFwdSm90:
     def _blocks(self, tile: Tile, problem: Problem):
         """The blocks of keys that this CTA multiplies for a tile, with its cluster: from, and up to but without."""
         c, rows = self.config, self.config.tile_m * self.config.cluster
-        n_max, _ = mask_ops.block_range(c.mask, tile.m_block // c.cluster * rows, rows, c.tile_n, problem)
-        return 0, n_max
+        blocks = mask_ops.block_range(c.mask, tile.m_block // c.cluster * rows, rows, c.tile_n, problem)
+        return blocks.first, blocks.end
 
     def _loaded(self):
         """Where the producer warpgroup is done."""
@@ -383,27 +388,27 @@ class FlashFwdSm90:
         kv_state is where K's next block lies; V is multiplied a block later, from the same place of its own ring.
         """
         c, f = self.config, w.frag
-        n_mine, n_whole = self._own_blocks(w, row0, blocks)
+        own = self._own_blocks(w, row0, blocks)
         f.softmax.reset()
         f.acc_O.fill(0.0)
         self._sign_q(w, q_state)
         self._read_q(w, q_state)
         release_if(c.q_in_regs, w.pipes.q, q_state)
-        for _ in cutlass.range(blocks[1] - n_mine, unroll=1):
+        for _ in cutlass.range(blocks[1] - own.end, unroll=1):
             kv_state = self._pass_over(w, kv_state)
-        kv_state = self._first(w, q_state, kv_state, (row0, n_mine - 1))
+        kv_state = self._first(w, q_state, kv_state, (row0, own.end - 1))
         if cutlass.const_expr(c.mask.causal):  # else the mask cuts the last block only
-            for n in cutlass.range(n_mine - 1 - n_whole, unroll=1):
-                kv_state = self._step(w, q_state, kv_state, (row0, n_mine - 2 - n), True)
+            for n in cutlass.range(own.end - 1 - own.whole_end, unroll=1):
+                kv_state = self._step(w, q_state, kv_state, (row0, own.end - 2 - n), True)
         self._settle(f)
-        for _ in cutlass.range(n_whole - blocks[0], unroll=1):
+        for _ in cutlass.range(own.whole_end - own.whole_first, unroll=1):
             kv_state = self._step(w, q_state, kv_state, None, False)
         release_if(not c.q_in_regs, w.pipes.q, q_state)
         self._last(w, kv_state)
         return kv_state
 
     def _own_blocks(self, w: Warpgroup, row0, blocks):
-        """Where the blocks that these 64 rows need end, and where those end that they see whole."""
+        """The blocks that these 64 rows need, of those that the CTA multiplies."""
         return mask_ops.block_range(self.config.mask, row0, ROWS, self.config.tile_n, w.problem)
 
     def _finish(self, w: Warpgroup, tile: Tile):
@@ -501,8 +506,7 @@ class FlashFwdSm90:
     def _cut(self, w: Warpgroup, at):
         """Whether the mask hides a key of this block from any of these 64 rows."""
         row0, n_block = at
-        limit = self.config.mask.limit(row0, w.problem.seqlen_q, w.problem.seqlen_k)
-        return limit < (n_block + 1) * self.config.tile_n
+        return mask_ops.cuts(self.config.mask, row0, ROWS, n_block, self.config.tile_n, w.problem)
 
     @cute.jit
     def _step(self, w: Warpgroup, q_state, kv_state, at, edge: cutlass.Constexpr):

@@ -9,6 +9,7 @@ from cutlass.memory import SmemAllocator
 
 from .flash_fwd_sm90 import WARPGROUP, FlashFwdSm90, Problem, Warpgroup, rank
 from .layout import acc_mn
+from .mask import Blocks
 from .softmax import LOWEST, Softmax
 from .tile_scheduler import Tile
 
@@ -29,8 +30,8 @@ class FlashFwdSplitSm90(FlashFwdSm90):
         return first, cutlass.max(cutlass.min(first + each, n_max), first + 1)
 
     def _own_blocks(self, w: Warpgroup, row0, blocks):
-        _, n_whole = super()._own_blocks(w, row0, blocks)
-        return blocks[1], cutlass.max(cutlass.min(n_whole, blocks[1] - 1), blocks[0])
+        whole_end = super()._own_blocks(w, row0, blocks).whole_end
+        return Blocks(blocks[0], blocks[0], cutlass.max(cutlass.min(whole_end, blocks[1] - 1), blocks[0]), blocks[1])
 
     def _loaded(self):
         self._cta_sync()

@@ -1,46 +1,95 @@
-"""Which (query, key) pairs may attend. One class per mask: query `row` sees the keys below `limit`.
+"""Which (query, key) pairs may attend. One class per mask: query `row` sees the keys from `first` up to below `limit`.
 
-Everything here but `apply` also runs on plain ints, so a test without a GPU can hold it against brute force.
+Neither falls from one row to the next. Everything here but `apply` also runs on plain ints, so a test without a GPU can
+hold it against brute force.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import cutlass
 from cutlass import Float32, Int32, cute
 
 
+class Mask:
+    """What holds where a mask does not say otherwise."""
+
+    causal = False  # rows differ in what they see
+    windowed = False  # `first` differs from row to row too
+
+    def first(self, row, problem):
+        return 0
+
+
 @dataclass(frozen=True)
-class Full:
+class Full(Mask):
     """Every query sees every key."""
 
-    causal, name = False, "full"
+    name = "full"
 
-    def limit(self, row, seqlen_q, seqlen_k):
-        return seqlen_k
+    def limit(self, row, problem):
+        return problem.seqlen_k
 
 
 @dataclass(frozen=True)
-class Causal:
+class Causal(Mask):
     """Query i sees keys up to i, aligned to the last key (bottom right)."""
 
     causal, name = True, "causal"
 
-    def limit(self, row, seqlen_q, seqlen_k):
-        return cutlass.min(row + 1 + seqlen_k - seqlen_q, seqlen_k)
+    def limit(self, row, problem):
+        return cutlass.min(row + 1 + problem.seqlen_k - problem.seqlen_q, problem.seqlen_k)
 
 
-def block_range(mask, row0, rows, tile_n, problem):
-    """(blocks that any of these rows needs, at least one; blocks that all of them see whole, less than that)."""
-    last = mask.limit(row0 + rows - 1, problem.seqlen_q, problem.seqlen_k)
-    first = mask.limit(row0, problem.seqlen_q, problem.seqlen_k)
-    n_max = cutlass.max((last + tile_n - 1) // tile_n, 1)
-    return n_max, cutlass.min(cutlass.max(first // tile_n, 0), n_max - 1)
+@dataclass(frozen=True)
+class Window(Mask):
+    """Query i sees the keys from i - left to i + right, aligned to the last key; problem.window is (left, right)."""
+
+    windowed, name = True, "window"
+
+    def first(self, row, problem):
+        return cutlass.max(row + problem.seqlen_k - problem.seqlen_q - problem.window[0], 0)
+
+    def limit(self, row, problem):
+        return cutlass.min(row + 1 + problem.seqlen_k - problem.seqlen_q + problem.window[1], problem.seqlen_k)
+
+
+class Blocks(NamedTuple):
+    """Of keys, for some rows: those that any of them needs, at least one; and those that all of them see whole."""
+
+    first: Any
+    whole_first: Any
+    whole_end: Any  # below `end`: the last block is never among them; may lie below whole_first: there are none
+    end: Any
+
+
+def block_range(mask, row0, rows, tile_n, problem) -> Blocks:
+    """Of `rows` rows from row0 on."""
+    last = row0 + rows - 1
+    limit, least_limit = mask.limit(last, problem), mask.limit(row0, problem)
+    end = cutlass.max((limit + tile_n - 1) // tile_n, 1)
+    whole_end = cutlass.min(cutlass.max(least_limit // tile_n, 0), end - 1)
+    if not mask.windowed:
+        return Blocks(0, 0, whole_end, end)
+    first = cutlass.min(mask.first(row0, problem) // tile_n, end - 1)
+    return Blocks(first, (mask.first(last, problem) + tile_n - 1) // tile_n, whole_end, end)
+
+
+def cuts(mask, row0, rows, n_block, tile_n, problem):
+    """Whether the mask hides a key of this block from any of these rows."""
+    above = mask.limit(row0, problem) < (n_block + 1) * tile_n
+    return above | (mask.first(row0 + rows - 1, problem) > n_block * tile_n) if mask.windowed else above
 
 
 @cute.jit
 def apply(mask: cutlass.Constexpr, S: cute.Tensor, cS: cute.Tensor, row0: Int32, col0: Int32, problem):
     """S (rows, cols) of the block at (row0, col0): -inf where the mask hides the key."""
     for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
-        limit = mask.limit(row0 + cS[r, 0][0], problem.seqlen_q, problem.seqlen_k) - col0 - cS[r, 0][1]
+        row = row0 + cS[r, 0][0]
+        limit = mask.limit(row, problem) - col0 - cS[r, 0][1]
         for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
             S[r, c] = S[r, c] if cS[0, c][1] - cS[0, 0][1] < limit else -Float32.inf
+        if cutlass.const_expr(mask.windowed):
+            first = mask.first(row, problem) - col0 - cS[r, 0][1]
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                S[r, c] = S[r, c] if cS[0, c][1] - cS[0, 0][1] >= first else -Float32.inf

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cute_attn import plan as room
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig
-from cute_attn.kernels.mask import Causal
+from cute_attn.kernels.mask import Causal, Window
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from cute_attn.plan import Problem, plan, shipped
 
@@ -26,6 +26,8 @@ PROBLEMS = st.builds(
     dtype=st.sampled_from(["bf16", "fp16"]),
     layout=st.sampled_from(["bhsd", "bshd"]),
     causal=st.booleans(),
+    constant_time=st.booleans(),
+    window=st.booleans(),
 )
 
 
@@ -35,7 +37,8 @@ def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
     assert config.head_dim >= problem.head_dim
     assert config.head_dim - problem.head_dim < 32
     assert (config.dtype, config.layout) == (problem.dtype, problem.layout)
-    assert config.mask.causal == problem.causal
+    assert config.mask.name == ("window" if problem.window else "causal" if problem.causal else "full")
+    assert config.constant_time == problem.constant_time
     assert config in shipped()
 
 
@@ -104,6 +107,8 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=256, tile_n=128),
         dict(head_dim=64, cluster=4),
         dict(head_dim=64, constant_time=True, redo=True),
+        dict(head_dim=64, mask=Window(), overlap=False),
+        dict(head_dim=64, mask=Window(), tile_m=64, scheduler=OneTile, split=2),
         dict(head_dim=64, tile_m=64, scheduler=OneTile, split=2, timeline=True),
     ],
     ids=str,

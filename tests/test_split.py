@@ -34,13 +34,13 @@ SIZES = [(1, 1), (64, 40), (64, 8192), (300, 200), (100, 700), (130, 64)]
 def test_every_block_is_one_cta_s(monkeypatch, split, mask, seqlen_q, seqlen_k):
     for m_block in range(-(-seqlen_q // ROWS)):
         found = parts(monkeypatch, split, mask, seqlen_q, seqlen_k, m_block)
-        n_max, n_whole = block_range(
-            mask, m_block * ROWS, ROWS, 64, SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-        )
+        problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        _, _, n_whole, n_max = block_range(mask, m_block * ROWS, ROWS, 64, problem)
         loaded = [n for (first, end), _ in found for n in range(first, end)]
         assert sorted(n for n in loaded if n < n_max) == list(range(n_max)), "each once"
         assert all(n == n_max for n in loaded if n >= n_max), "beyond the last is only what the mask hides"
-        for (first, end), (own_end, whole_end) in found:
+        for (first, end), (own_first, whole_first, whole_end, own_end) in found:
+            assert own_first == whole_first == first
             assert own_end == end > first, "it multiplies all that it loads, at least one block"
             assert first <= whole_end < end, "its first block is masked"
             assert whole_end <= max(n_whole, first), "only whole blocks go without a mask"

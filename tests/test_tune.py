@@ -207,10 +207,11 @@ def test_shipped_is_what_the_table_can_reach():
     every = [(d, t, o, c) for d in HEAD_DIMS for t in ("bf16", "fp16") for o in ("bhsd", "bshd") for c in (False, True)]
     sizes = [(h, s, k) for h in (1, 3, 999) for s in LENGTHS for k in {s, 99_999}]
     reached = {
-        plan.plan(Problem(1, h, h, s, k, d, t, o, c, constant_time))
+        plan.plan(Problem(1, h, h, s, k, d, t, o, c and not window, constant_time, window))
         for d, t, o, c in every
         for h, s, k in sizes
         for constant_time in (False, True)
+        for window in (False, True)
     }
     assert reached == set(plan.shipped())
     assert plan.shipped()[: len(every)] == [plan.config(*one) for one in every]
@@ -238,7 +239,7 @@ def test_a_users_table_serves_its_gpu(tables):
         assert plan.plan(problem(1001, dtype="fp16"), GPU) == replace(C, dtype="fp16")
         assert plan.plan(problem(causal=True), GPU) == plan.plan(problem(causal=True)), "what it lacks is the package's"
         assert plan.plan(problem()) == plan.plan(problem(), "NVIDIA H200") == before
-    mine = {replace(c, layout="bhsd") for c in plan.shipped(GPU) if (c.head_dim, c.mask.causal) == (64, False)}
+    mine = {replace(c, layout="bhsd") for c in plan.shipped(GPU) if (c.head_dim, c.mask.name) == (64, "full")}
     named = {B, A, replace(B, dtype="fp16"), replace(C, dtype="fp16")}
     assert mine == named | {plan.constant_time(c) for c in (A, replace(C, dtype="fp16"))}
 

@@ -1,0 +1,61 @@
+"""A sliding window: a tile begins at the first key that one of its rows sees, so work scales with the window, not S."""
+
+import cuda.bindings.driver as cuda
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+
+from .flash_fwd_sm90 import Warpgroup, release_if
+
+
+class Windowed:
+    """Goes before a kernel's class: `type(name, (Windowed, FlashFwdSm90), {})`."""
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # as FlashFwdSm90's
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        lse: Int64,
+        ticket: Int64,
+        scale: Float32,
+        num_sms: Int32,
+        left: Int32,  # query i sees keys from i - left to i + right, aligned to the last key
+        right: Int32,
+        stream: cuda.CUstream,
+        /,
+    ):
+        self._launch(mQ, mK, mV, mO, lse, ticket, scale, num_sms, (left, right), stream)
+
+    @cute.jit
+    def _tile(self, w: Warpgroup, row0, blocks, q_state, kv_state):
+        """From the last block to the first: those the mask cuts on the right, the whole ones, those it cuts on the left.
+
+        A narrow window has blocks that it cuts on both sides, and no whole ones.
+        """
+        c, f = self.config, w.frag
+        own = self._own_blocks(w, row0, blocks)
+        whole_end = cutlass.max(own.whole_end, own.first)
+        left_end = cutlass.min(cutlass.max(own.whole_first, own.first), whole_end)  # of those cut on the left
+        f.softmax.reset()
+        f.acc_O.fill(0.0)
+        self._sign_q(w, q_state)
+        self._read_q(w, q_state)
+        release_if(c.q_in_regs, w.pipes.q, q_state)
+        for _ in cutlass.range(blocks[1] - own.end, unroll=1):
+            kv_state = self._pass_over(w, kv_state)
+        kv_state = self._first(w, q_state, kv_state, (row0, own.end - 1))
+        for n in cutlass.range(own.end - 1 - whole_end, unroll=1):
+            kv_state = self._step(w, q_state, kv_state, (row0, own.end - 2 - n), True)
+        if whole_end > left_end:
+            self._settle(f)  # then every row has seen a key when the left edge comes
+        for _ in cutlass.range(whole_end - left_end, unroll=1):
+            kv_state = self._step(w, q_state, kv_state, None, False)
+        for n in cutlass.range(left_end - own.first, unroll=1):
+            kv_state = self._step(w, q_state, kv_state, (row0, left_end - 1 - n), True)
+        release_if(not c.q_in_regs, w.pipes.q, q_state)
+        self._last(w, kv_state)
+        for _ in cutlass.range(own.first - blocks[0], unroll=1):
+            kv_state = self._pass_over(w, kv_state)
+        return kv_state
