@@ -22,6 +22,7 @@ class Options(TypedDict, total=False):
     layout: str
     out: Tensor | None
     constant_time: bool
+    window: tuple[int | None, int | None] | None
 
 
 @overload
@@ -36,7 +37,9 @@ def flash_fwd(
 def flash_fwd(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]) -> Any: ...
 
 
-def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=False, out=None, constant_time=False):
+def flash_fwd(
+    q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=False, out=None, constant_time=False, window=None
+):
     """Exact attention, softmax(scale q k^T) v, by one fused kernel (FlashAttention-3, arXiv:2407.08608).
 
     Args:
@@ -50,6 +53,9 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         out: written in place and returned as o; like q, sharing no memory with q, k, v.
         constant_time: run the kernel in which no branch depends on a value of q, k or v, so that its time says nothing
             of them; it rescales O in every step, and is slower. The same bound on errors.
+        window: (left, right), each a number of keys or None for no bound: query i sees the keys from i + Sk - Sq - left
+            to i + Sk - Sq + right. With causal, right is None or 0. Time follows the window, not Sk; a new one compiles
+            nothing.
 
     Returns:
         o, like q; or (o, lse). Accumulated in float32, rounded once. A row that sees no key gives o = 0, lse = -inf.
@@ -60,33 +66,36 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
     Runs on torch's current stream of the tensors' device, and may be captured in a CUDA graph after one call. CPU
     tensors are computed by torch in float32 and rounded once.
 
-    Differentiable once in q, k and v; lse is not. The backward is torch's: cuDNN's where Sq == Sk and the
-    scale is positive, else FlashAttention-2's, and that everywhere under torch.use_deterministic_algorithms or without
-    torch.backends.cuda.enable_cudnn_sdp. At most 65,535 batches and heads; no `out`; a backward through the backward
-    raises, as do the transforms of torch.func.
+    Differentiable once in q, k and v; lse is not. The backward is torch's: cuDNN's where Sq == Sk, the scale
+    is positive and there is no window, else FlashAttention-2's, and that everywhere under
+    torch.use_deterministic_algorithms or without torch.backends.cuda.enable_cudnn_sdp. At most 65,535 batches and
+    heads; no `out`; a backward through the backward raises, as do the transforms of torch.func.
 
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
+    if window is not None:
+        causal, window = checks.window(window, causal)
     if torch.compiler.is_compiling():
-        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time)
+        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, window)
     if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
         from .integrations import dlpack
 
         how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
-        return dlpack.flash_fwd(q, k, v, out=out, **how)
+        return dlpack.flash_fwd(q, k, v, out=out, window=window, **how)
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
-    problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, causal, layout, constant_time)
+    how = causal, layout, constant_time, window is not None
+    problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, how)
     scale = default_scale if scale is None else checks.scale(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
         for name, x in zip("qkv", (q, k, v), strict=True):
             checks.tensor(name, x)
-        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time)
+        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, window)
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
     if gpu is None:
-        return _on_cpu(problem, q, k, v, scale, return_lse, out)
+        return _on_cpu(problem, q, k, v, scale, window, return_lse, out)
     o = torch.empty_like(q) if out is None else out
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32) if return_lse else None
     if kernel is None:
@@ -97,9 +106,12 @@ def flash_fwd(q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=Fa
         address, ticket = 0 if lse is None else lse.data_ptr(), gpu.ticket() if draws else 0
         tensors = (q, k, v, o) if plain else map(_for_tma, (q, k, v, o))
         try:
-            kernel(*tensors, address, ticket, scale, gpu.num_sms)
+            if window is None:
+                kernel(*tensors, address, ticket, scale, gpu.num_sms)
+            else:
+                kernel(*tensors, address, ticket, scale, gpu.num_sms, *window)
         except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it
-            _prepared(q, k, v, out, causal, layout, constant_time)
+            _prepared(q, k, v, out, *how)
             checks.addresses(q, k, v, o)
             raise
     return (o, lse) if return_lse else o
@@ -127,19 +139,18 @@ _calls: dict[tuple, Call] = {}
 CALLS = 4096  # looked up; with one more all are forgotten
 
 
-def _call(q, k, v, out, causal, layout, constant_time) -> Call:
+def _call(q, k, v, out, how) -> Call:
     """Checked, planned and compiled; a look-up where the like has come before.
 
     The key leaves out what the compiled call itself holds against q and k before it launches: v's and out's shape, and
-    every type and device but q's.
+    every type and device but q's. `how` says whether there is a window, not which.
     """
     try:
         o = None if out is None else out.stride()
-        how = causal, layout, constant_time
         key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), o, q.dtype, q.get_device(), how)
         call = _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a layout that has no hash
-        return _prepared(q, k, v, out, causal, layout, constant_time)
+        return _prepared(q, k, v, out, *how)
     if call is None:
         call = _prepared(q, k, v, out, *how)
         if call.kernel is not None:
@@ -149,12 +160,12 @@ def _call(q, k, v, out, causal, layout, constant_time) -> Call:
     return call
 
 
-def _prepared(q, k, v, out, causal, layout, constant_time) -> Call:
-    checks.words(causal, layout, constant_time)
+def _prepared(q, k, v, out, causal, layout, constant_time, window) -> Call:
+    checks.words(causal, layout, constant_time, window)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
         checks.tensor(name, x)
     q, k, v, o = (Spec.of(x) for x in (q, k, v, q if out is None else out))
-    problem = checks.problem(q, k, v, causal, layout, constant_time)
+    problem = checks.problem(q, k, v, causal, layout, constant_time, window)
     if out is not None:
         checks.out(o, q, layout)
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
@@ -172,6 +183,7 @@ def warmup(
     layout: str | Sequence[str] = ("bhsd", "bshd"),
     causal: bool | Sequence[bool] = (False, True),
     constant_time: bool | Sequence[bool] = False,
+    window: bool | Sequence[bool] = False,
 ) -> list[FwdConfig]:
     """Compile ahead of time, into memory and the disk cache; needs no GPU. About 2 s for each kernel not there yet.
 
@@ -179,12 +191,14 @@ def warmup(
         head_dim: one or several D, multiples of 8 up to 256; default: one of each kernel.
         dtype: "bf16", "fp16" (or torch's), one or several.
         layout, causal, constant_time: as of `flash_fwd`, one or several.
+        window: True for the kernel of every window, with causal or without.
 
     Returns:
         the FwdConfigs that are ready.
     """
-    asked = [x if isinstance(x, (tuple, list)) else (x,) for x in (head_dim, dtype, layout, causal, constant_time)]
-    kinds = {kind(plan(checks.warmup_problem(*one))) for one in product(*asked)}
+    asked = head_dim, dtype, layout, causal, constant_time, window
+    every = product(*(x if isinstance(x, (tuple, list)) else (x,) for x in asked))
+    kinds = {kind(plan(checks.warmup_problem(*one))) for one in every}
     ready = [config for config in shipped(device.name()) if kind(config) in kinds]
     for config in ready:
         compile.get(config)
@@ -196,8 +210,8 @@ def _for_tma(x):
     return x.as_strided(x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), (8, 8, 8, 1), strict=True)])
 
 
-def _on_cpu(problem, q, k, v, scale, return_lse, out):
-    how = dict(causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32)
+def _on_cpu(problem, q, k, v, scale, window, return_lse, out):
+    how = dict(causal=problem.causal, scale=scale, window=window, layout=problem.layout, dtype=torch.float32)
     with torch.autocast("cpu", enabled=False):
         o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
     o = (torch.empty_like(q) if out is None else out).copy_(o)

@@ -14,6 +14,7 @@ LAYOUTS = ("bhsd", "bshd")
 ALIGNMENT = 8  # elements of 2 bytes: TMA moves multiples of 16 bytes from multiples of 16
 SIZE_MAX = 1 << 30  # rows of a sequence, and tiles of a launch: indices are int32
 GRID_MAX = 65_535  # blocks of a CUDA grid in y and z
+UNBOUNDED = SIZE_MAX  # of a window's side: no query is further from a key
 SCALE_MAX = 2.3e38  # times log2(e) it is still a float32
 
 
@@ -66,13 +67,49 @@ def flags(**named) -> None:
             raise TypeError(f"{name}: a bool is needed, {value!r} came")
 
 
-def words(causal, layout, constant_time=False) -> None:
-    flags(causal=causal, constant_time=constant_time)
+def words(causal, layout, constant_time=False, window=False) -> None:
+    flags(causal=causal, constant_time=constant_time, window=window)
     if layout not in LAYOUTS:
         raise ValueError(f'layout: {layout!r} is not known; use "bhsd" (torch SDPA) or "bshd" (FlashAttention)')
 
 
-def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str, constant_time: bool = False) -> Problem:
+def window(sides, causal) -> tuple[bool, tuple[int, int] | None]:
+    """(causal, (left, right)) of the kernel that a call's window and causal ask for together; None: it has no window.
+
+    What comes out may go in again, and comes out as it is.
+    """
+    if type(causal) is not bool:
+        flags(causal=causal)
+    if sides is None:
+        return causal, None
+    pair = "a pair (left, right) is needed, each a number of keys, or None for no bound"
+    if not isinstance(sides, (tuple, list)):
+        raise TypeError(f"window: {sides!r} came; {pair}")
+    if len(sides) != 2:
+        raise ValueError(f"window: {sides!r} has {len(sides)} of them; {pair}")
+    left, right = _side("left", sides[0]), _side("right", sides[1])
+    if causal:
+        if right is not None and right > 0:
+            raise ValueError(f"window: right {right} came with causal=True, which hides later keys; use None or 0")
+        right = 0
+    if left is None and (right is None or right == 0):
+        return right is not None, None
+    return False, (UNBOUNDED if left is None else left, UNBOUNDED if right is None else right)
+
+
+def _side(name, keys):
+    if keys is None:
+        return None
+    if type(keys) is not int and (isinstance(keys, bool) or not isinstance(keys, (int, torch.SymInt))):
+        raise TypeError(f"window: {name} {keys!r} came; an int of at least 0 is needed, or None for no bound")
+    if keys < 0:
+        raise ValueError(f"window: {name} {keys} is below 0; use a number of keys, or None for no bound")
+    return keys if keys < UNBOUNDED else UNBOUNDED
+
+
+def problem(
+    q: Spec, k: Spec, v: Spec, causal: bool, layout: str, constant_time: bool = False, window: bool = False
+) -> Problem:
     """The problem that q, k, v state together."""
     for name, x in zip("qkv", (q, k, v), strict=True):
         _one_tensor(name, x, layout)
@@ -93,15 +130,15 @@ def problem(q: Spec, k: Spec, v: Spec, causal: bool, layout: str, constant_time:
     if tiles >= SIZE_MAX:
         raise ValueError(f"q: {tiles} tiles of 64 rows in one call; split the batch to stay below {SIZE_MAX}")
     sizes = batch, heads, heads_kv, q.shape[s], k.shape[s], d
-    return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time)
+    return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time, window)
 
 
-def warmup_problem(head_dim, dtype, layout, causal, constant_time) -> Problem:
+def warmup_problem(head_dim, dtype, layout, causal, constant_time, window) -> Problem:
     """A small problem that the kernel for these serves."""
-    words(causal, layout, constant_time)
+    words(causal, layout, constant_time, window)
     dtype = TORCH_DTYPES.get(dtype, dtype)
     x = Spec(torch.Size((1, 1, 1, head_dim)), (head_dim, head_dim, head_dim, 1), dtype, torch.device("cpu"))
-    return problem(x, x, x, causal, layout, constant_time)
+    return problem(x, x, x, causal and not window, layout, constant_time, window)
 
 
 def _words(layout: str, h: str, s: str) -> str:

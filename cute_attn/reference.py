@@ -7,12 +7,13 @@ import torch
 CHUNK_BYTES = 256 << 20  # of scores held at a time
 
 
-def attention(q, k, v, *, causal=False, scale=None, layout="bhsd", dtype=torch.float64):
+def attention(q, k, v, *, causal=False, scale=None, window=None, layout="bhsd", dtype=torch.float64):
     """softmax(scale q k^T) v over every (query, key) pair that the mask leaves, all in `dtype`.
 
     q (B, H, Sq, D), k and v (B, Hk, Sk, D) with Hk dividing H; layout "bshd" swaps the two middle dimensions. causal
-    is aligned to the last key. Returns o like q and lse (B, H, Sq), natural log, both in `dtype`. A row whose every
-    score is -inf, which no visible key implies, gives o = 0 and lse = -inf.
+    is aligned to the last key, and so is window, (left, right): query i sees the keys from i + Sk - Sq - left to
+    i + Sk - Sq + right, None being no bound. Returns o like q and lse (B, H, Sq), natural log, both in `dtype`. A row
+    whose every score is -inf, which no visible key implies, gives o = 0 and lse = -inf.
     """
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -27,16 +28,17 @@ def attention(q, k, v, *, causal=False, scale=None, layout="bhsd", dtype=torch.f
             keys, values = k[b, h // ratio].to(dtype), v[b, h // ratio].to(dtype)
             for start in range(0, seqlen_q, rows):
                 part = slice(start, start + rows)
-                limit = _limits(start, q[b, h, part].shape[0], seqlen_q, seqlen_k, q.device) if causal else None
-                o[b, h, part], lse[b, h, part] = _rows(q[b, h, part].to(dtype), keys, values, scale, limit)
+                queries = q[b, h, part].to(dtype)
+                seen = _seen(start, len(queries), seqlen_q, seqlen_k, causal, window, q.device)
+                o[b, h, part], lse[b, h, part] = _rows(queries, keys, values, scale, seen)
     return (o.transpose(1, 2) if layout == "bshd" else o), lse
 
 
-def gradients(grad, q, k, v, *, causal=False, scale=None, layout="bhsd", dtype=torch.float64):
+def gradients(grad, q, k, v, *, causal=False, scale=None, window=None, layout="bhsd", dtype=torch.float64):
     """Of `attention`'s o: (dq, dk, dv), like q, k, v and in `dtype`, where `grad` is o's. A row without keys adds 0."""
     if layout == "bshd":
         swapped = (x.transpose(1, 2) for x in (grad, q, k, v))
-        found = gradients(*swapped, causal=causal, scale=scale, dtype=dtype)
+        found = gradients(*swapped, causal=causal, scale=scale, window=window, dtype=dtype)
         return tuple(x.transpose(1, 2) for x in found)
     batch, heads, seqlen_q, head_dim = q.shape
     seqlen_k, ratio = k.shape[2], heads // max(k.shape[1], 1)
@@ -48,7 +50,7 @@ def gradients(grad, q, k, v, *, causal=False, scale=None, layout="bhsd", dtype=t
         for start in range(0, seqlen_q, rows):
             part = slice(start, start + rows)
             queries, do = q[b, h, part].to(dtype), grad[b, h, part].to(dtype)
-            s = _scores(queries, keys, scale, _limits(start, len(do), seqlen_q, seqlen_k, q.device) if causal else None)
+            s = _scores(queries, keys, scale, _seen(start, len(do), seqlen_q, seqlen_k, causal, window, q.device))
             p = s.softmax(dim=1).masked_fill(s.amax(dim=1, keepdim=True) == -torch.inf, 0.0)
             dp = do @ values.T
             ds = scale * p * (dp - (p * dp).sum(dim=1, keepdim=True))
@@ -58,20 +60,24 @@ def gradients(grad, q, k, v, *, causal=False, scale=None, layout="bhsd", dtype=t
     return dq, dk, dv
 
 
-def _limits(start, rows, seqlen_q, seqlen_k, device):
-    """(rows, 1) keys that each row from `start` on sees."""
-    return torch.arange(start + 1, start + 1 + rows, device=device)[:, None] + seqlen_k - seqlen_q
+def _seen(start, rows, seqlen_q, seqlen_k, causal, window, device):
+    """The first and the last key that each row from `start` on sees, (rows, 1) each; None: no bound."""
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    last = torch.arange(start, start + rows, device=device)[:, None] + seqlen_k - seqlen_q
+    return None if left is None else last - left, None if right is None else last + right
 
 
-def _scores(q, k, scale, limit):
-    s = (q @ k.T) * scale
-    if limit is not None:
-        s.masked_fill_(torch.arange(s.shape[1], device=s.device) >= limit, -torch.inf)
-    return s
+def _scores(q, k, scale, seen):
+    s, (first, last) = (q @ k.T) * scale, seen
+    keys = torch.arange(s.shape[1], device=s.device)
+    if first is not None:
+        s.masked_fill_(keys < first, -torch.inf)
+    return s if last is None else s.masked_fill_(keys > last, -torch.inf)
 
 
-def _rows(q, k, v, scale, limit):
-    s = _scores(q, k, scale, limit)
+def _rows(q, k, v, scale, seen):
+    s = _scores(q, k, scale, seen)
     if s.shape[1] == 0:
         return torch.zeros_like(q), torch.full_like(s.sum(1), -torch.inf)
     top = s.amax(dim=1, keepdim=True)

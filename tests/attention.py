@@ -22,18 +22,19 @@ def inputs(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, dtype=torch.bfl
     return one(heads, seqlen_q), one(heads_kv, seqlen_k), one(heads_kv, seqlen_k)
 
 
-def check(q, k, v, *, causal=False, scale=None, layout="bhsd", lse=True, **call):
+def check(q, k, v, *, causal=False, scale=None, window=None, layout="bhsd", lse=True, **call):
     """flash_fwd on a poisoned output, against float64; returns o and lse."""
     out = call.pop("out", None)
     if out is None:
         out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-    o = flash_fwd(q, k, v, causal=causal, scale=scale, layout=layout, return_lse=lse, out=out, **call)
+    how = dict(causal=causal, scale=scale, window=window)
+    o = flash_fwd(q, k, v, layout=layout, return_lse=lse, out=out, **how, **call)
     o, row_lse = o if lse else (o, None)
     assert o is out
     if layout == "bshd":
         q, k, v, o = (x.transpose(1, 2) for x in (q, k, v, o))
-    want, want_lse = attention(q, k, v, causal=causal, scale=scale)
-    bound(o, want, sdpa(q, k, v, causal, scale))
+    want, want_lse = attention(q, k, v, **how)
+    bound(o, want, sdpa(q, k, v, **how))
     if lse:
         close_lse(row_lse, want_lse)
     return o, row_lse

@@ -44,15 +44,19 @@ def bound(ours: torch.Tensor, want: torch.Tensor, theirs: torch.Tensor) -> tuple
     return error.item(), allowed.item()
 
 
-def sdpa(q, k, v, causal, scale=None):
+def sdpa(q, k, v, causal, scale=None, window=None):
     """torch SDPA in q's dtype, (B, H, S, D); its own choice of backend without a mask, else with an explicit one."""
     ratio = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(ratio, dim=1) for x in (k, v))
-    mask = visible(q.shape[2], k.shape[2], True, q.device) if causal else None
+    masked = causal or window is not None
+    mask = visible(q.shape[2], k.shape[2], causal, q.device, window) if masked else None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def visible(seqlen_q, seqlen_k, causal, device):
+def visible(seqlen_q, seqlen_k, causal, device, window=None):
     """(Sq, Sk) bool: the pairs that attend."""
     pairs = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
-    return pairs.tril(seqlen_k - seqlen_q) if causal else pairs
+    left, right = window or (None, None)
+    for side in (0 if causal else None, right):
+        pairs = pairs if side is None else pairs.tril(seqlen_k - seqlen_q + side)
+    return pairs if left is None else pairs.triu(seqlen_k - seqlen_q - left)

@@ -19,16 +19,19 @@ def flash_fwd_op(
     layout: str,
     return_lse: bool,
     constant_time: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of `cute_attn.flash_fwd`; lse has no elements where it is not asked for, as gradients do."""
     how: api.Options = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
+    how["window"] = window_left, window_right
     with torch.no_grad():
         result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result if return_lse else (result, _lse_like(q, layout, False))
 
 
 @flash_fwd_op.register_fake
-def _(q, k, v, causal, scale, layout, return_lse, constant_time=False):
+def _(q, k, v, causal, scale, layout, return_lse, constant_time=False, window_left=None, window_right=None):
     return torch.empty_like(q), _lse_like(q, layout, return_lse)
 
 
@@ -43,16 +46,19 @@ def flash_fwd_out_op(
     layout: str,
     return_lse: bool,
     constant_time: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
 ) -> torch.Tensor:
     """lse of `cute_attn.flash_fwd(..., out=out)`; no elements where it is not asked for."""
     how: api.Options = dict(causal=causal, scale=scale, layout=layout, out=out, constant_time=constant_time)
+    how["window"] = window_left, window_right
     with torch.no_grad():
         result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result[1] if return_lse else _lse_like(q, layout, False)
 
 
 @flash_fwd_out_op.register_fake
-def _(q, k, v, out, causal, scale, layout, return_lse, constant_time=False):
+def _(q, k, v, out, causal, scale, layout, return_lse, constant_time=False, window_left=None, window_right=None):
     return _lse_like(q, layout, return_lse)
 
 
@@ -67,29 +73,68 @@ def flash_bwd_op(
     causal: bool,
     scale: float | None,
     layout: str,
+    window_left: int | None = None,
+    window_right: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) from o's grad, and from o and lse of the forward."""
+    causal, window = checks.window((window_left, window_right), causal)
     if q.device.type == "cpu" or q.numel() == 0 or k.numel() == 0:
         with torch.autocast("cpu", enabled=False):
-            found = reference.gradients(grad, q, k, v, causal=causal, scale=scale, layout=layout, dtype=torch.float32)
+            how = dict(causal=causal, scale=scale, window=window, layout=layout, dtype=torch.float32)
+            found = reference.gradients(grad, q, k, v, **how)
         dq, dk, dv = (_grad_like(x, layout).copy_(dx) for x, dx in zip((q, k, v), found, strict=True))
         return dq, dk, dv
     if scale is not None and scale <= 0:  # FlashAttention-2 multiplies masked scores, -inf, by it: q takes the sign
         sign = -1 if scale < 0 else 0
-        dq, dk, dv = flash_bwd_op(grad, q * sign, k, v, o, lse, causal, -scale or 1.0, layout)
+        sides = window_left, window_right
+        dq, dk, dv = flash_bwd_op(grad, q * sign, k, v, o, lse, causal, -scale or 1.0, layout, *sides)
         return dq * sign, dk, dv
     seqlen_q, seqlen_k = (x.shape[layout.index("s")] for x in (q, k))
-    if causal and seqlen_q > seqlen_k:
+    if seqlen_q > seqlen_k and (causal or window is not None):
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # as FlashAttention-2 marks a row without keys
-    bshd = (_in_order(x, layout, "bshd") for x in (_aligned(grad), q, k, v, o))
-    unused = q.new_empty(0, dtype=torch.uint64)  # dropout's random state
-    how = (None, None, seqlen_q, seqlen_k, 0.0, causal, unused, unused)
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(*bshd, lse, *how, scale=scale)
+    bshd = [_in_order(x, layout, "bshd") for x in (_aligned(grad), q, k, v, o)]
+    parts = [(slice(None), causal, None, None)] if window is None else list(_parts(seqlen_q, seqlen_k, *window))
+    dq, dk, dv = _of_parts(bshd, lse, parts, scale)
     return _in_order(dq, "bshd", layout), _in_order(dk, "bshd", layout), _in_order(dv, "bshd", layout)
 
 
+def _parts(seqlen_q, seqlen_k, left, right):
+    """(queries, causal, left, right): calls of FlashAttention-2's backward that together are a window's.
+
+    It takes a side of Sk keys or more for no bound; but where Sq > Sk a right side of that many still bounds the first
+    queries. And beside a bounded left side it takes no right bound for Sk, which would hide keys from them.
+    """
+    if seqlen_q <= seqlen_k or right < seqlen_k:
+        yield slice(None), False, left, right
+        return
+    bounded = max(seqlen_q - right, 0)  # queries with no bound but the right one: causal, as part of these alone
+    if bounded:
+        yield slice(0, bounded), True, None, None
+    if seqlen_q - seqlen_k > bounded:
+        yield slice(bounded, seqlen_q - seqlen_k), False, None, None
+    yield slice(seqlen_q - seqlen_k, seqlen_q), False, left, None
+
+
+def _of_parts(bshd, lse, parts, scale):
+    """(dq, dk, dv) of (B, S, H, D) tensors; those of several parts are added in float32."""
+    grad, q, k, v, o = bshd
+    unused = q.new_empty(0, dtype=torch.uint64)  # dropout's random state
+    found = []
+    for rows, causal, left, right in parts:
+        queries, whole = q[:, rows], rows == slice(None)
+        given = (grad[:, rows], queries, k, v, o[:, rows], lse if whole else lse[:, :, rows].contiguous())
+        how = (None, None, queries.shape[1], k.shape[1], 0.0, causal, unused, unused)
+        sides = {} if left is right is None else dict(window_size_left=left, window_size_right=right)
+        found.append(torch.ops.aten._flash_attention_backward(*given, *how, scale=scale, **sides))
+    if len(found) == 1:
+        return found[0]
+    dq, dk, dv = zip(*found, strict=True)
+    sums = torch.cat(dq, dim=1), *(torch.stack(x).sum(0, dtype=torch.float32) for x in (dk, dv))
+    return tuple(torch.empty_like(x).copy_(dx) for x, dx in zip((q, k, v), sums, strict=True))
+
+
 @flash_bwd_op.register_fake
-def _(grad, q, k, v, o, lse, causal, scale, layout):
+def _(grad, q, k, v, o, lse, causal, scale, layout, window_left=None, window_right=None):
     return _grad_like(q, layout), _grad_like(k, layout), _grad_like(v, layout)
 
 
@@ -146,23 +191,26 @@ def _grad_like(x, layout, order="bshd"):
 
 
 def _save(ctx, inputs, output):
-    (q, k, v, causal, scale, layout, return_lse, *_), (o, lse) = inputs, output
+    (q, k, v, causal, scale, layout, return_lse, _, *window), (o, lse) = inputs, output
     if not return_lse:
         raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
     checks.gradients(q, layout)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, o, lse)
-    ctx.options, ctx.others = (causal, scale, layout), len(inputs) - 3
+    ctx.options, ctx.others = (causal, scale, layout, *window), len(inputs) - 3
 
 
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * (3 + ctx.others)
-    saved, (_, scale, layout) = ctx.saved_tensors, ctx.options  # once: a checkpoint computes them anew
-    serves = cudnn_serves(*saved[:2], scale, layout)
-    operator = torch.ops.cute_attn.cudnn_bwd if serves else torch.ops.cute_attn.flash_bwd
-    return (*operator(grad, *saved, *ctx.options), *(None,) * ctx.others)
+    saved, (causal, scale, layout, *sides) = ctx.saved_tensors, ctx.options  # once: a checkpoint computes them anew
+    causal, window = checks.window(sides, causal)
+    if window is None and cudnn_serves(*saved[:2], scale, layout):
+        grads = torch.ops.cute_attn.cudnn_bwd(grad, *saved, causal, scale, layout)
+    else:
+        grads = torch.ops.cute_attn.flash_bwd(grad, *saved, *ctx.options)
+    return (*grads, *(None,) * ctx.others)
 
 
 def _no_backward(ctx, *grads):
@@ -182,14 +230,16 @@ def _lse_like(q, layout, asked):
     return q.new_empty((q.shape[0], q.shape[h], q.shape[s]) if asked else (0,), dtype=torch.float32)
 
 
-def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time):
+def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, window):
     """What flash_fwd does where torch traces it or differentiates it: one operator in the graph."""
+    sides = (None, None) if window is None else window
     learns = checks.learns(q, k, v)
     if out is None:
-        o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, causal, scale, layout, return_lse or learns, constant_time)
+        how = causal, scale, layout, return_lse or learns, constant_time, *sides
+        o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, *how)
     elif learns:
         raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
     else:
-        how = causal, scale, layout, return_lse, constant_time
+        how = causal, scale, layout, return_lse, constant_time, *sides
         o, lse = out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, *how)
     return (o, lse) if return_lse else o
