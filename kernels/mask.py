@@ -51,7 +51,7 @@ class Window(Mask):
         return cutlass.max(row + problem.seqlen_k - problem.seqlen_q - problem.window[0], 0)
 
     def limit(self, row, problem):
-        return cutlass.min(row + 1 + problem.seqlen_k - problem.seqlen_q + problem.window[1], problem.seqlen_k)
+        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.window[1], 0)  # below 2^31
 
 
 class Blocks(NamedTuple):

@@ -17,9 +17,7 @@ def case(config):
 
 
 each = pytest.mark.parametrize("config", SHIPPED, ids=case)
-each_with_edges = pytest.mark.parametrize(
-    "config", [c for c in SHIPPED if c.mask.causal or c.mask.windowed], ids=case
-)
+each_with_edges = pytest.mark.parametrize("config", [c for c in SHIPPED if c.mask.causal or c.mask.windowed], ids=case)
 
 
 def test_both_layouts_have_the_same_kernels():
