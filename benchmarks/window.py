@@ -2,8 +2,8 @@
 
 python benchmarks/window.py [--out FILE]
 
-Causal windows of 256 and 1024 keys back, at 8k and 32k tokens, bf16. Exit status 1 where an output is wrong; 2 without a
-Hopper GPU.
+Causal windows of 256 and 1024 keys back, at 8k and 32k tokens, bf16. Exit status 1 where an output is wrong; 2 without
+a Hopper GPU.
 """
 
 import argparse

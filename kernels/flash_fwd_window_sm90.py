@@ -30,7 +30,7 @@ class Windowed:
 
     @cute.jit
     def _tile(self, w: Warpgroup, row0, blocks, q_state, kv_state):
-        """From the last block to the first: those the mask cuts on the right, the whole ones, those it cuts on the left.
+        """From the last block to the first: those the mask cuts on the right, whole ones, those it cuts on the left.
 
         A narrow window has blocks that it cuts on both sides, and no whole ones.
         """

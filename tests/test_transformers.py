@@ -39,13 +39,18 @@ def pair(family, dtype=torch.bfloat16, **changes):
     return made
 
 
+windows = []  # of those calls
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """(Sq, Sk, causal) of each call that reaches us."""
     seen, flash_fwd = [], api.flash_fwd
+    windows.clear()
 
     def count(q, k, v, **options):
         seen.append((q.shape[2], k.shape[2], options["causal"]))
+        windows.append(options.get("window"))
         return flash_fwd(q, k, v, **options)
 
     monkeypatch.setattr(api, "flash_fwd", count)
@@ -167,3 +172,63 @@ def test_what_nobody_would_compute_raises():
         room.attention(None, q, k, v, None, s_aux=torch.zeros(2))
     with pytest.raises(ValueError, match="softcap"):
         room.attention(None, q, k, v, None, softcap=30.0)
+
+
+SLIDING = {
+    "mistral": (transformers.MistralConfig, dict(sliding_window=16)),
+    "qwen2": (
+        transformers.Qwen2Config,
+        dict(sliding_window=16, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
+    ),
+}
+sliding = pytest.mark.parametrize("family", SLIDING)
+
+
+def sliding_pair(family, monkeypatch, dtype=torch.bfloat16):
+    config, changes = SLIDING[family]
+    monkeypatch.setitem(CONFIGS, family, config)
+    return pair(family, dtype, **changes)
+
+
+def sides(family):
+    """Of the two layers."""
+    return [(15, 0)] * 2 if family == "mistral" else [None, (15, 0)]
+
+
+@sliding
+def test_sliding_windows(family, calls, monkeypatch):
+    """Without a mask: prefill by the window, decoding by the keys that the cache has kept."""
+    ours, theirs = sliding_pair(family, monkeypatch)
+    reference = sliding_pair(family, monkeypatch, torch.float32)[1]
+    reference.load_state_dict({name: x.float() for name, x in theirs.state_dict().items()})
+    want, mine, other = logits(reference, PROMPT), logits(ours, PROMPT), logits(theirs, PROMPT)
+    assert calls == [(37, 37, True)] * 2 and windows == sides(family)
+    ulp = torch.finfo(torch.bfloat16).eps * want.abs().max()
+    assert (mine - want).abs().max() <= 2 * (other - want).abs().max() + ulp
+    assert not torch.allclose(mine[:, -1], logits(pair("llama")[0], PROMPT)[:, -1], atol=1e-2), "another model"
+    calls.clear()
+    same_choices(ours, theirs, generate(ours, PROMPT), generate(theirs, PROMPT))
+    assert len(calls) == 2 * 256, "each step of each layer is ours"
+
+
+@sliding
+def test_sliding_windows_that_are_not_ours(family, calls, monkeypatch):
+    """Padding, float32 and dropout: sdpa's attention, and it is not without the window."""
+    ours, theirs = sliding_pair(family, monkeypatch)
+    padded = [logits(model, PROMPT, attention_mask=PADDED)[PADDED.bool()] for model in (ours, theirs)]
+    assert torch.equal(*padded) and not calls
+    ours, theirs = sliding_pair(family, monkeypatch, torch.float32)
+    torch.testing.assert_close(logits(ours, PROMPT), logits(theirs, PROMPT))
+    assert not calls
+
+
+def test_what_slides():
+    from transformers import masking_utils as masks
+
+    for size in (1, 2, 7, 4096):
+        assert room.slides(masks.sliding_window_causal_mask_function(size), size)
+        assert not room.slides(masks.causal_mask_function, size)
+        assert not room.slides(masks.sliding_window_bidirectional_mask_function(size), size)
+        if size > 1:
+            chunk = masks.chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.int64))
+            assert not room.slides(chunk, size)
