@@ -1,8 +1,9 @@
 """Hugging Face transformers: `register()`, then `attn_implementation="cute_attn"`.
 
 The kernel computes what it takes: causal or full attention without a mask, that is training, prefill, and decoding
-with a cache that grows; and causal sliding windows, for which no mask is made. Whatever else comes (padded batches, decoding with a static cache, dropout, other types) goes
-to transformers' own sdpa attention, which computes it as it would have without us.
+with a cache that grows; and causal sliding windows, for which no mask is made. Whatever else comes (padded batches,
+decoding with a static cache, dropout, other types) goes to transformers' own sdpa attention, which computes it as it
+would have without us.
 """
 
 from functools import lru_cache
