@@ -103,8 +103,8 @@ def compile(config: FwdConfig, options: str = ""):
         kernel(config)(config),
         *(tensor(h, s_q), tensor(h_kv, s_k), tensor(h_kv, s_k), tensor(h, s_q)),
         *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
-        *((Int32(0), Int32(0)) if config.mask.windowed else ()),
         make_fake_stream(use_tvm_ffi_env_stream=True),
+        *((Int32(0), Int32(0)) if config.mask.windowed else ()),
         options=f"--enable-tvm-ffi --gpu-arch {ARCH} {options}",
     )
 

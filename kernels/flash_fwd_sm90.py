@@ -77,7 +77,7 @@ class Problem(NamedTuple):
     group: Int32  # query heads per K/V head
     scale_log2: Float32  # |scale| * log2(e)
     q_sign: Float32  # 1, 0 or -1: the scale's sign, applied to Q
-    window: tuple[Int32, Int32] | None  # left, right; where the mask is a Window
+    window: tuple[Int32, ...]  # left and right, where the mask is a Window
 
 
 class Frag(NamedTuple):
@@ -128,12 +128,8 @@ class FlashFwdSm90:
         scale: Float32,
         num_sms: Int32,
         stream: cuda.CUstream,
-        /,
+        *window: Int32,  # left and right, where the mask is a Window
     ):
-        self._launch(mQ, mK, mV, mO, lse, ticket, scale, num_sms, None, stream)
-
-    @cute.jit
-    def _launch(self, mQ, mK, mV, mO, lse, ticket, scale, num_sms, window, stream):
         """Mode order, TMA atoms, tiled MMAs, grid, launch."""
         c = self.config
         mQ, mK, mV, mO = [

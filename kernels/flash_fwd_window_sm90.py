@@ -1,32 +1,13 @@
 """A sliding window: a tile begins at the first key that one of its rows sees, so work scales with the window, not S."""
 
-import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, Int64, cute
+from cutlass import cute
 
 from .flash_fwd_sm90 import Warpgroup, release_if
 
 
 class Windowed:
     """Goes before a kernel's class: `type(name, (Windowed, FlashFwdSm90), {})`."""
-
-    @cute.jit
-    def __call__(
-        self,
-        mQ: cute.Tensor,  # as FlashFwdSm90's
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mO: cute.Tensor,
-        lse: Int64,
-        ticket: Int64,
-        scale: Float32,
-        num_sms: Int32,
-        left: Int32,  # query i sees keys from i - left to i + right, aligned to the last key
-        right: Int32,
-        stream: cuda.CUstream,
-        /,
-    ):
-        self._launch(mQ, mK, mV, mO, lse, ticket, scale, num_sms, (left, right), stream)
 
     @cute.jit
     def _tile(self, w: Warpgroup, row0, blocks, q_state, kv_state):
