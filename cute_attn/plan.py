@@ -8,9 +8,19 @@ from typing import NamedTuple
 from . import tuned
 from .kernels.config import DTYPES, LAYOUTS, FwdConfig
 from .kernels.mask import Window
+from .kernels.score import Alibi, Plain, Softcap
 
 HEAD_DIM_MAX = 256
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the kernels; D runs on the next one up
+
+
+class Kinds(NamedTuple):
+    """Which modifiers a call has, whatever their values."""
+
+    window: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
 
 
 class Problem(NamedTuple):
@@ -26,7 +36,7 @@ class Problem(NamedTuple):
     layout: str = "bhsd"
     causal: bool = False
     constant_time: bool = False
-    window: bool = False
+    kinds: Kinds = Kinds()
 
     @property
     def empty(self) -> bool:
@@ -47,6 +57,9 @@ class Problem(NamedTuple):
         return 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim / (2 if self.causal else 1)
 
 
+MODIFIED = {False: [Kinds(alibi=True)], True: [Kinds(softcap=True), Kinds(softcap=True, alibi=True, sinks=True)]}
+
+
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
     """The kernel for a problem, by the table of the GPU of that name; without a name, or a table, by the H200's.
@@ -54,9 +67,9 @@ def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
     A head dim that has no kernel of its own runs on the next larger one.
     """
     head_dim = next(d for d in HEAD_DIMS if problem.head_dim <= d)
-    if problem.window or problem.constant_time:
-        base = config(head_dim, problem.dtype, problem.layout, problem.window or problem.causal, gpu)
-        base = windowed(base) if problem.window else base
+    if problem.constant_time or problem.kinds != Kinds():
+        base = config(head_dim, problem.dtype, problem.layout, problem.kinds.window or problem.causal, gpu)
+        base = modified(base, problem.kinds)
         return constant_time(base) if problem.constant_time else base
     rows = tuned.table(gpu).classes[head_dim, problem.causal, problem.dtype]
     row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
@@ -70,7 +83,16 @@ def config(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None
 
 def constant_time(config: FwdConfig) -> FwdConfig:
     """The same tiles and schedule, with a softmax of which no branch depends on a score."""
-    return replace(config, redo=False, constant_time=True)
+    score = replace(config.score, exact=True) if isinstance(config.score, Softcap) else config.score
+    return replace(config, redo=False, constant_time=True, score=score)
+
+
+def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
+    """Of a kernel the one with modifiers; of a causal one where there is a window."""
+    config = windowed(config) if kinds.window else config
+    capped = Softcap() if kinds.softcap else Plain()
+    score = Alibi(capped, config.mask.causal) if kinds.alibi else capped
+    return replace(config, score=score, sinks=kinds.sinks, redo=config.redo and not score.name)
 
 
 def windowed(config: FwdConfig) -> FwdConfig:
@@ -81,17 +103,23 @@ def windowed(config: FwdConfig) -> FwdConfig:
     return replace(config, mask=Window(), cluster=1, redo=config.redo and config.head_dim != 64)
 
 
-def kind(config: FwdConfig) -> tuple[int, str, str, str, bool]:
+def kind(config: FwdConfig) -> tuple:
     """What a caller chooses, beside the sizes: they may take one kernel or another of a kind."""
-    return config.head_dim, config.dtype, config.layout, config.mask.name, config.constant_time
+    c = config
+    return c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks
 
 
 def shipped(gpu: str | None = None) -> list[FwdConfig]:
-    """Every kernel that some problem can reach: those of each kind, of some lengths only, windowed, constant-time."""
+    """The kernels of each kind, of some lengths only, windowed, constant-time; and with other modifiers one of each.
+
+    Modifiers combine: any other kernel is compiled by its first call.
+    """
     every = [_configs(*one, gpu) for one in product(HEAD_DIMS, DTYPES, LAYOUTS, (False, True))]
     always, some = [configs[-1] for configs in every], [c for configs in every for c in configs[:-1]]
     windows = [windowed(config) for config in always if config.mask.causal]
-    return list(dict.fromkeys([*always, *some, *windows, *map(constant_time, [*always, *windows])]))
+    plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
+    others = [modified(config, kinds) for config in plain for kinds in MODIFIED[config.mask.causal]]
+    return list(dict.fromkeys([*always, *some, *windows, *others, *map(constant_time, [*always, *windows])]))
 
 
 def _configs(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None) -> list[FwdConfig]:

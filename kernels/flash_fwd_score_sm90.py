@@ -11,14 +11,14 @@ class Scored:
     """Goes before a kernel's class: `type(name, (Scored, FlashFwdSm90), {})`. The config's score is applied to S."""
 
     def _scale_log2(self, problem: Problem):
-        return self.config.score.scale_log2(problem)
+        return self.config.score.scale_log2(problem, problem.score_args)
 
     def _rows(self, tile: Tile, row0, problem: Problem) -> Rows:
         rows = super()._rows(tile, row0, problem)
-        return rows._replace(score=self.config.score.begin(tile.head, tile.batch, problem))
+        return rows._replace(score=self.config.score.begin(tile.head, tile.batch, problem.score_args))
 
     def _score(self, w: Warpgroup, S, at: At):
-        self.config.score.apply(S, w.frag.cS, at, self.config.tile_n, w.problem)
+        self.config.score.apply(S, w.frag.cS, at, self.config.tile_n, w.problem, w.problem.score_args)
 
 
 class Sinks:

@@ -9,14 +9,14 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 LOG2_E = 1.4426950408889634
+LARGEST = 3.4028234663852886e38  # the largest float32
 LN2 = 0.6931471805599453
-SQRT2 = 1.4142135623730951
-# tanh(x) / (sqrt(2) x) by powers of 2 x^2, for |x| < 1: within 6e-7 of it, the least error that five powers allow
-TANH = (0.70710635, -0.11783596, 0.02347848, -0.00456134, 0.000739948, -6.7773071e-05)
+# tanh(x) / 2x by powers of (2x)^2, for |x| < 1: within 6e-7 of it, the least error that five powers allow
+TANH = (0.499999702, -0.0416613035, 0.0041504479, -0.00040316931, 3.27013913e-05, -1.4975875e-06)
 
 
 class Score:
-    """What holds where a way does not say otherwise."""
+    """What holds where a way does not say otherwise. `args` are the run-time arguments of `signature`."""
 
     name = ""
 
@@ -24,11 +24,11 @@ class Score:
         """One value of each run-time argument, for its type."""
         return ()
 
-    def scale_log2(self, problem):
+    def scale_log2(self, problem, args):
         return problem.scale_log2
 
-    def begin(self, head, batch, problem) -> tuple:
-        """What a warpgroup keeps in registers for a tile."""
+    def begin(self, head, batch, args) -> tuple:
+        """What a warpgroup keeps in registers for a tile: `at.rows.score`."""
         return ()
 
 
@@ -36,10 +36,13 @@ class Score:
 class Plain(Score):
     """As it is."""
 
+    def apply(self, S, cS, at, tile_n, problem, args):
+        """Nothing."""
+
 
 @dataclass(frozen=True)
 class Softcap(Score):
-    """softcap * tanh(scaled score / softcap) (Gemma 2, arXiv:2408.00118); problem.score_args is (softcap,)."""
+    """softcap * tanh(scaled score / softcap) (Gemma 2, arXiv:2408.00118); args: softcap."""
 
     exact: bool = False  # tanh by exponentials for every score, as for those above softcap: no branch depends on one
     name = "softcap"
@@ -47,65 +50,83 @@ class Softcap(Score):
     def signature(self) -> tuple:
         return (Float32(0.0),)
 
-    def scale_log2(self, problem):
-        return problem.score_args[0] * LOG2_E
+    def scale_log2(self, problem, args):
+        return args[0] * LOG2_E
 
     @cute.jit
-    def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem):
+    def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem, args):
         """S (rows, cols) becomes tanh of it; a warp with scores up to softcap takes a polynomial."""
-        inner = problem.scale_log2 * (LN2 * SQRT2) / problem.score_args[0]
+        twice = cutlass.min(problem.scale_log2 * (2 * LN2) / args[0], Float32(LARGEST))
+        bits = Int32(0)
+        for i in cutlass.range_constexpr(cute.size(S)):
+            S[i] = S[i] * twice
+            bits = bits | S[i].bitcast(Int32)
         if cutlass.const_expr(self.exact):
-            self._by_exponentials(S, inner)
+            by_exponentials(S)
         else:
-            bits = Int32(0)
-            for i in cutlass.range_constexpr(cute.size(S)):
-                x = S[i] * inner
-                bits = bits | (x * x).bitcast(Int32)  # 2 x^2 < 2 where its exponent's top bit is 0
-            if cute.arch.vote_any_sync(bits >= 0x40000000):
-                self._by_exponentials(S, inner)
-            else:
-                for i in cutlass.range_constexpr(cute.size(S)):
-                    x = S[i] * inner
-                    S[i] = x * polynomial(x * x)
+            self._by_powers(S, bits)
 
     @cute.jit
-    def _by_exponentials(self, S: cute.Tensor, inner):
-        """tanh(x) = 1 - 2 / (e^2x + 1): to 2e-7, and right for infinities."""
-        for i in cutlass.range_constexpr(cute.size(S)):
-            power = cute.math.exp2(S[i] * (inner * (SQRT2 * LOG2_E)), fastmath=True)
-            S[i] = 1.0 - 2.0 * cute.arch.rcp_approx(power + 1.0)
+    def _by_powers(self, S: cute.Tensor, bits: Int32):
+        if cute.arch.vote_any_sync(bits & 0x40000000 != 0):  # an exponent's top bit: some |2x| is 2 or more
+            by_exponentials(S)
+        else:
+            for i in cutlass.range_constexpr(cute.size(S)):
+                S[i] = S[i] * polynomial(S[i] * S[i])
 
 
 @dataclass(frozen=True)
 class Alibi(Score):
-    """Less slope |i + Sk - Sq - j| (ALiBi, arXiv:2108.12409); problem.score_args: an address, and a batch's stride."""
+    """Less slope |i + Sk - Sq - j| (ALiBi, arXiv:2108.12409); args: those of `before`, an address, a batch's stride."""
 
+    before: Plain | Softcap = Plain()
     causal: bool = False  # no later key is seen, so the distance needs no sign
-    name = "alibi"
+
+    @property
+    def name(self) -> str:
+        return self.before.name + "alibi"
 
     def signature(self) -> tuple:
-        return Int64(0), Int32(0)
+        return *self.before.signature(), Int64(0), Int32(0)
 
-    def scale_log2(self, problem):
+    def scale_log2(self, problem, args):
         return Float32(LOG2_E)
 
-    def begin(self, head, batch, problem) -> tuple:
-        address, stride = problem.score_args
+    def begin(self, head, batch, args) -> tuple:
+        *_, address, stride = args
         slopes = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=4)
         return (cute.make_tensor(slopes + (Int64(batch) * stride + head), 1)[0],)
 
     @cute.jit
-    def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem):
+    def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem, args):
         """S (rows, cols) becomes the scaled score with its bias."""
-        (slope,), scale = at.rows.score, problem.scale_log2 * LN2
+        self.before.apply(S, cS, at, tile_n, problem, args[:-2])
+        (slope,), scale = at.rows.score, self.before.scale_log2(problem, args[:-2]) * LN2
+        first = at.rows.row0 + problem.seqlen_k - problem.seqlen_q - at.n_block * tile_n  # row less column, top left
+        if cutlass.const_expr(self.causal):
+            self._one_side(S, cS, first, scale, slope)
+        elif (first >= tile_n - 1) | (first <= -63):
+            self._one_side(S, cS, first, scale, slope if first > 0 else -slope)
+        else:
+            for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+                for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                    away = Float32(first + cS[r, 0][0] - cS[r, 0][1]) - Float32(cS[0, c][1] - cS[0, 0][1])
+                    S[r, c] = S[r, c] * scale - slope * cute.arch.fmax(away, -away)
+
+    @cute.jit
+    def _one_side(self, S: cute.Tensor, cS: cute.Tensor, first, scale, slope):
+        """Where no distance changes its sign, two multiplications and additions a score."""
         for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
-            row = at.rows.row0 + cS[r, 0][0] + problem.seqlen_k - problem.seqlen_q
-            distance = Float32(row - at.n_block * tile_n - cS[r, 0][1])  # of the thread's first column
+            bias = -slope * Float32(first + cS[r, 0][0] - cS[r, 0][1])  # of the thread's first column
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-                away = distance - Float32(cS[0, c][1] - cS[0, 0][1])
-                if cutlass.const_expr(not self.causal):
-                    away = cute.arch.fmax(away, -away)
-                S[r, c] = S[r, c] * scale - slope * away
+                S[r, c] = S[r, c] * scale + (slope * Float32(cS[0, c][1] - cS[0, 0][1]) + bias)
+
+
+def by_exponentials(S: cute.Tensor):
+    """S, 2x, becomes tanh(x) = 1 - 2 / (e^2x + 1): to 2e-7, and right for infinities."""
+    for i in range(cute.size(S)):
+        power = cute.math.exp2(S[i] * LOG2_E, fastmath=True)
+        S[i] = 1.0 - 2.0 * cute.arch.rcp_approx(power + 1.0)
 
 
 def polynomial(u):
