@@ -27,6 +27,9 @@ class Options(TypedDict, total=False):
     softcap: float | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None
+    score_mod: Callable | None
+    mask_mod: Callable | None
+    aux: Sequence[Tensor | int | float]
 
 
 @overload
@@ -56,6 +59,9 @@ def flash_fwd(
     softcap=None,
     alibi_slopes=None,
     sinks=None,
+    score_mod=None,
+    mask_mod=None,
+    aux=(),
 ):
     """Exact attention, softmax(scale q k^T) v, by one fused kernel (FlashAttention-3, arXiv:2407.08608).
 
@@ -76,6 +82,10 @@ def flash_fwd(
         alibi_slopes: (H,) or (B, H) float32: a score then loses slope * |i + Sk - Sq - j| (ALiBi, arXiv:2108.12409).
         sinks: (H,) float32 logits, each of which joins the denominator of its head's rows and lse, as the score of a
             key without a value (arXiv:2309.17453). A new value of any of these compiles nothing.
+        score_mod, mask_mod: FlexAttention's (arXiv:2412.05496): score_mod(score, b, h, q_idx, kv_idx, *aux) of the
+            scaled score, capped and biased before, and mask_mod(b, h, q_idx, kv_idx, *aux), which holds for the pairs
+            that attend; causal and window apply too. Compiled into the kernel, some 2 s for a new function; the tensors
+            that they capture, and aux, tensors and numbers, are run-time arguments.
 
     Returns:
         o, like q; or (o, lse). Accumulated in float32, rounded once. A row that sees no key gives o = 0 and lse = -inf,
@@ -96,16 +106,18 @@ def flash_fwd(
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
     modifiers = NONE
-    if window is not None or softcap is not None or alibi_slopes is not None or sinks is not None:
+    if not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None:
         causal, window = checks.window(window, causal)
-        modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks)
+        modifiers = Modifiers(
+            window, checks.softcap(softcap), alibi_slopes, sinks, *checks.mods(score_mod, mask_mod, aux)
+        )
     if torch.compiler.is_compiling():
         return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers)
     if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
         from .integrations import dlpack
 
         how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
-        return dlpack.flash_fwd(q, k, v, out=out, **how, **modifiers._asdict())
+        return dlpack.flash_fwd(q, k, v, out=out, **how, **modifiers.by_name())
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
     how = causal, layout, constant_time, UNMODIFIED if modifiers is NONE else modifiers.kinds
@@ -236,7 +248,7 @@ def _for_tma(x):
 
 
 def _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out):
-    how = dict(causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers._asdict())
+    how = dict(causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers.by_name())
     with torch.autocast("cpu", enabled=False):
         o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
     o = (torch.empty_like(q) if out is None else out).copy_(o)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .modifiers import Modifiers
+from .mods import Mod, prepare
 from .plan import HEAD_DIM_MAX, Kinds, Problem
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -209,6 +210,19 @@ def softcap(value) -> Any:
             f"softcap: {number} came; use one between {1 / SOFTCAP_MAX} and {SOFTCAP_MAX}, or None for no cap"
         )
     return number
+
+
+def mods(score_mod, mask_mod, aux) -> tuple[Mod | None, Mod | None]:
+    """(score_mod, mask_mod) taken apart; aux goes to both."""
+    if not isinstance(aux, (tuple, list)):
+        raise TypeError(f"aux: {type_word(aux)} came; a tuple of tensors and numbers is needed")
+    if (score_mod is not None or mask_mod is not None) and torch.compiler.is_compiling():
+        raise TypeError(
+            "score_mod, mask_mod: functions cannot pass the operator that torch.compile sees; call flash_fwd from a "
+            "function under torch.compiler.disable"
+        )
+    score = None if score_mod is None else prepare("score_mod", score_mod, tuple(aux))
+    return score, None if mask_mod is None else prepare("mask_mod", mask_mod, tuple(aux))
 
 
 def per_head(modifiers: Modifiers, problem: Problem, device: torch.device) -> None:

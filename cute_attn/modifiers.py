@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .mods import Mod
 from .plan import Kinds
 
 
@@ -14,20 +15,31 @@ class Modifiers(NamedTuple):
     softcap: float | None = None
     alibi_slopes: Tensor | None = None  # (H,) or (B, H), float32
     sinks: Tensor | None = None  # (H,), float32
+    score_mod: Mod | None = None
+    mask_mod: Mod | None = None
 
     @property
     def kinds(self) -> Kinds:
-        return Kinds(*(x is not None for x in self))
+        score, mask = (None if mod is None else mod.kernel for mod in (self.score_mod, self.mask_mod))
+        window, softcap, alibi, sinks = (x is not None for x in self[:4])
+        return Kinds(window, softcap, alibi, sinks, score, mask)
 
     def arguments(self) -> tuple:
         """What the compiled call takes behind the stream: `FwdConfig.signature`."""
-        slopes, sinks = self.alibi_slopes, self.sinks
+        slopes, sinks, score, mask = self.alibi_slopes, self.sinks, self.score_mod, self.mask_mod
         return (
             *(self.window or ()),
+            *(() if mask is None else mask.arguments),
             *(() if self.softcap is None else (self.softcap,)),
             *(() if slopes is None else (slopes.data_ptr(), slopes.stride(0) if slopes.dim() == 2 else 0)),
+            *(() if score is None else score.arguments),
             *(() if sinks is None else (sinks.data_ptr(),)),
         )
+
+    def by_name(self) -> dict:
+        """As `flash_fwd` and the reference take them: mods as functions, which hold their aux."""
+        mods = dict(score_mod=self.score_mod, mask_mod=self.mask_mod)
+        return self._asdict() | {name: None if mod is None else mod.function for name, mod in mods.items()}
 
     def flat(self) -> tuple:
         """As the torch operators take them."""

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from . import tuned
 from .kernels.config import DTYPES, LAYOUTS, FwdConfig
-from .kernels.mask import Window
-from .kernels.score import Alibi, Plain, Softcap
+from .kernels.mask import UserMask, Window
+from .kernels.score import Alibi, Plain, Softcap, UserScore
+from .kernels.user_mod import UserMod
 
 HEAD_DIM_MAX = 256
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the kernels; D runs on the next one up
@@ -21,6 +22,8 @@ class Kinds(NamedTuple):
     softcap: bool = False
     alibi: bool = False
     sinks: bool = False
+    score_mod: UserMod | None = None
+    mask_mod: UserMod | None = None
 
 
 class Problem(NamedTuple):
@@ -90,9 +93,14 @@ def constant_time(config: FwdConfig) -> FwdConfig:
 def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
     """Of a kernel the one with modifiers; of a causal one where there is a window."""
     config = windowed(config) if kinds.window else config
+    causal = config.mask.causal
     capped = Softcap() if kinds.softcap else Plain()
-    score = Alibi(capped, config.mask.causal) if kinds.alibi else capped
-    return replace(config, score=score, sinks=kinds.sinks, redo=config.redo and not score.name)
+    biased = Alibi(capped, causal) if kinds.alibi else capped
+    score = UserScore(kinds.score_mod, biased) if kinds.score_mod else biased
+    base = config.mask
+    mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
+    redo = config.redo and not score.name and not mask.everywhere
+    return replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
 
 
 def windowed(config: FwdConfig) -> FwdConfig:

@@ -19,6 +19,8 @@ def attention(
     softcap=None,
     alibi_slopes=None,
     sinks=None,
+    score_mod=None,
+    mask_mod=None,
     layout="bhsd",
     dtype=torch.float64,
 ):
@@ -26,9 +28,9 @@ def attention(
 
     q (B, H, Sq, D), k and v (B, Hk, Sk, D) with Hk dividing H; layout "bshd" swaps the two middle dimensions. causal
     is aligned to the last key, and so is window, (left, right): query i sees the keys from i + Sk - Sq - left to
-    i + Sk - Sq + right, None being no bound. softcap, alibi_slopes and sinks as of `flash_fwd`. Returns o like q and
-    lse (B, H, Sq), natural log, both in `dtype`. A row whose every score is -inf, which no visible key implies, gives
-    o = 0 and lse = -inf, or its sink.
+    i + Sk - Sq + right, None being no bound. softcap, alibi_slopes, sinks, score_mod and mask_mod as of `flash_fwd`.
+    Returns o like q and lse (B, H, Sq), natural log, both in `dtype`. A row whose every score is -inf, which no visible
+    key implies, gives o = 0 and lse = -inf, or its sink.
     """
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -45,7 +47,7 @@ def attention(
                 part = slice(start, start + rows)
                 queries = q[b, h, part].to(dtype)
                 seen = _seen(start, len(queries), seqlen_q, seqlen_k, causal, window, q.device)
-                change = partial(_changed, b, h, start, seqlen_q, softcap, alibi_slopes)
+                change = partial(_changed, b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod)
                 sink = None if sinks is None else sinks[h].to(dtype)
                 o[b, h, part], lse[b, h, part] = _rows(queries, keys, values, scale, seen, change, sink)
     return (o.transpose(1, 2) if layout == "bshd" else o), lse
@@ -85,15 +87,18 @@ def _seen(start, rows, seqlen_q, seqlen_k, causal, window, device):
     return None if left is None else last - left, None if right is None else last + right
 
 
-def _changed(b, h, start, seqlen_q, softcap, alibi_slopes, s):
-    """Scaled scores (rows, Sk) of the queries from `start` on, capped and biased."""
+def _changed(b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod, s):
+    """Scaled scores (rows, Sk) of the queries from `start` on, with all that changes them."""
+    rows, columns = (torch.arange(n, device=s.device) for n in s.shape)
+    rows = rows[:, None] + start
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if alibi_slopes is not None:
-        places = torch.arange(start, start + s.shape[0], device=s.device)[:, None] + s.shape[1] - seqlen_q
         slope = alibi_slopes[h] if alibi_slopes.dim() == 1 else alibi_slopes[b, h]
-        s = s - slope.to(s.dtype) * (places - torch.arange(s.shape[1], device=s.device)).abs()
-    return s
+        s = s - slope.to(s.dtype) * (rows + s.shape[1] - seqlen_q - columns).abs()
+    places = *(torch.tensor(x, device=s.device) for x in (b, h)), rows, columns
+    s = s if score_mod is None else score_mod(s, *places).to(s.dtype).expand_as(s)
+    return s if mask_mod is None else s.masked_fill(~mask_mod(*places).expand_as(s), -torch.inf)
 
 
 def _scores(q, k, scale, seen, change=lambda s: s):

@@ -5,8 +5,8 @@ from itertools import islice
 
 from cutlass import Int64
 
-from .mask import Causal, Full, Window
-from .score import Alibi, Plain, Softcap
+from .mask import Causal, Full, UserMask, Window
+from .score import Alibi, Plain, Softcap, UserScore
 from .tile_scheduler import OneTile, Static, StaticTiles
 
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
@@ -21,7 +21,7 @@ class FwdConfig:
     head_dim: int  # columns of a tile; D may be smaller: TMA reads zeros beyond it and writes nothing there
     dtype: str = "bf16"
     layout: str = "bhsd"
-    mask: Full | Causal | Window = Full()
+    mask: Full | Causal | Window | UserMask = Full()
     tile_m: int = 128  # query rows per CTA, 64 per MMA warpgroup
     tile_n: int = 128  # key rows per K/V stage
     stages: int = 2  # K/V ring depth
@@ -35,7 +35,7 @@ class FwdConfig:
     constant_time: bool = False  # no branch depends on a score: FlashFwdConstantSm90
     timeline: bool = False  # the first CTA writes down when it does what: Timeline
     overlap: bool = True  # PV runs beside the next block's QK and softmax; without: FlashFwdSerialSm90, for the ladder
-    score: Plain | Softcap | Alibi = Plain()
+    score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
 
     def __post_init__(self):

@@ -606,6 +606,7 @@ class FlashFwdSm90:
 
     def _mask(self, w: Warpgroup, S, at: At):
         mask_ops.apply(self.config.mask, S, w.frag.cS, at.rows.row0, at.n_block * self.config.tile_n, w.problem)
+        self.config.mask.hide(S, w.frag.cS, at, self.config.tile_n, w.problem)
 
     def _to_P(self, f: Frag, acc_S):
         P = acc_as_A(acc_S)  # ((2, 2, 2), 1, tile_n / 16)

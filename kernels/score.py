@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
+from .user_mod import UserMod
+
 LOG2_E = 1.4426950408889634
 LARGEST = 3.4028234663852886e38  # the largest float32
 LN2 = 0.6931471805599453
@@ -120,6 +122,41 @@ class Alibi(Score):
             bias = -slope * Float32(first + cS[r, 0][0] - cS[r, 0][1])  # of the thread's first column
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
                 S[r, c] = S[r, c] * scale + (slope * Float32(cS[0, c][1] - cS[0, 0][1]) + bias)
+
+
+@dataclass(frozen=True)
+class UserScore(Score):
+    """What a user's score_mod(score, b, h, q_idx, kv_idx) makes of it, scaled; args: those of `before`, its own."""
+
+    mod: UserMod
+    before: Plain | Softcap | Alibi = Plain()
+
+    @property
+    def name(self) -> str:
+        return f"{self.before.name}score_mod"
+
+    def signature(self) -> tuple:
+        return *self.before.signature(), *self.mod.signature()
+
+    def scale_log2(self, problem, args):
+        return Float32(LOG2_E)
+
+    def begin(self, head, batch, args) -> tuple:
+        return self.before.begin(head, batch, self._divide(args)[0])
+
+    def _divide(self, args):
+        n = len(args) - len(self.mod.arrays)
+        return args[:n], args[n:]
+
+    def apply(self, S, cS, at, tile_n, problem, args):
+        earlier, own = self._divide(args)
+        self.before.apply(S, cS, at, tile_n, problem, earlier)
+        scale = self.before.scale_log2(problem, earlier) * LN2
+        mod, rows = self.mod.bind(own), at.rows
+        for r in range(cute.size(S, mode=[0])):
+            for c in range(cute.size(S, mode=[1])):
+                place = rows.row0 + cS[r, c][0], at.n_block * tile_n + cS[r, c][1]
+                S[r, c] = Float32(mod(S[r, c] * scale, rows.batch, rows.head, *place))
 
 
 def by_exponentials(S: cute.Tensor):

@@ -240,6 +240,8 @@ def _lse_like(q, layout, asked):
 def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers):
     """What flash_fwd does where torch traces it or differentiates it: one operator in the graph."""
     learns = checks.learns(q, k, v)
+    if learns:
+        checks.gradients(q, layout, modifiers)
     if out is None:
         how = causal, scale, layout, return_lse or learns, constant_time, *modifiers.flat()
         o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, *how)
