@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     score_mod: Callable | None
     mask_mod: Callable | None
     aux: Sequence[Tensor | int | float]
+    block_mask: Any
 
 
 @overload
@@ -62,6 +63,7 @@ def flash_fwd(
     score_mod=None,
     mask_mod=None,
     aux=(),
+    block_mask=None,
 ):
     """Exact attention, softmax(scale q k^T) v, by one fused kernel (FlashAttention-3, arXiv:2407.08608).
 
@@ -86,6 +88,8 @@ def flash_fwd(
             scaled score, capped and biased before, and mask_mod(b, h, q_idx, kv_idx, *aux), which holds for the pairs
             that attend; causal and window apply too. Compiled into the kernel, some 2 s for a new function; the tensors
             that they capture, and aux, tensors and numbers, are run-time arguments.
+        block_mask: FlexAttention's BlockMask, whose mask_mod then applies, or `cute_attn.BlockLists`: the blocks of
+            keys that each block of queries needs; the others cost nothing.
 
     Returns:
         o, like q; or (o, lse). Accumulated in float32, rounded once. A row that sees no key gives o = 0 and lse = -inf,
@@ -106,10 +110,10 @@ def flash_fwd(
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
     modifiers = NONE
-    if not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None:
+    if not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None:
         causal, window = checks.window(window, causal)
         modifiers = Modifiers(
-            window, checks.softcap(softcap), alibi_slopes, sinks, *checks.mods(score_mod, mask_mod, aux)
+            window, checks.softcap(softcap), alibi_slopes, sinks, *checks.mods(score_mod, mask_mod, aux, block_mask)
         )
     if torch.compiler.is_compiling():
         return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers)
@@ -128,7 +132,7 @@ def flash_fwd(
             checks.tensor(name, x)
         return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers)
     if modifiers is not NONE:
-        checks.per_head(modifiers, problem, q.device)
+        modifiers = checks.fitted(modifiers, problem, q.device)
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
     if gpu is None:
@@ -248,7 +252,9 @@ def _for_tma(x):
 
 
 def _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out):
-    how = dict(causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers.by_name())
+    how = dict(
+        causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers.for_reference()
+    )
     with torch.autocast("cpu", enabled=False):
         o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
     o = (torch.empty_like(q) if out is None else out).copy_(o)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import block_mask as block_masks
 from .modifiers import Modifiers
 from .mods import Mod, prepare
 from .plan import HEAD_DIM_MAX, Kinds, Problem
@@ -133,6 +134,8 @@ def problem(
     tiles = -(-q.shape[s] // 64) * heads * batch
     if tiles >= SIZE_MAX:
         raise ValueError(f"q: {tiles} tiles of 64 rows in one call; split the batch to stay below {SIZE_MAX}")
+    if constant_time and kinds.sparse:
+        raise ValueError("constant_time: given with block_mask, whose kernel branches on scores; omit one of them")
     sizes = batch, heads, heads_kv, q.shape[s], k.shape[s], d
     return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time, kinds)
 
@@ -212,17 +215,28 @@ def softcap(value) -> Any:
     return number
 
 
-def mods(score_mod, mask_mod, aux) -> tuple[Mod | None, Mod | None]:
-    """(score_mod, mask_mod) taken apart; aux goes to both."""
+def mods(score_mod, mask_mod, aux, block_mask) -> tuple[Mod | None, Mod | None, block_masks.BlockLists | None]:
+    """(score_mod, mask_mod, lists) taken apart; aux goes to both functions."""
     if not isinstance(aux, (tuple, list)):
         raise TypeError(f"aux: {type_word(aux)} came; a tuple of tensors and numbers is needed")
-    if (score_mod is not None or mask_mod is not None) and torch.compiler.is_compiling():
+    if not score_mod is mask_mod is block_mask is None and torch.compiler.is_compiling():
         raise TypeError(
-            "score_mod, mask_mod: functions cannot pass the operator that torch.compile sees; call flash_fwd from a "
-            "function under torch.compiler.disable"
+            "score_mod, mask_mod, block_mask: they cannot pass the operator that torch.compile sees; call flash_fwd "
+            "from a function under torch.compiler.disable"
         )
+    lists, mask_mod = block_masks.prepare(block_mask, mask_mod)
     score = None if score_mod is None else prepare("score_mod", score_mod, tuple(aux))
-    return score, None if mask_mod is None else prepare("mask_mod", mask_mod, tuple(aux))
+    return score, None if mask_mod is None else prepare("mask_mod", mask_mod, tuple(aux)), lists
+
+
+def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modifiers:
+    """Held against the problem; a block mask's lists are then those of every sequence and head."""
+    per_head(modifiers, problem, device)
+    lists = modifiers.block_mask
+    if not isinstance(lists, block_masks.BlockLists):
+        return modifiers
+    sizes = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
+    return modifiers._replace(block_mask=block_masks.fit(lists, *sizes, device))
 
 
 def per_head(modifiers: Modifiers, problem: Problem, device: torch.device) -> None:

@@ -42,15 +42,20 @@ def prepare(name: str, function, aux: tuple) -> Mod:
     tensors = [*found.tensors, *aux]
     arrays = tuple(_array(name, x) for x in tensors)
     key = hashlib.sha256(repr((name, code, len(aux), arrays)).encode()).hexdigest()[:32]
-    captured = [id(x) for x in found.tensors]
+    slots = [Slot() for _ in found.tensors]  # so that a kernel, which is kept, keeps no tensor alive
+    empty = _rebuilt(function, {id(x): slot for x, slot in zip(found.tensors, slots, strict=True)})
 
     def build(stand_ins: list) -> Callable:
-        mine, given = stand_ins[: len(captured)], stand_ins[len(captured) :]
-        rebuilt = _rebuilt(function, dict(zip(captured, mine, strict=True)))
-        return lambda *places: rebuilt(*places, *given)
+        mine, given = stand_ins[: len(slots)], stand_ins[len(slots) :]
+        filled = _rebuilt(empty, {id(slot): x for slot, x in zip(slots, mine, strict=True)})
+        return lambda *places: filled(*places, *given)
 
     arguments = tuple(x.view(torch.uint8) if getattr(x, "dtype", None) == torch.bool else x for x in tensors)
     return Mod(UserMod(key, arrays, build), arguments, functools.partial(_call, function, aux))
+
+
+class Slot:
+    """Where a function without its tensors had one."""
 
 
 def _call(function, aux, *places):
@@ -137,7 +142,8 @@ def _rebuilt(x, known: dict[int, Any]) -> Any:
     if id(x) in known:
         return known[id(x)]
     if isinstance(x, (tuple, list)):
-        return type(x)(_rebuilt(y, known) for y in x)
+        items = [_rebuilt(y, known) for y in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     if isinstance(x, dict):
         return {key: _rebuilt(y, known) for key, y in x.items()}
     if isinstance(x, functools.partial):

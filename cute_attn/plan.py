@@ -6,9 +6,10 @@ from itertools import product
 from typing import NamedTuple
 
 from . import tuned
-from .kernels.config import DTYPES, LAYOUTS, FwdConfig
+from .kernels.config import DTYPES, LAYOUTS, FwdConfig, SparseBlocks
 from .kernels.mask import UserMask, Window
 from .kernels.score import Alibi, Plain, Softcap, UserScore
+from .kernels.tile_scheduler import DynamicLongest
 from .kernels.user_mod import UserMod
 
 HEAD_DIM_MAX = 256
@@ -24,6 +25,7 @@ class Kinds(NamedTuple):
     sinks: bool = False
     score_mod: UserMod | None = None
     mask_mod: UserMod | None = None
+    sparse: SparseBlocks | None = None
 
 
 class Problem(NamedTuple):
@@ -92,6 +94,7 @@ def constant_time(config: FwdConfig) -> FwdConfig:
 
 def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
     """Of a kernel the one with modifiers; of a causal one where there is a window."""
+    config = sparse(config, kinds.sparse) if kinds.sparse else config
     config = windowed(config) if kinds.window else config
     causal = config.mask.causal
     capped = Softcap() if kinds.softcap else Plain()
@@ -101,6 +104,14 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
     mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
     redo = config.redo and not score.name and not mask.everywhere
     return replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
+
+
+def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
+    """Of a kernel the one for lists of blocks: tiles of their size or a part of it, drawn, since their work differs."""
+    tile_m, widest = min(blocks.block_m, 128), 128 if config.head_dim <= 128 else 64
+    tile_n = next(n for n in (widest, 64) if blocks.block_n % n == 0)
+    plain = FwdConfig(config.head_dim, config.dtype, config.layout, config.mask, tile_m, tile_n)
+    return replace(plain, scheduler=DynamicLongest, pingpong=tile_m == 128, sparse=blocks)
 
 
 def windowed(config: FwdConfig) -> FwdConfig:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from itertools import islice
 
-from cutlass import Int64
+from cutlass import Int32, Int64, cute
+from cutlass.cute.runtime import make_fake_tensor
 
 from .mask import Causal, Full, UserMask, Window
 from .score import Alibi, Plain, Softcap, UserScore
@@ -14,6 +15,24 @@ DTYPES = ("bf16", "fp16")
 LAYOUTS = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0)}  # where s, d, h, b stand in q, k, v and o
 # MMA warpgroups: registers per thread (producer, consumer), together no more than launched with; None: as launched
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
+
+
+def _int32(rank: int):
+    """A tensor of any shape and strides, for its type."""
+    return make_fake_tensor(Int32, [cute.sym_int() for _ in range(rank)], [cute.sym_int64() for _ in range(rank)])
+
+
+@dataclass(frozen=True)
+class SparseBlocks:
+    """The lists' own blocks, of queries and of keys; whole: there are lists of blocks that the mask leaves whole."""
+
+    block_m: int
+    block_n: int
+    whole: bool
+
+    @property
+    def arguments(self) -> int:
+        return 4 if self.whole else 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,7 @@ class FwdConfig:
     overlap: bool = True  # PV runs beside the next block's QK and softmax; without: FlashFwdSerialSm90, for the ladder
     score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
+    sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
 
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in LAYOUTS
@@ -49,6 +69,8 @@ class FwdConfig:
         assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
         assert not (self.redo and self.score.name), "Scored has no score for the step redone"
+        assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "Sparse's own"
+        assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -87,7 +109,9 @@ class FwdConfig:
 
     def signature(self) -> tuple:
         """What `__call__` takes behind the stream: one value of each argument, for its type."""
-        return self.mask.signature(), self.score.signature(), (Int64(0),) if self.sinks else ()
+        others = (Int64(0),) if self.sinks else ()
+        lists = [_int32(3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
+        return self.mask.signature(), self.score.signature(), (*others, *lists)
 
     def divide(self, extras: tuple) -> list[tuple]:
         """Those arguments by who takes them: mask, score and mixins."""
@@ -100,5 +124,9 @@ class FwdConfig:
         tile += f"_cluster{self.cluster}" if self.cluster > 1 else ""
         tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
         tile += "_timeline" if self.timeline else ""
-        kind = "_".join(filter(None, (self.mask.name, self.score.name, "sinks" if self.sinks else "")))
+        kind = "_".join(
+            filter(
+                None, (self.mask.name, self.score.name, "sinks" if self.sinks else "", "sparse" if self.sparse else "")
+            )
+        )
         return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{kind}_{tile}"

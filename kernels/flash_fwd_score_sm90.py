@@ -26,7 +26,7 @@ class Sinks:
 
     def _totals(self, w: Warpgroup, tile: Tile):
         _, seen = super()._totals(w, tile)
-        (address,) = w.problem.others
+        address = w.problem.others[0]
         sinks = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=4)
         sink = cute.make_tensor(sinks + tile.head, 1)[0]
         return w.frag.softmax.join(sink * LOG2_E, seen), seen

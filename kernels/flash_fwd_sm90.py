@@ -288,9 +288,9 @@ class FlashFwdSm90:
             load_q = self._tma_load(gmem, smem, pipes, "q", (tile.head, tile.batch))
             load_k = self._tma_load(gmem, smem, pipes, "k", (head_kv, tile.batch))
             load_v = self._tma_load(gmem, smem, pipes, "v", (head_kv, tile.batch))
-            first, n_max = self._blocks(tile, problem)
+            (first, n_max), order = self._blocks(tile, problem), self._order(tile, problem)
             pipes.k.producer_acquire(k_state)
-            load_k(n_max - 1, k_state.index, k_state)
+            load_k(order(n_max - 1), k_state.index, k_state)
             k_state.advance()
             pipes.q.producer_acquire(q_state)
             for wg in cutlass.range_constexpr(c.warpgroups):
@@ -298,13 +298,13 @@ class FlashFwdSm90:
             q_state.advance()
             for i in cutlass.range(1, n_max - first, unroll=1):
                 pipes.k.producer_acquire(k_state)
-                load_k(n_max - 1 - i, k_state.index, k_state)
+                load_k(order(n_max - 1 - i), k_state.index, k_state)
                 k_state.advance()
                 pipes.v.producer_acquire(v_state)
-                load_v(n_max - i, v_state.index, v_state)
+                load_v(order(n_max - i), v_state.index, v_state)
                 v_state.advance()
             pipes.v.producer_acquire(v_state)
-            load_v(first, v_state.index, v_state)
+            load_v(order(first), v_state.index, v_state)
             v_state.advance()
             index = self._upcoming(index, done, gmem, smem, problem)
             tile = self._decode(index, problem)
@@ -341,6 +341,10 @@ class FlashFwdSm90:
         c, rows = self.config, self.config.tile_m * self.config.cluster
         blocks = mask_ops.block_range(c.mask, tile.m_block // c.cluster * rows, rows, c.tile_n, problem)
         return blocks.first, blocks.end
+
+    def _order(self, tile: Tile, problem: Problem):
+        """Where the n-th of those blocks lies."""
+        return lambda n: n
 
     def _loaded(self):
         """Where the producer warpgroup is done."""
@@ -519,11 +523,16 @@ class FlashFwdSm90:
         kv_state.advance()
         S = acc_mn(acc_S)  # (rows, cols)
         self._score(w, S, at)
-        if self._cut(w, at):
-            self._mask(w, S, at)
-        f.softmax.step(S, self.slack)
+        self._begin(w, S, at)
         self._to_P(f, acc_S)
         return kv_state
+
+    @cute.jit
+    def _begin(self, w: Warpgroup, S, at: At):
+        """S (rows, cols) of a tile's first block becomes P."""
+        if self._cut(w, at):
+            self._mask(w, S, at)
+        w.frag.softmax.step(S, self.slack)
 
     def _score(self, w: Warpgroup, S, at: At):
         """Where S (rows, cols), Q K^T, becomes what the softmax is of, but for a factor."""

@@ -188,7 +188,7 @@ FUNCTIONS: dict[str, Callable] = {
     "sin": of_float(cute.math.sin),
     "cos": of_float(cute.math.cos),
     "floor": of_float(_floor),
-    "tanh": of_float(cute.math.tanh),
+    "tanh": lambda a: 1.0 - 2.0 / (FUNCTIONS["exp"](2.0 * a) + 1.0),
     "sigmoid": lambda a: 1.0 / (1.0 + FUNCTIONS["exp"](-a)),
     "logical_not": of_truths(invert),
     "logical_and": of_truths(OPERATORS["and"]),
