@@ -171,7 +171,7 @@ class FlashFwdSm90:
         m_blocks = cute.ceil_div(seqlen_q, c.tile_m * c.cluster)
         grid = Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
-        scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY))
+        scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
         problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign, *c.divide(extras))
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
         clusters = c.scheduler.grid(grid, num_sms // c.cluster)
