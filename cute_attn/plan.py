@@ -101,6 +101,8 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
     biased = Alibi(capped, causal) if kinds.alibi else capped
     score = UserScore(kinds.score_mod, biased) if kinds.score_mod else biased
     base = config.mask
+    if score.name and not config.sparse:  # slower softmaxes: CTAs of a cluster that draws wait for each other too long
+        config = replace(config, cluster=1 if config.scheduler.draws else config.cluster)
     mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
     redo = config.redo and not score.name and not mask.everywhere
     return replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
