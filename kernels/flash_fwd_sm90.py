@@ -523,12 +523,12 @@ class FlashFwdSm90:
         kv_state.advance()
         S = acc_mn(acc_S)  # (rows, cols)
         self._score(w, S, at)
-        self._begin(w, S, at)
+        self._begin_softmax(w, S, at)
         self._to_P(f, acc_S)
         return kv_state
 
     @cute.jit
-    def _begin(self, w: Warpgroup, S, at: At):
+    def _begin_softmax(self, w: Warpgroup, S, at: At):
         """S (rows, cols) of a tile's first block becomes P."""
         if self._cut(w, at):
             self._mask(w, S, at)

@@ -155,8 +155,12 @@ def of_truths(function) -> Callable:
     return lambda *xs: function(*(Value(truth(x)) for x in xs))
 
 
-def _floor(x):
-    return cute.math.floor(x)
+def _sigmoid(x):
+    return cute.arch.rcp_approx(1.0 + cute.math.exp2(x * -1.4426950408889634, fastmath=True))
+
+
+def _tanh(x):
+    return 2.0 * _sigmoid(2.0 * x) - 1.0
 
 
 minimum, maximum = arithmetic(cutlass.min), arithmetic(cutlass.max)
@@ -187,9 +191,9 @@ FUNCTIONS: dict[str, Callable] = {
     "rsqrt": of_float(cute.math.rsqrt),
     "sin": of_float(cute.math.sin),
     "cos": of_float(cute.math.cos),
-    "floor": of_float(_floor),
-    "tanh": lambda a: 1.0 - 2.0 / (FUNCTIONS["exp"](2.0 * a) + 1.0),
-    "sigmoid": lambda a: 1.0 / (1.0 + FUNCTIONS["exp"](-a)),
+    "floor": of_float(cute.math.floor),
+    "tanh": of_float(_tanh),
+    "sigmoid": of_float(_sigmoid),
     "logical_not": of_truths(invert),
     "logical_and": of_truths(OPERATORS["and"]),
     "logical_or": of_truths(OPERATORS["or"]),
