@@ -31,6 +31,7 @@ from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
 from .kernels.flash_fwd_sparse_sm90 import Sparse
 from .kernels.flash_fwd_split_sm90 import FlashFwdSplitSm90
 from .kernels.flash_fwd_timeline_sm90 import Timeline
+from .kernels.flash_fwd_varlen_sm90 import Varlen
 from .kernels.flash_fwd_window_sm90 import Windowed
 
 ARCH = "sm_90a"
@@ -96,8 +97,9 @@ def compile(config: FwdConfig, options: str = ""):
     b, h, h_kv, s_q, s_k, d = (cute.sym_int() for _ in range(6))
 
     def tensor(heads, seqlen):
-        shape = (b, heads, seqlen, d) if config.layout == "bhsd" else (b, seqlen, heads, d)
-        strides = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
+        shapes = {"bhsd": (b, heads, seqlen, d), "bshd": (b, seqlen, heads, d), "thd": (seqlen, heads, d)}
+        shape = shapes[config.layout]
+        strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
         return make_fake_tensor(ELEMENT[config.dtype], shape, strides, assumed_align=16)
 
     return cute.compile(
@@ -118,6 +120,7 @@ def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
         Sinks: config.sinks,
         Windowed: config.mask.windowed and not config.sparse,
         Sparse: config.sparse,
+        Varlen: config.packed,
     }
     mixins = [mixin for mixin, wanted in asked.items() if wanted]
     plain = _plain(config)

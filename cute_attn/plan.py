@@ -8,6 +8,7 @@ from typing import NamedTuple
 from . import tuned
 from .kernels.config import DTYPES, LAYOUTS, FwdConfig, SparseBlocks
 from .kernels.mask import UserMask, Window
+from .kernels.packed_scheduler import Packed, PackedLongest
 from .kernels.score import Alibi, Plain, Softcap, UserScore
 from .kernels.tile_scheduler import DynamicLongest
 from .kernels.user_mod import UserMod
@@ -124,6 +125,15 @@ def windowed(config: FwdConfig) -> FwdConfig:
     return replace(config, mask=Window(), cluster=1, redo=config.redo and config.head_dim != 64)
 
 
+@lru_cache(maxsize=256)
+def varlen(head_dim: int, dtype: str, causal: bool, window: bool, gpu: str | None = None) -> FwdConfig:
+    """The kernel for packed sequences: the tiles of the one that serves wherever no other row does, and no clusters."""
+    base = config(next(d for d in HEAD_DIMS if head_dim <= d), dtype, LAYOUTS[0], causal or window, gpu)
+    base = windowed(base) if window else base
+    scheduler = PackedLongest if causal or window else Packed
+    return replace(base, layout="thd", scheduler=scheduler, cluster=1)
+
+
 def kind(config: FwdConfig) -> tuple:
     """What a caller chooses, beside the sizes: they may take one kernel or another of a kind."""
     c = config
@@ -141,6 +151,12 @@ def shipped(gpu: str | None = None) -> list[FwdConfig]:
     plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
     others = [modified(config, kinds) for config in plain for kinds in MODIFIED[config.mask.causal]]
     return list(dict.fromkeys([*always, *some, *windows, *others, *map(constant_time, [*always, *windows])]))
+
+
+def shipped_varlen(gpu: str | None = None) -> list[FwdConfig]:
+    """Every kernel that some call with packed sequences can reach."""
+    masks = (False, False), (True, False), (False, True)
+    return [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
 
 
 def _configs(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None) -> list[FwdConfig]:
