@@ -306,11 +306,24 @@ def mods(score_mod, mask_mod, aux, block_mask) -> tuple[Mod | None, Mod | None, 
 def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modifiers:
     """Held against the problem; a block mask's lists are then those of every sequence and head."""
     per_head(modifiers, problem, device)
+    for name, mod in (("score_mod", modifiers.score_mod), ("mask_mod", modifiers.mask_mod)):
+        captured(name, mod, device)
     lists = modifiers.block_mask
     if not isinstance(lists, block_masks.BlockLists):
         return modifiers
     sizes = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
     return modifiers._replace(block_mask=block_masks.fit(lists, *sizes, device))
+
+
+def captured(name: str, mod: Mod | None, device: torch.device) -> None:
+    """What a function captures, and its aux, is where q is, and learns nothing."""
+    for x in () if mod is None else mod.arguments:
+        if isinstance(x, torch.Tensor) and x.device != device:
+            raise ValueError(
+                f"{name}: it captures a tensor on {x.device}, but q is on {device}; move it with .to(device)"
+            )
+        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: it captures a tensor that requires grad, which gets no gradient; use .detach()")
 
 
 def per_head(modifiers: Modifiers, problem: Problem, device: torch.device) -> None:

@@ -111,7 +111,7 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
 
 def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
     """Of a kernel the one for lists of blocks: tiles of their size or a part of it, drawn, since their work differs."""
-    tile_m, widest = min(blocks.block_m, 128), 128 if config.head_dim <= 128 else 64
+    tile_m, widest = next(m for m in (128, 64) if blocks.block_m % m == 0), 128 if config.head_dim <= 128 else 64
     tile_n = next(n for n in (widest, 64) if blocks.block_n % n == 0)
     plain = FwdConfig(config.head_dim, config.dtype, config.layout, config.mask, tile_m, tile_n)
     return replace(plain, scheduler=DynamicLongest, pingpong=tile_m == 128, sparse=blocks)

@@ -146,7 +146,7 @@ class FlashFwdSm90:
         scale: Float32,
         num_sms: Int32,
         stream: cuda.CUstream,
-        *extras,  # what mask, score and mixins take, in this order: `FwdConfig.extras`
+        *extras,  # what mask, score and mixins take, in this order: `FwdConfig.signature`
     ):
         """Mode order, TMA atoms, tiled MMAs, grid, launch."""
         c = self.config

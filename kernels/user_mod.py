@@ -120,6 +120,15 @@ def is_truth(*xs) -> bool:
     return all(kind(number(x)) == 0 for x in xs)
 
 
+def quotient(a, b):
+    """Rounded down, as torch does; the hardware's, of whole numbers, is rounded towards 0."""
+    if isinstance(a, Float32):
+        return cute.math.floor(a / b)
+    towards_0 = a // b
+    wrong = (towards_0 * b != a) & ((a < 0) ^ (b < 0))
+    return towards_0 - type(a)(wrong)
+
+
 def of_float(function) -> Callable:
     return lambda a: Value(function(*alike(a, least=2)))
 
@@ -165,7 +174,9 @@ def _tanh(x):
 
 minimum, maximum = arithmetic(cutlass.min), arithmetic(cutlass.max)
 OPERATORS: dict[str, Callable] = {
-    **{name: arithmetic(getattr(operator, name)) for name in ("add", "sub", "mul", "floordiv", "mod")},
+    **{name: arithmetic(getattr(operator, name)) for name in ("add", "sub", "mul")},
+    "floordiv": arithmetic(lambda a, b: quotient(a, b)),
+    "mod": arithmetic(lambda a, b: a - quotient(a, b) * b),
     **{name: arithmetic(getattr(operator, name)) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
     "truediv": arithmetic(operator.truediv, least=2),
     "pow": power,
