@@ -12,8 +12,8 @@ import platform
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import cutlass
@@ -25,12 +25,12 @@ from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 from .kernels.config import FwdConfig
 from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
 from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
+from .kernels.flash_fwd_score_sm90 import Scored, Sinks
 from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
 from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
 from .kernels.flash_fwd_split_sm90 import FlashFwdSplitSm90
 from .kernels.flash_fwd_timeline_sm90 import Timeline
 from .kernels.flash_fwd_window_sm90 import Windowed
-from .kernels.mask import Causal
 
 ARCH = "sm_90a"
 SYMBOL = "cute_attn_fwd"
@@ -43,7 +43,7 @@ lock = threading.Lock()  # the DSL compiles in one thread at a time, or it abort
 def get(config: FwdConfig) -> Callable:
     """The compiled `FlashFwdSm90.__call__`: (q, k, v, o, lse, ticket, scale, num_sms) on torch's current stream.
 
-    With a window's two sides, left and right, behind them where the mask is a `Window`.
+    What the config's mask, score and mixins take, `FwdConfig.signature`, follows behind.
     """
     function = _compiled.get(config)
     if function is None:
@@ -104,19 +104,20 @@ def compile(config: FwdConfig, options: str = ""):
         *(tensor(h, s_q), tensor(h_kv, s_k), tensor(h_kv, s_k), tensor(h, s_q)),
         *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
-        *((Int32(0), Int32(0)) if config.mask.windowed else ()),
+        *chain(*config.signature()),
         options=f"--enable-tvm-ffi --gpu-arch {ARCH} {options}",
     )
 
 
 def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
     """The class that is compiled for a config."""
-    if config.timeline:
-        plain = kernel(replace(config, timeline=False))
-        return type(f"{plain.__name__}Timeline", (Timeline, plain), {})
-    if config.mask.windowed:
-        plain = kernel(replace(config, mask=Causal()))
-        return type(f"{plain.__name__}Windowed", (Windowed, plain), {})
+    asked = {Timeline: config.timeline, Scored: config.score.name, Sinks: config.sinks, Windowed: config.mask.windowed}
+    mixins = [mixin for mixin, wanted in asked.items() if wanted]
+    plain = _plain(config)
+    return type("".join(x.__name__ for x in (plain, *mixins)), (*mixins, plain), {}) if mixins else plain
+
+
+def _plain(config: FwdConfig) -> type[FlashFwdSm90]:
     if config.split > 1:
         return FlashFwdSplitSm90
     if not config.overlap:

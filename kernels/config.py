@@ -1,8 +1,12 @@
 """Every compile-time choice of a forward kernel; the config is the compile key."""
 
 from dataclasses import dataclass
+from itertools import islice
+
+from cutlass import Int64
 
 from .mask import Causal, Full, Window
+from .score import Alibi, Plain, Softcap
 from .tile_scheduler import OneTile, Static, StaticTiles
 
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
@@ -31,6 +35,8 @@ class FwdConfig:
     constant_time: bool = False  # no branch depends on a score: FlashFwdConstantSm90
     timeline: bool = False  # the first CTA writes down when it does what: Timeline
     overlap: bool = True  # PV runs beside the next block's QK and softmax; without: FlashFwdSerialSm90, for the ladder
+    score: Plain | Softcap | Alibi = Plain()
+    sinks: bool = False  # a logit per head joins the denominator: Sinks
 
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in LAYOUTS
@@ -42,6 +48,7 @@ class FwdConfig:
         assert not self.redo or (self.overlap and self.split == 1 and not self.q_in_regs), "Q and K are read once more"
         assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
+        assert not (self.redo and self.score.name), "Scored has no score for the step redone"
         assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -78,10 +85,20 @@ class FwdConfig:
         parts = 4 * (self.split - 1) * 64 * (self.head_dim + 8)
         return tiles + parts + 1024  # barriers, the tile slots, and alignment
 
+    def signature(self) -> tuple:
+        """What `__call__` takes behind the stream: one value of each argument, for its type."""
+        return self.mask.signature(), self.score.signature(), (Int64(0),) if self.sinks else ()
+
+    def divide(self, extras: tuple) -> list[tuple]:
+        """Those arguments by who takes them: mask, score and mixins."""
+        left = iter(extras)
+        return [tuple(islice(left, len(part))) for part in self.signature()]
+
     @property
     def name(self) -> str:
         tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}" + (f"_split{self.split}" if self.split > 1 else "")
         tile += f"_cluster{self.cluster}" if self.cluster > 1 else ""
         tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
         tile += "_timeline" if self.timeline else ""
-        return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{self.mask.name}_{tile}"
+        kind = "_".join(filter(None, (self.mask.name, self.score.name, "sinks" if self.sinks else "")))
+        return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{kind}_{tile}"

@@ -18,6 +18,7 @@ class FlashFwdConstantSm90(FlashFwdSm90):
     def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at, edge: cutlass.Constexpr):
         f, S = w.frag, acc_mn(acc_S)  # (rows, cols)
         w.pipes.k.consumer_release(k_state)
+        self._score(w, S, at)
         if cutlass.const_expr(edge):
             self._mask(w, S, at)
         f.softmax.step(S, self.slack)

@@ -77,7 +77,25 @@ class Problem(NamedTuple):
     group: Int32  # query heads per K/V head
     scale_log2: Float32  # |scale| * log2(e)
     q_sign: Float32  # 1, 0 or -1: the scale's sign, applied to Q
-    window: tuple[Int32, ...]  # left and right, where the mask is a Window
+    mask_args: tuple  # what the mask takes: a Window's left and right
+    score_args: tuple  # what the score takes
+    others: tuple  # what the kernel's mixins take
+
+
+class Rows(NamedTuple):
+    """A warpgroup's 64 query rows of a tile."""
+
+    row0: Int32
+    head: Int32
+    batch: Int32
+    score: tuple  # what the score keeps of them
+
+
+class At(NamedTuple):
+    """A block of scores: its rows, and which block of keys."""
+
+    rows: Rows
+    n_block: Int32
 
 
 class Frag(NamedTuple):
@@ -128,7 +146,7 @@ class FlashFwdSm90:
         scale: Float32,
         num_sms: Int32,
         stream: cuda.CUstream,
-        *window: Int32,  # left and right, where the mask is a Window
+        *extras,  # what mask, score and mixins take, in this order: `FwdConfig.extras`
     ):
         """Mode order, TMA atoms, tiled MMAs, grid, launch."""
         c = self.config
@@ -154,7 +172,7 @@ class FlashFwdSm90:
         grid = Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
         scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY))
-        problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign, window)
+        problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign, *c.divide(extras))
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
         clusters = c.scheduler.grid(grid, num_sms // c.cluster)
         self.kernel(gmem, problem, tiling).launch(
@@ -367,7 +385,7 @@ class FlashFwdSm90:
             blocks = self._blocks(tile, problem)
             pipes.q.consumer_wait(q_state)
             if row0 < problem.seqlen_q:
-                kv_state = self._tile(w, row0, blocks, q_state, kv_state)
+                kv_state = self._tile(w, self._rows(tile, row0, problem), blocks, q_state, kv_state)
                 self._finish(w, tile)
             else:
                 kv_state = self._sit_out(w, blocks, kv_state)
@@ -377,14 +395,17 @@ class FlashFwdSm90:
         self.turns.finish(f.wg)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
+    def _rows(self, tile: Tile, row0, problem: Problem) -> Rows:
+        return Rows(row0, tile.head, tile.batch, ())
+
     @cute.jit
-    def _tile(self, w: Warpgroup, row0, blocks, q_state, kv_state):
+    def _tile(self, w: Warpgroup, rows: Rows, blocks, q_state, kv_state):
         """A warpgroup's 64 rows of a tile, blocks from the last to the first: those the mask cuts, then the rest.
 
         kv_state is where K's next block lies; V is multiplied a block later, from the same place of its own ring.
         """
         c, f = self.config, w.frag
-        own = self._own_blocks(w, row0, blocks)
+        own = self._own_blocks(w, rows.row0, blocks)
         f.softmax.reset()
         f.acc_O.fill(0.0)
         self._sign_q(w, q_state)
@@ -392,13 +413,13 @@ class FlashFwdSm90:
         release_if(c.q_in_regs, w.pipes.q, q_state)
         for _ in cutlass.range(blocks[1] - own.end, unroll=1):
             kv_state = self._pass_over(w, kv_state)
-        kv_state = self._first(w, q_state, kv_state, (row0, own.end - 1))
+        kv_state = self._first(w, q_state, kv_state, At(rows, own.end - 1))
         if cutlass.const_expr(c.mask.causal):  # else the mask cuts the last block only
             for n in cutlass.range(own.end - 1 - own.whole_end, unroll=1):
-                kv_state = self._step(w, q_state, kv_state, (row0, own.end - 2 - n), True)
+                kv_state = self._step(w, q_state, kv_state, At(rows, own.end - 2 - n), True)
         self._settle(f)
-        for _ in cutlass.range(own.whole_end - own.whole_first, unroll=1):
-            kv_state = self._step(w, q_state, kv_state, None, False)
+        for n in cutlass.range(own.whole_end - own.whole_first, unroll=1):
+            kv_state = self._step(w, q_state, kv_state, At(rows, own.whole_end - 1 - n), False)
         release_if(not c.q_in_regs, w.pipes.q, q_state)
         self._last(w, kv_state)
         return kv_state
@@ -434,8 +455,12 @@ class FlashFwdSm90:
         acc_S = self._acc_S(tiling)
         tOrP = cute.make_rmem_tensor_like(acc_as_A(acc_S), self.dtype)  # ((2, 2, 2), 1, tile_n / 16)
         cS = acc_mn(thr.partition_C(cute.make_identity_tensor((ROWS, c.tile_n))))  # (rows, cols)
-        softmax = Softmax.create(problem.scale_log2, cute.size(cS, mode=[0]))
+        softmax = Softmax.create(self._scale_log2(problem), cute.size(cS, mode=[0]))
         return Frag(wg, thread, tSrQ, tSrK, tOrV, tOrP, acc_O, softmax, cS)
+
+    def _scale_log2(self, problem: Problem):
+        """What turns a score into an exponent of 2."""
+        return problem.scale_log2
 
     def _acc_S(self, tiling: Tiling):
         return cute.make_rmem_tensor(tiling.mma_qk.get_slice(0).partition_shape_C((ROWS, self.config.tile_n)), Float32)
@@ -484,7 +509,7 @@ class FlashFwdSm90:
         return kv_state
 
     @cute.jit
-    def _first(self, w: Warpgroup, q_state, kv_state, at):
+    def _first(self, w: Warpgroup, q_state, kv_state, at: At):
         """P of the last block, so that every step finds one."""
         f = w.frag
         w.pipes.k.consumer_wait(kv_state)
@@ -493,19 +518,22 @@ class FlashFwdSm90:
         w.pipes.k.consumer_release(kv_state)
         kv_state.advance()
         S = acc_mn(acc_S)  # (rows, cols)
+        self._score(w, S, at)
         if self._cut(w, at):
             self._mask(w, S, at)
         f.softmax.step(S, self.slack)
         self._to_P(f, acc_S)
         return kv_state
 
-    def _cut(self, w: Warpgroup, at):
+    def _score(self, w: Warpgroup, S, at: At):
+        """Where S (rows, cols), Q K^T, becomes what the softmax is of, but for a factor."""
+
+    def _cut(self, w: Warpgroup, at: At):
         """Whether the mask hides a key of this block from any of these 64 rows."""
-        row0, n_block = at
-        return mask_ops.cuts(self.config.mask, row0, ROWS, n_block, self.config.tile_n, w.problem)
+        return mask_ops.cuts(self.config.mask, at.rows.row0, ROWS, at.n_block, self.config.tile_n, w.problem)
 
     @cute.jit
-    def _step(self, w: Warpgroup, q_state, kv_state, at, edge: cutlass.Constexpr):
+    def _step(self, w: Warpgroup, q_state, kv_state, at: At, edge: cutlass.Constexpr):
         """QK of this block and PV of the one before, then softmax of this block. edge: the mask may cut it."""
         f, pipes, v_state = w.frag, w.pipes, before(kv_state)
         pipes.k.consumer_wait(kv_state)
@@ -522,10 +550,11 @@ class FlashFwdSm90:
         return kv_state
 
     @cute.jit
-    def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at, edge: cutlass.Constexpr):
+    def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at: At, edge: cutlass.Constexpr):
         """S becomes P. Releases K, waits for PV, and O follows where a row's offset has changed."""
         f, S = w.frag, acc_mn(acc_S)  # (rows, cols)
         w.pipes.k.consumer_release(k_state)
+        self._score(w, S, at)
         if cutlass.const_expr(edge):
             self._masked_softmax(w, S, at)
         else:
@@ -537,7 +566,7 @@ class FlashFwdSm90:
             self._wait_for_pv(w)
 
     @cute.jit
-    def _masked_softmax(self, w: Warpgroup, S, at):
+    def _masked_softmax(self, w: Warpgroup, S, at: At):
         """S (rows, cols) of a block that the mask may cut, with a maximum."""
         f = w.frag
         self._mask(w, S, at)
@@ -575,9 +604,8 @@ class FlashFwdSm90:
         f = w.frag
         issue(w.tiling.mma_pv, f.acc_O, f.tOrP, f.tOrV[None, None, None, v_state.index], True)
 
-    def _mask(self, w: Warpgroup, S, at):
-        row0, n_block = at
-        mask_ops.apply(self.config.mask, S, w.frag.cS, row0, n_block * self.config.tile_n, w.problem)
+    def _mask(self, w: Warpgroup, S, at: At):
+        mask_ops.apply(self.config.mask, S, w.frag.cS, at.rows.row0, at.n_block * self.config.tile_n, w.problem)
 
     def _to_P(self, f: Frag, acc_S):
         P = acc_as_A(acc_S)  # ((2, 2, 2), 1, tile_n / 16)
@@ -588,8 +616,8 @@ class FlashFwdSm90:
     def epilogue(self, w: Warpgroup, tile: Tile):
         """O and LSE of this warpgroup's rows. No other warpgroup is waited for."""
         c, f = self.config, w.frag
-        lse = f.softmax.finish()
-        normalise_rows(f.acc_O, f.softmax.rescale, lse)
+        lse, seen = self._totals(w, tile)
+        normalise_rows(f.acc_O, f.softmax.rescale, seen)
         rO = cute.make_rmem_tensor_like(f.acc_O, self.dtype)
         rO.store(f.acc_O.load().to(self.dtype))
         if cutlass.const_expr(c.stages_o):
@@ -600,6 +628,11 @@ class FlashFwdSm90:
             row = tile.m_block * c.tile_m + f.wg * ROWS + f.cS[r, 0][0]
             if (f.thread % 4 == 0) & (row < w.gmem.lse.shape[2]):
                 w.gmem.lse[tile.batch, tile.head, row] = lse[r]
+
+    def _totals(self, w: Warpgroup, tile: Tile):
+        """The rows' natural-log sums, and those of the keys that they saw; softmax.rescale normalises O."""
+        lse = w.frag.softmax.finish()
+        return lse, lse
 
     @cute.jit
     def _store_by_tma(self, w: Warpgroup, rO: cute.Tensor, tile: Tile):

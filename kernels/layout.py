@@ -37,10 +37,10 @@ def scale_rows(acc, scale):
 
 
 @cute.jit
-def normalise_rows(acc: cute.Tensor, scale: cute.Tensor, lse: cute.Tensor):
-    """acc's row r times scale[r]; 0 where the row saw no key, whatever 0 * V left there."""
+def normalise_rows(acc: cute.Tensor, scale: cute.Tensor, seen: cute.Tensor):
+    """acc's row r times scale[r]; 0 where the row saw no key, whatever 0 * V left there: seen[r] is then -inf."""
     scale_rows(acc, scale)
     rows = acc_mn(acc)  # (rows, cols)
     for r in cutlass.range_constexpr(cute.size(scale)):
-        if lse[r] == -Float32.inf:
+        if seen[r] == -Float32.inf:
             rows[r, None].fill(0.0)

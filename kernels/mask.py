@@ -20,6 +20,10 @@ class Mask:
     def first(self, row, problem):
         return 0
 
+    def signature(self) -> tuple:
+        """One value of each run-time argument, for its type."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Full(Mask):
@@ -43,15 +47,18 @@ class Causal(Mask):
 
 @dataclass(frozen=True)
 class Window(Mask):
-    """Query i sees the keys from i - left to i + right, aligned to the last key; problem.window is (left, right)."""
+    """Query i sees the keys from i - left to i + right, aligned to the last key; problem.mask_args is (left, right)."""
 
     windowed, name = True, "window"
 
+    def signature(self) -> tuple:
+        return Int32(0), Int32(0)
+
     def first(self, row, problem):
-        return cutlass.max(row + problem.seqlen_k - problem.seqlen_q - problem.window[0], 0)
+        return cutlass.max(row + problem.seqlen_k - problem.seqlen_q - problem.mask_args[0], 0)
 
     def limit(self, row, problem):
-        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.window[1], 0)  # below 2^31
+        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.mask_args[1], 0)  # below 2^31
 
 
 class Blocks(NamedTuple):

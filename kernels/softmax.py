@@ -15,6 +15,7 @@ SLACK_LOG2 = {"bf16": 8.0, "fp16": 3.0}  # fp16's least number is 2^-24: P must 
 LARGEST_SUM = {"bf16": 2.0**30, "fp16": 2.0**15}  # of a thread's P of a row and block: P fits its type, O float32
 LOWEST = -3.4028234663852886e38  # the least finite float32
 LN2 = 0.6931471805599453
+LOG2_E = 1.4426950408889634
 
 
 class Softmax(NamedTuple):
@@ -110,6 +111,19 @@ class Softmax(NamedTuple):
 
     def add(self, sums: cute.Tensor):
         self.row_sum.store(self.row_sum.load() + sums.load())
+
+    @cute.jit
+    def join(self, sink_log2: Float32, lse: cute.Tensor) -> cute.Tensor:
+        """After `finish`: a logit in units of log 2 joins each row's sum; its lse, and `rescale` follows."""
+        joined = cute.make_rmem_tensor_like(lse, Float32)
+        for r in cutlass.range_constexpr(cute.size(lse)):
+            mine = lse[r] * LOG2_E
+            top = cute.arch.fmax(cute.arch.fmax(mine, sink_log2), LOWEST)
+            share = cute.math.exp2(mine - top, fastmath=True)
+            total = share + cute.math.exp2(sink_log2 - top, fastmath=True)
+            self.rescale[r] = self.rescale[r] * share * cute.arch.rcp_approx(total)
+            joined[r] = (top + cute.math.log2(total, fastmath=True)) * LN2
+        return joined
 
     @cute.jit
     def finish(self) -> cute.Tensor:
