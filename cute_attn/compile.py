@@ -24,6 +24,7 @@ from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
 from .kernels.config import FwdConfig
 from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
+from .kernels.flash_fwd_pack_sm90 import Packed
 from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
 from .kernels.flash_fwd_score_sm90 import Scored, Sinks
 from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
@@ -111,7 +112,8 @@ def compile(config: FwdConfig, options: str = ""):
 
 def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
     """The class that is compiled for a config."""
-    asked = {Timeline: config.timeline, Scored: config.score.name, Sinks: config.sinks, Windowed: config.mask.windowed}
+    asked = {Timeline: config.timeline, Scored: config.score.name, Sinks: config.sinks}
+    asked |= {Windowed: config.mask.windowed, Packed: config.pack > 1}
     mixins = [mixin for mixin, wanted in asked.items() if wanted]
     plain = _plain(config)
     return type("".join(x.__name__ for x in (plain, *mixins)), (*mixins, plain), {}) if mixins else plain

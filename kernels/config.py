@@ -12,6 +12,7 @@ from .tile_scheduler import OneTile, Static, StaticTiles
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
 DTYPES = ("bf16", "fp16")
 LAYOUTS = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0)}  # where s, d, h, b stand in q, k, v and o
+PACKS = (1, 2, 4, 8, 16, 32, 64)
 # MMA warpgroups: registers per thread (producer, consumer), together no more than launched with; None: as launched
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 
@@ -37,6 +38,7 @@ class FwdConfig:
     overlap: bool = True  # PV runs beside the next block's QK and softmax; without: FlashFwdSerialSm90, for the ladder
     score: Plain | Softcap | Alibi = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
+    pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: Packed
 
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in LAYOUTS
@@ -49,6 +51,8 @@ class FwdConfig:
         assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
         assert not (self.redo and self.score.name), "Scored has no score for the step redone"
+        assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
+        assert self.pack == 1 or not (self.sinks or self.score.name == "alibi"), "a tile has one sink, and one slope"
         assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -99,6 +103,7 @@ class FwdConfig:
         tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}" + (f"_split{self.split}" if self.split > 1 else "")
         tile += f"_cluster{self.cluster}" if self.cluster > 1 else ""
         tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
+        tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
         kind = "_".join(filter(None, (self.mask.name, self.score.name, "sinks" if self.sinks else "")))
         return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{kind}_{tile}"

@@ -386,6 +386,9 @@ class FlashFwdSm90:
         """Of q or o: (64, d, blocks) of a tile's head."""
         return cute.local_tile(tma.tensor[None, None, head, batch], (ROWS, self.config.head_dim), (None, 0))
 
+    def _query(self, row):
+        return row
+
     def _place(self, row, tile: Tile, gmem: Gmem):
         """The query and the head of a row; a query beyond the last where the row is nobody's."""
         return row, tile.head
@@ -404,7 +407,7 @@ class FlashFwdSm90:
             row0 = tile.m_block * c.tile_m + f.wg * ROWS
             blocks = self._blocks(tile, problem)
             pipes.q.consumer_wait(q_state)
-            if self._place(row0, tile, gmem)[0] < problem.seqlen_q:
+            if self._query(row0) < problem.seqlen_q:
                 kv_state = self._tile(w, self._rows(tile, row0, problem), blocks, q_state, kv_state)
                 self._finish(w, tile)
             else:

@@ -61,6 +61,31 @@ class Window(Mask):
         return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.mask_args[1], 0)  # below 2^31
 
 
+@dataclass(frozen=True)
+class Packed(Mask):
+    """`mask` where `pack` rows, a power of two, are one query's."""
+
+    mask: Mask
+    pack: int
+
+    @property
+    def causal(self):
+        return self.mask.causal
+
+    @property
+    def windowed(self):
+        return self.mask.windowed
+
+    def query(self, row):
+        return row >> (self.pack.bit_length() - 1)
+
+    def first(self, row, problem):
+        return self.mask.first(self.query(row), problem)
+
+    def limit(self, row, problem):
+        return self.mask.limit(self.query(row), problem)
+
+
 class Blocks(NamedTuple):
     """Of keys, for some rows: those that any of them needs, at least one; and those that all of them see whole."""
 
