@@ -11,7 +11,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from .config import FwdConfig
 from .flash_fwd_sm90 import ROWS, Gmem, Tma
-from .mask import Packed as PackedMask
+from .mask import PackedRows
 from .tile_scheduler import Tile
 
 NOBODY = (1 << 31) - 1  # no query has this number
@@ -22,7 +22,7 @@ class Packed:
 
     def __init__(self, config: FwdConfig):
         super().__init__(config)
-        self.mask = PackedMask(config.mask, config.pack)
+        self.mask = PackedRows(config.mask, config.pack)
         self.tiler = ((config.pack, ROWS // config.pack), config.head_dim)
 
     def _rows_tma(self, op, m: cute.Tensor, smem: cute.Layout, heads_kv) -> Tma:
@@ -44,7 +44,7 @@ class Packed:
     def _query(self, row):
         return self.mask.query(row)
 
-    def _place(self, row, tile: Tile, gmem: Gmem):
+    def _whose(self, row, tile: Tile, gmem: Gmem):
         """By shifts: pack is a power of two; and on plain ints too."""
         pack, ratio = self.config.pack, gmem.q.tensor.shape[0][0]
         packs = (ratio + pack - 1) // pack

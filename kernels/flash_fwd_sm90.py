@@ -389,7 +389,7 @@ class FlashFwdSm90:
     def _query(self, row):
         return row
 
-    def _place(self, row, tile: Tile, gmem: Gmem):
+    def _whose(self, row, tile: Tile, gmem: Gmem):
         """The query and the head of a row; a query beyond the last where the row is nobody's."""
         return row, tile.head
 
@@ -649,7 +649,7 @@ class FlashFwdSm90:
             self._store(w, rO, tile)
         for r in cutlass.range_constexpr(cute.size(lse)):
             row = tile.m_block * c.tile_m + f.wg * ROWS + f.cS[r, 0][0]
-            query, head = self._place(row, tile, w.gmem)
+            query, head = self._whose(row, tile, w.gmem)
             if (f.thread % 4 == 0) & (query < w.gmem.lse.shape[2]):
                 w.gmem.lse[tile.batch, head, query] = lse[r]
 
@@ -687,7 +687,7 @@ class FlashFwdSm90:
         words = cute.recast_tensor(rO, Int32)  # ((1, 2, d / 8), 1, 1)
         row0 = tile.m_block * c.tile_m + f.wg * ROWS
         for r in cutlass.range_constexpr(2):
-            query, head = self._place(row0 + f.cS[r, 0][0], tile, w.gmem)
+            query, head = self._whose(row0 + f.cS[r, 0][0], tile, w.gmem)
             g = w.gmem.o[None, None, head, tile.batch]  # (s, d)
             for n in cutlass.range_constexpr(0, c.head_dim // 8, 4):
                 x = quad_transpose([words[(0, r, n + i), 0, 0] for i in range(4)], f.thread)

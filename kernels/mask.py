@@ -62,7 +62,7 @@ class Window(Mask):
 
 
 @dataclass(frozen=True)
-class Packed(Mask):
+class PackedRows(Mask):
     """`mask` where `pack` rows, a power of two, are one query's."""
 
     mask: Mask
