@@ -21,7 +21,7 @@ from gpu_tests import where
 from cute_attn import flash_fwd
 from cute_attn.benchmark.contenders import make_inputs
 from cute_attn.kernels.config import DTYPES, FwdConfig
-from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped
+from cute_attn.plan import HEAD_DIMS, Kinds, Problem, plan, shipped
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("racecheck", "memcheck", "initcheck")
@@ -38,7 +38,7 @@ def problems(head_dim: int) -> list[Problem]:
     """A small problem for each shipped kernel of a head dim."""
     found: dict[FwdConfig, Problem] = {}
     for (s_q, s_k, h), dtype, mask, constant_time in product(SIZES, DTYPES, MASKS, (False, True)):
-        how = dict(causal=mask == "causal", window=mask == "window", constant_time=constant_time)
+        how = dict(causal=mask == "causal", kinds=Kinds(window=mask == "window"), constant_time=constant_time)
         problem = Problem(2, h, h // 3 or 1, s_q, s_k, head_dim - 8, dtype, **how)
         found.setdefault(plan(problem), problem)
     return list(found.values())
@@ -54,7 +54,7 @@ def run_cases(head_dim: int) -> None:
         q, k, v, _ = make_inputs(p, torch.device("cuda"))
         k *= torch.linspace(30, 0, p.seqlen_k, device="cuda", dtype=k.dtype)[:, None]  # so that offsets are raised too
         scale, out = -0.1 if p.dtype == "fp16" else None, torch.full_like(q, torch.nan)
-        how = dict(causal=p.causal, constant_time=p.constant_time, window=WINDOW if p.window else None)
+        how = dict(causal=p.causal, constant_time=p.constant_time, window=WINDOW if p.kinds.window else None)
         o, lse = flash_fwd(q, k, v, scale=scale, return_lse=True, out=out, **how)
         assert not o.isnan().any()
         assert not lse.isnan().any()

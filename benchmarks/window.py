@@ -22,7 +22,7 @@ from cute_attn.benchmark.contenders import OURS, make_inputs
 from cute_attn.benchmark.machine import no_hopper
 from cute_attn.benchmark.report import write_json
 from cute_attn.benchmark.timing import METHOD, CudaTimer, Timer, compare
-from cute_attn.plan import Problem
+from cute_attn.plan import Kinds, Problem
 
 ROOT = Path(__file__).parent.parent
 LEFTS, SEQLENS, HEAD_DIMS, TOKENS = (256, 1024), (8192, 32768), (64, 128, 256), 32768
@@ -75,7 +75,7 @@ def entries(
 
 def problems() -> list[Problem]:
     return [
-        Problem(TOKENS // s, 2048 // d, 2048 // d, s, s, d, layout="bshd", window=True)
+        Problem(TOKENS // s, 2048 // d, 2048 // d, s, s, d, layout="bshd", kinds=Kinds(window=True))
         for d, s in product(HEAD_DIMS, SEQLENS)
     ]
 

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from . import checks, compile, device, reference
 from .checks import Spec
 from .kernels.config import FwdConfig
+from .modifiers import NONE, UNMODIFIED, Modifiers
 from .plan import HEAD_DIMS, Problem, kind, plan, shipped
 
 
@@ -23,6 +24,13 @@ class Options(TypedDict, total=False):
     out: Tensor | None
     constant_time: bool
     window: tuple[int | None, int | None] | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    score_mod: Callable | None
+    mask_mod: Callable | None
+    aux: Sequence[Tensor | int | float]
+    block_mask: Any
 
 
 @overload
@@ -38,7 +46,24 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: U
 
 
 def flash_fwd(
-    q, k, v, *, causal=False, scale=None, layout="bhsd", return_lse=False, out=None, constant_time=False, window=None
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    scale=None,
+    layout="bhsd",
+    return_lse=False,
+    out=None,
+    constant_time=False,
+    window=None,
+    softcap=None,
+    alibi_slopes=None,
+    sinks=None,
+    score_mod=None,
+    mask_mod=None,
+    aux=(),
+    block_mask=None,
 ):
     """Exact attention, softmax(scale q k^T) v, by one fused kernel (FlashAttention-3, arXiv:2407.08608).
 
@@ -54,11 +79,21 @@ def flash_fwd(
         constant_time: run the kernel in which no branch depends on a value of q, k or v, so that its time says nothing
             of them; it rescales O in every step, and is slower. The same bound on errors.
         window: (left, right), each a number of keys or None for no bound: query i sees the keys from i + Sk - Sq - left
-            to i + Sk - Sq + right. With causal, right is None or 0. Time follows the window, not Sk; a new one compiles
-            nothing.
+            to i + Sk - Sq + right. With causal, right is None or 0. Time follows the window, not Sk.
+        softcap: a score s, scaled, becomes softcap * tanh(s / softcap) (Gemma 2, arXiv:2408.00118).
+        alibi_slopes: (H,) or (B, H) float32: a score then loses slope * |i + Sk - Sq - j| (ALiBi, arXiv:2108.12409).
+        sinks: (H,) float32 logits, each of which joins the denominator of its head's rows and lse, as the score of a
+            key without a value (arXiv:2309.17453). A new value of any of these compiles nothing.
+        score_mod, mask_mod: FlexAttention's (arXiv:2412.05496): score_mod(score, b, h, q_idx, kv_idx, *aux) of the
+            scaled score, capped and biased before, and mask_mod(b, h, q_idx, kv_idx, *aux), which holds for the pairs
+            that attend; causal and window apply too. Compiled into the kernel, some 2 s for a new function; the tensors
+            that they capture, and aux, tensors and numbers, are run-time arguments.
+        block_mask: FlexAttention's BlockMask, whose mask_mod then applies, or `cute_attn.BlockLists`: the blocks of
+            keys that each block of queries needs; the others cost nothing.
 
     Returns:
-        o, like q; or (o, lse). Accumulated in float32, rounded once. A row that sees no key gives o = 0, lse = -inf.
+        o, like q; or (o, lse). Accumulated in float32, rounded once. A row that sees no key gives o = 0 and lse = -inf,
+        or its sink.
 
     Arrays of NumPy, CuPy, JAX and others that speak DLPack are taken too, all of one library, without a copy; o and lse
     are then of that library. They run eagerly only, outside of `jax.jit`.
@@ -66,50 +101,56 @@ def flash_fwd(
     Runs on torch's current stream of the tensors' device, and may be captured in a CUDA graph after one call. CPU
     tensors are computed by torch in float32 and rounded once.
 
-    Differentiable once in q, k and v; lse is not. The backward is torch's: cuDNN's where Sq == Sk, the scale
-    is positive and there is no window, else FlashAttention-2's, and that everywhere under
-    torch.use_deterministic_algorithms or without torch.backends.cuda.enable_cudnn_sdp. At most 65,535 batches and
+    Differentiable once in q, k and v, but not with softcap, alibi_slopes or sinks; lse is not. The backward is torch's:
+    cuDNN's where Sq == Sk, the scale is positive and there is no window, else FlashAttention-2's, and that everywhere
+    under torch.use_deterministic_algorithms or without torch.backends.cuda.enable_cudnn_sdp. At most 65,535 batches and
     heads; no `out`; a backward through the backward raises, as do the transforms of torch.func.
 
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    if window is not None:
+    modifiers = NONE
+    if not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None:
         causal, window = checks.window(window, causal)
+        modifiers = Modifiers(
+            window, checks.softcap(softcap), alibi_slopes, sinks, *checks.mods(score_mod, mask_mod, aux, block_mask)
+        )
     if torch.compiler.is_compiling():
-        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, window)
+        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers)
     if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
         from .integrations import dlpack
 
         how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
-        return dlpack.flash_fwd(q, k, v, out=out, window=window, **how)
+        return dlpack.flash_fwd(q, k, v, out=out, **how, **modifiers.by_name())
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
-    how = causal, layout, constant_time, window is not None
+    how = causal, layout, constant_time, UNMODIFIED if modifiers is NONE else modifiers.kinds
     problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, how)
     scale = default_scale if scale is None else checks.scale(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
         for name, x in zip("qkv", (q, k, v), strict=True):
             checks.tensor(name, x)
-        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, window)
+        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers)
+    if modifiers is not NONE:
+        modifiers = checks.fitted(modifiers, problem, q.device)
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
     if gpu is None:
-        return _on_cpu(problem, q, k, v, scale, window, return_lse, out)
+        return _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out)
     o = torch.empty_like(q) if out is None else out
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32) if return_lse else None
     if kernel is None:
         o.zero_()
         if lse is not None:
-            lse.fill_(-torch.inf)
+            lse.fill_(-torch.inf) if sinks is None else lse.copy_(sinks[:, None])
     else:
         address, ticket = 0 if lse is None else lse.data_ptr(), gpu.ticket() if draws else 0
         tensors = (q, k, v, o) if plain else map(_for_tma, (q, k, v, o))
         try:
-            if window is None:
+            if modifiers is NONE:
                 kernel(*tensors, address, ticket, scale, gpu.num_sms)
             else:
-                kernel(*tensors, address, ticket, scale, gpu.num_sms, *window)
+                kernel(*tensors, address, ticket, scale, gpu.num_sms, *modifiers.arguments())
         except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it
             _prepared(q, k, v, out, *how)
             checks.addresses(q, k, v, o)
@@ -143,7 +184,7 @@ def _call(q, k, v, out, how) -> Call:
     """Checked, planned and compiled; a look-up where the like has come before.
 
     The key leaves out what the compiled call itself holds against q and k before it launches: v's and out's shape, and
-    every type and device but q's. `how` says whether there is a window, not which.
+    every type and device but q's. `how` says which modifiers there are, not their values.
     """
     try:
         o = None if out is None else out.stride()
@@ -160,12 +201,12 @@ def _call(q, k, v, out, how) -> Call:
     return call
 
 
-def _prepared(q, k, v, out, causal, layout, constant_time, window) -> Call:
-    checks.words(causal, layout, constant_time, window)
+def _prepared(q, k, v, out, causal, layout, constant_time, kinds) -> Call:
+    checks.words(causal, layout, constant_time)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
         checks.tensor(name, x)
     q, k, v, o = (Spec.of(x) for x in (q, k, v, q if out is None else out))
-    problem = checks.problem(q, k, v, causal, layout, constant_time, window)
+    problem = checks.problem(q, k, v, causal, layout, constant_time, kinds)
     if out is not None:
         checks.out(o, q, layout)
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
@@ -210,8 +251,10 @@ def _for_tma(x):
     return x.as_strided(x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), (8, 8, 8, 1), strict=True)])
 
 
-def _on_cpu(problem, q, k, v, scale, window, return_lse, out):
-    how = dict(causal=problem.causal, scale=scale, window=window, layout=problem.layout, dtype=torch.float32)
+def _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out):
+    how = dict(
+        causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers.for_reference()
+    )
     with torch.autocast("cpu", enabled=False):
         o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
     o = (torch.empty_like(q) if out is None else out).copy_(o)

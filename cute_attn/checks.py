@@ -2,11 +2,14 @@
 
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .plan import HEAD_DIM_MAX, Problem
+from . import block_mask as block_masks
+from .modifiers import Modifiers
+from .mods import Mod, prepare
+from .plan import HEAD_DIM_MAX, Kinds, Problem
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 TORCH_DTYPES = {word: dtype for dtype, word in DTYPES.items()}
@@ -15,6 +18,8 @@ ALIGNMENT = 8  # elements of 2 bytes: TMA moves multiples of 16 bytes from multi
 SIZE_MAX = 1 << 30  # rows of a sequence, and tiles of a launch: indices are int32
 GRID_MAX = 65_535  # blocks of a CUDA grid in y and z
 UNBOUNDED = SIZE_MAX  # of a window's side: no query is further from a key
+SOFTCAP_MAX = 1e30
+PLAIN = Kinds()
 SCALE_MAX = 2.3e38  # times log2(e) it is still a float32
 
 
@@ -108,7 +113,7 @@ def _side(name, keys):
 
 
 def problem(
-    q: Spec, k: Spec, v: Spec, causal: bool, layout: str, constant_time: bool = False, window: bool = False
+    q: Spec, k: Spec, v: Spec, causal: bool, layout: str, constant_time: bool = False, kinds: Kinds = PLAIN
 ) -> Problem:
     """The problem that q, k, v state together."""
     for name, x in zip("qkv", (q, k, v), strict=True):
@@ -129,8 +134,10 @@ def problem(
     tiles = -(-q.shape[s] // 64) * heads * batch
     if tiles >= SIZE_MAX:
         raise ValueError(f"q: {tiles} tiles of 64 rows in one call; split the batch to stay below {SIZE_MAX}")
+    if constant_time and kinds.sparse:
+        raise ValueError("constant_time: given with block_mask, whose kernel branches on scores; omit one of them")
     sizes = batch, heads, heads_kv, q.shape[s], k.shape[s], d
-    return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time, window)
+    return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time, kinds)
 
 
 def warmup_problem(head_dim, dtype, layout, causal, constant_time, window) -> Problem:
@@ -138,7 +145,7 @@ def warmup_problem(head_dim, dtype, layout, causal, constant_time, window) -> Pr
     words(causal, layout, constant_time, window)
     dtype = TORCH_DTYPES.get(dtype, dtype)
     x = Spec(torch.Size((1, 1, 1, head_dim)), (head_dim, head_dim, head_dim, 1), dtype, torch.device("cpu"))
-    return problem(x, x, x, causal and not window, layout, constant_time, window)
+    return problem(x, x, x, causal and not window, layout, constant_time, Kinds(window=window))
 
 
 def _words(layout: str, h: str, s: str) -> str:
@@ -195,8 +202,77 @@ def learns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
-def gradients(q: torch.Tensor, layout: str) -> None:
-    """The backward's own limit: CUDA's grids have at most 65,535 blocks in y and z."""
+def softcap(value) -> Any:
+    if value is None or isinstance(value, torch.SymFloat):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"softcap: {value!r} came; a positive number is needed, or None for no cap")
+    number = float(value)
+    if not 1 / SOFTCAP_MAX <= number <= SOFTCAP_MAX:  # also NaN
+        raise ValueError(
+            f"softcap: {number} came; use one between {1 / SOFTCAP_MAX} and {SOFTCAP_MAX}, or None for no cap"
+        )
+    return number
+
+
+def mods(score_mod, mask_mod, aux, block_mask) -> tuple[Mod | None, Mod | None, block_masks.BlockLists | None]:
+    """(score_mod, mask_mod, lists) taken apart; aux goes to both functions."""
+    if not isinstance(aux, (tuple, list)):
+        raise TypeError(f"aux: {type_word(aux)} came; a tuple of tensors and numbers is needed")
+    if not score_mod is mask_mod is block_mask is None and torch.compiler.is_compiling():
+        raise TypeError(
+            "score_mod, mask_mod, block_mask: they cannot pass the operator that torch.compile sees; call flash_fwd "
+            "from a function under torch.compiler.disable"
+        )
+    lists, mask_mod = block_masks.prepare(block_mask, mask_mod)
+    score = None if score_mod is None else prepare("score_mod", score_mod, tuple(aux))
+    return score, None if mask_mod is None else prepare("mask_mod", mask_mod, tuple(aux)), lists
+
+
+def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modifiers:
+    """Held against the problem; a block mask's lists are then those of every sequence and head."""
+    per_head(modifiers, problem, device)
+    lists = modifiers.block_mask
+    if not isinstance(lists, block_masks.BlockLists):
+        return modifiers
+    sizes = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
+    return modifiers._replace(block_mask=block_masks.fit(lists, *sizes, device))
+
+
+def per_head(modifiers: Modifiers, problem: Problem, device: torch.device) -> None:
+    """alibi_slopes and sinks: float32, where q is, a number for each head, or for each head of each sequence."""
+    heads, of_batch = (problem.heads,), (problem.batch, problem.heads)
+    for name, x, shapes in (
+        ("alibi_slopes", modifiers.alibi_slopes, (heads, of_batch)),
+        ("sinks", modifiers.sinks, (heads,)),
+    ):
+        if x is None:
+            continue
+        want = " or ".join(map(str, shapes))
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: a torch.Tensor is needed, float32 {want}; {type_word(x)} came")
+        if x.dtype != torch.float32:
+            raise TypeError(f"{name}: {x.dtype} came, torch.float32 is needed; use {name}.float()")
+        if tuple(x.shape) not in shapes:
+            raise ValueError(f"{name}: shape {tuple(x.shape)} came; {want} is needed, a number for each of q's heads")
+        if x.device != device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {device}; move one with .to(device)")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(
+                f"{name}: stride {x.stride(-1)} in the last dimension; 1 is needed: use {name}.contiguous()"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: requires grad, and flash_fwd has no gradient for it; pass {name}.detach()")
+
+
+def gradients(q: torch.Tensor, layout: str, modifiers: Modifiers) -> None:
+    """The backward's own limits: no modifier but a window; CUDA's grids have at most 65,535 blocks in y and z."""
+    for name, x in zip(modifiers._fields[1:], modifiers[1:], strict=True):
+        if x is not None:
+            raise ValueError(
+                f"{name}: given with inputs that require grad, and its backward is not supported; call under "
+                "torch.no_grad(), or use torch.nn.attention.flex_attention where gradients are needed"
+            )
     for what, i in (("batches", 0), ("heads", layout.index("h"))):
         if q.is_cuda and q.shape[i] > GRID_MAX:
             raise ValueError(

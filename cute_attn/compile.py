@@ -29,6 +29,7 @@ from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
 from .kernels.flash_fwd_score_sm90 import Scored, Sinks
 from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
 from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
+from .kernels.flash_fwd_sparse_sm90 import Sparse
 from .kernels.flash_fwd_split_sm90 import FlashFwdSplitSm90
 from .kernels.flash_fwd_timeline_sm90 import Timeline
 from .kernels.flash_fwd_window_sm90 import Windowed
@@ -112,8 +113,14 @@ def compile(config: FwdConfig, options: str = ""):
 
 def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
     """The class that is compiled for a config."""
-    asked = {Timeline: config.timeline, Scored: config.score.name, Sinks: config.sinks}
-    asked |= {Windowed: config.mask.windowed, Packed: config.pack > 1}
+    asked = {
+        Timeline: config.timeline,
+        Scored: config.score.name,
+        Sinks: config.sinks,
+        Windowed: config.mask.windowed and not config.sparse,
+        Sparse: config.sparse,
+        Packed: config.pack > 1,
+    }
     mixins = [mixin for mixin, wanted in asked.items() if wanted]
     plain = _plain(config)
     return type("".join(x.__name__ for x in (plain, *mixins)), (*mixins, plain), {}) if mixins else plain

@@ -78,6 +78,7 @@ def kernels(configs: list[FwdConfig], ratio: int) -> list[FwdConfig]:
     """Every kernel that packed problems can reach where others reach `configs`, of one kind each."""
     if ratio < 2:
         return []
+    configs = [config for config in configs if config.packable]
     blocks = [one_block(config) for config in configs if config.tile_m > 64]
     every = [*configs, *blocks, *(part for block in blocks for part in splits(block))]
     return list(dict.fromkeys(packed(config, ratio) for config in every))

@@ -6,11 +6,26 @@ from itertools import product
 from typing import NamedTuple
 
 from . import packing, tuned
-from .kernels.config import DTYPES, LAYOUTS, FwdConfig
-from .kernels.mask import Window
+from .kernels.config import DTYPES, LAYOUTS, FwdConfig, SparseBlocks
+from .kernels.mask import UserMask, Window
+from .kernels.score import Alibi, Plain, Softcap, UserScore
+from .kernels.tile_scheduler import DynamicLongest
+from .kernels.user_mod import UserMod
 
 HEAD_DIM_MAX = 256
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the kernels; D runs on the next one up
+
+
+class Kinds(NamedTuple):
+    """Which modifiers a call has, whatever their values."""
+
+    window: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    score_mod: UserMod | None = None
+    mask_mod: UserMod | None = None
+    sparse: SparseBlocks | None = None
 
 
 class Problem(NamedTuple):
@@ -26,7 +41,7 @@ class Problem(NamedTuple):
     layout: str = "bhsd"
     causal: bool = False
     constant_time: bool = False
-    window: bool = False
+    kinds: Kinds = Kinds()
 
     @property
     def ratio(self) -> int:
@@ -52,6 +67,9 @@ class Problem(NamedTuple):
         return 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim / (2 if self.causal else 1)
 
 
+MODIFIED = {False: [Kinds(alibi=True)], True: [Kinds(softcap=True), Kinds(softcap=True, alibi=True, sinks=True)]}
+
+
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
     """The kernel for a problem, by the table of the GPU of that name; without a name, or a table, by the H200's.
@@ -60,7 +78,7 @@ def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
     the heads that share a K/V head are packed into it.
     """
     found = _by_table(problem, gpu)
-    if problem.ratio < 2 or problem.empty:
+    if problem.ratio < 2 or problem.empty or not found.packable:
         return found
     rows = packing.rows_of(problem)
     other = _by_table(rows, gpu)
@@ -71,7 +89,7 @@ def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
 
 def _by_table(problem: Problem, gpu: str | None) -> FwdConfig:
     """The kernel for as many heads, and rows of each, as the problem has."""
-    if problem.window or problem.constant_time:
+    if problem.constant_time or problem.kinds != Kinds():
         return _always(problem, gpu)
     rows = tuned.table(gpu).classes[kernel_head_dim(problem), problem.causal, problem.dtype]
     row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
@@ -79,9 +97,10 @@ def _by_table(problem: Problem, gpu: str | None) -> FwdConfig:
 
 
 def _always(problem: Problem, gpu: str | None) -> FwdConfig:
-    """The kernel that serves the problem's kind at any lengths."""
-    base = config(kernel_head_dim(problem), problem.dtype, problem.layout, problem.window or problem.causal, gpu)
-    base = windowed(base) if problem.window else base
+    """The kernel of the problem's kind that serves any lengths."""
+    causal = problem.kinds.window or problem.causal
+    base = config(kernel_head_dim(problem), problem.dtype, problem.layout, causal, gpu)
+    base = modified(base, problem.kinds)
     return constant_time(base) if problem.constant_time else base
 
 
@@ -96,7 +115,30 @@ def config(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None
 
 def constant_time(config: FwdConfig) -> FwdConfig:
     """The same tiles and schedule, with a softmax of which no branch depends on a score."""
-    return replace(config, redo=False, constant_time=True)
+    score = replace(config.score, exact=True) if isinstance(config.score, Softcap) else config.score
+    return replace(config, redo=False, constant_time=True, score=score)
+
+
+def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
+    """Of a kernel the one with modifiers; of a causal one where there is a window."""
+    config = sparse(config, kinds.sparse) if kinds.sparse else config
+    config = windowed(config) if kinds.window else config
+    causal = config.mask.causal
+    capped = Softcap() if kinds.softcap else Plain()
+    biased = Alibi(capped, causal) if kinds.alibi else capped
+    score = UserScore(kinds.score_mod, biased) if kinds.score_mod else biased
+    base = config.mask
+    mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
+    redo = config.redo and not score.name and not mask.everywhere
+    return replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
+
+
+def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
+    """Of a kernel the one for lists of blocks: tiles of their size or a part of it, drawn, since their work differs."""
+    tile_m, widest = min(blocks.block_m, 128), 128 if config.head_dim <= 128 else 64
+    tile_n = next(n for n in (widest, 64) if blocks.block_n % n == 0)
+    plain = FwdConfig(config.head_dim, config.dtype, config.layout, config.mask, tile_m, tile_n)
+    return replace(plain, scheduler=DynamicLongest, pingpong=tile_m == 128, sparse=blocks)
 
 
 def windowed(config: FwdConfig) -> FwdConfig:
@@ -107,20 +149,24 @@ def windowed(config: FwdConfig) -> FwdConfig:
     return replace(config, mask=Window(), cluster=1, redo=config.redo and config.head_dim != 64)
 
 
-def kind(config: FwdConfig) -> tuple[int, str, str, str, bool]:
+def kind(config: FwdConfig) -> tuple:
     """What a caller chooses, beside the sizes: they may take one kernel or another of a kind."""
-    return config.head_dim, config.dtype, config.layout, config.mask.name, config.constant_time
+    c = config
+    return c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks
 
 
 def shipped(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
-    """Every kernel that some problem can reach: those of each kind, of some lengths only, windowed, constant-time.
+    """The kernels of each kind, of some lengths only, windowed, constant-time; and with other modifiers one of each.
 
-    And with a ratio, of query heads to a K/V head, those that pack them.
+    With a ratio, of query heads to a K/V head, those that pack them too. Modifiers combine: any other kernel is compiled
+    by its first call.
     """
     kinds = [_configs(*one, gpu) for one in product(HEAD_DIMS, DTYPES, LAYOUTS, (False, True))]
     always, some = [configs[-1] for configs in kinds], [c for configs in kinds for c in configs[:-1]]
     windows = [windowed(config) for config in always if config.mask.causal]
-    every = [*always, *some, *windows, *map(constant_time, [*always, *windows])]
+    plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
+    others = [modified(config, kinds) for config in plain for kinds in MODIFIED[config.mask.causal]]
+    every = [*always, *some, *windows, *others, *map(constant_time, [*always, *windows])]
     return list(dict.fromkeys([*every, *packing.kernels(every, ratio)]))
 
 

@@ -1,5 +1,6 @@
 """Attention and its gradients by definition, in float32 or float64: the truth for tests, and what CPU tensors get."""
 
+from functools import partial
 from itertools import product
 
 import torch
@@ -7,13 +8,29 @@ import torch
 CHUNK_BYTES = 256 << 20  # of scores held at a time
 
 
-def attention(q, k, v, *, causal=False, scale=None, window=None, layout="bhsd", dtype=torch.float64):
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    scale=None,
+    window=None,
+    softcap=None,
+    alibi_slopes=None,
+    sinks=None,
+    score_mod=None,
+    mask_mod=None,
+    layout="bhsd",
+    dtype=torch.float64,
+):
     """softmax(scale q k^T) v over every (query, key) pair that the mask leaves, all in `dtype`.
 
     q (B, H, Sq, D), k and v (B, Hk, Sk, D) with Hk dividing H; layout "bshd" swaps the two middle dimensions. causal
     is aligned to the last key, and so is window, (left, right): query i sees the keys from i + Sk - Sq - left to
-    i + Sk - Sq + right, None being no bound. Returns o like q and lse (B, H, Sq), natural log, both in `dtype`. A row
-    whose every score is -inf, which no visible key implies, gives o = 0 and lse = -inf.
+    i + Sk - Sq + right, None being no bound. softcap, alibi_slopes, sinks, score_mod and mask_mod as of `flash_fwd`.
+    Returns o like q and lse (B, H, Sq), natural log, both in `dtype`. A row whose every score is -inf, which no visible
+    key implies, gives o = 0 and lse = -inf, or its sink.
     """
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -30,7 +47,9 @@ def attention(q, k, v, *, causal=False, scale=None, window=None, layout="bhsd", 
                 part = slice(start, start + rows)
                 queries = q[b, h, part].to(dtype)
                 seen = _seen(start, len(queries), seqlen_q, seqlen_k, causal, window, q.device)
-                o[b, h, part], lse[b, h, part] = _rows(queries, keys, values, scale, seen)
+                change = partial(_changed, b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod)
+                sink = None if sinks is None else sinks[h].to(dtype)
+                o[b, h, part], lse[b, h, part] = _rows(queries, keys, values, scale, seen, change, sink)
     return (o.transpose(1, 2) if layout == "bshd" else o), lse
 
 
@@ -68,21 +87,35 @@ def _seen(start, rows, seqlen_q, seqlen_k, causal, window, device):
     return None if left is None else last - left, None if right is None else last + right
 
 
-def _scores(q, k, scale, seen):
-    s, (first, last) = (q @ k.T) * scale, seen
+def _changed(b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod, s):
+    """Scaled scores (rows, Sk) of the queries from `start` on, with all that changes them."""
+    rows, columns = (torch.arange(n, device=s.device) for n in s.shape)
+    rows = rows[:, None] + start
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    if alibi_slopes is not None:
+        slope = alibi_slopes[h] if alibi_slopes.dim() == 1 else alibi_slopes[b, h]
+        s = s - slope.to(s.dtype) * (rows + s.shape[1] - seqlen_q - columns).abs()
+    places = *(torch.tensor(x, device=s.device) for x in (b, h)), rows, columns
+    s = s if score_mod is None else score_mod(s, *places).to(s.dtype).expand_as(s)
+    return s if mask_mod is None else s.masked_fill(~mask_mod(*places).expand_as(s), -torch.inf)
+
+
+def _scores(q, k, scale, seen, change=lambda s: s):
+    s, (first, last) = change((q @ k.T) * scale), seen
     keys = torch.arange(s.shape[1], device=s.device)
     if first is not None:
         s.masked_fill_(keys < first, -torch.inf)
     return s if last is None else s.masked_fill_(keys > last, -torch.inf)
 
 
-def _rows(q, k, v, scale, seen):
-    s = _scores(q, k, scale, seen)
-    if s.shape[1] == 0:
-        return torch.zeros_like(q), torch.full_like(s.sum(1), -torch.inf)
+def _rows(q, k, v, scale, seen, change, sink):
+    s = _scores(q, k, scale, seen, change)
+    none = s.new_full((s.shape[0], 1), -torch.inf)
+    s = torch.cat((s, none if sink is None else sink.expand_as(none)), dim=1)  # as the score of one more key
     top = s.amax(dim=1, keepdim=True)
-    empty = top == -torch.inf
-    p = torch.exp(s - top.masked_fill(empty, 0.0))
+    empty = s[:, :-1].amax(dim=1, keepdim=True) == -torch.inf if s.shape[1] > 1 else none == -torch.inf
+    p = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0))
     total = p.sum(dim=1, keepdim=True)
-    o = ((p / total) @ v).masked_fill(empty, 0.0)
+    o = ((p[:, :-1] / total) @ v).masked_fill(empty, 0.0)
     return o, (top + total.log()).squeeze(1)

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from itertools import islice
 
-from cutlass import Int64
+from cutlass import Int32, Int64, cute
+from cutlass.cute.runtime import make_fake_tensor
 
-from .mask import Causal, Full, Window
-from .score import Alibi, Plain, Softcap
+from .mask import Causal, Full, UserMask, Window
+from .score import Alibi, Plain, Softcap, UserScore
 from .tile_scheduler import OneTile, Static, StaticTiles
 
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
@@ -17,12 +18,30 @@ PACKS = (1, 2, 4, 8, 16, 32, 64)
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 
 
+def _int32(rank: int):
+    """A tensor of any shape and strides, for its type."""
+    return make_fake_tensor(Int32, [cute.sym_int() for _ in range(rank)], [cute.sym_int64() for _ in range(rank)])
+
+
+@dataclass(frozen=True)
+class SparseBlocks:
+    """The lists' own blocks, of queries and of keys; whole: there are lists of blocks that the mask leaves whole."""
+
+    block_m: int
+    block_n: int
+    whole: bool
+
+    @property
+    def arguments(self) -> int:
+        return 4 if self.whole else 2
+
+
 @dataclass(frozen=True)
 class FwdConfig:
     head_dim: int  # columns of a tile; D may be smaller: TMA reads zeros beyond it and writes nothing there
     dtype: str = "bf16"
     layout: str = "bhsd"
-    mask: Full | Causal | Window = Full()
+    mask: Full | Causal | Window | UserMask = Full()
     tile_m: int = 128  # query rows per CTA, 64 per MMA warpgroup
     tile_n: int = 128  # key rows per K/V stage
     stages: int = 2  # K/V ring depth
@@ -36,8 +55,9 @@ class FwdConfig:
     constant_time: bool = False  # no branch depends on a score: FlashFwdConstantSm90
     timeline: bool = False  # the first CTA writes down when it does what: Timeline
     overlap: bool = True  # PV runs beside the next block's QK and softmax; without: FlashFwdSerialSm90, for the ladder
-    score: Plain | Softcap | Alibi = Plain()
+    score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
+    sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
     pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: Packed
 
     def __post_init__(self):
@@ -51,8 +71,10 @@ class FwdConfig:
         assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
         assert not (self.redo and self.score.name), "Scored has no score for the step redone"
+        assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "Sparse's own"
+        assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
-        assert self.pack == 1 or not (self.sinks or self.score.name == "alibi"), "a tile has one sink, and one slope"
+        assert self.pack == 1 or self.packable, "what is asked of a tile has one head"
         assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -81,6 +103,11 @@ class FwdConfig:
         return self._smem_bytes(o_tiles=1) <= SMEM_BYTES
 
     @property
+    def packable(self) -> bool:
+        """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
+        return self.score.name in ("", "softcap") and self.sparse is None and not self.mask.everywhere
+
+    @property
     def smem_bytes(self) -> int:
         return self._smem_bytes(o_tiles=1 if self.stages_o else 0)
 
@@ -91,7 +118,9 @@ class FwdConfig:
 
     def signature(self) -> tuple:
         """What `__call__` takes behind the stream: one value of each argument, for its type."""
-        return self.mask.signature(), self.score.signature(), (Int64(0),) if self.sinks else ()
+        others = (Int64(0),) if self.sinks else ()
+        lists = [_int32(3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
+        return self.mask.signature(), self.score.signature(), (*others, *lists)
 
     def divide(self, extras: tuple) -> list[tuple]:
         """Those arguments by who takes them: mask, score and mixins."""
@@ -105,5 +134,9 @@ class FwdConfig:
         tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
-        kind = "_".join(filter(None, (self.mask.name, self.score.name, "sinks" if self.sinks else "")))
+        kind = "_".join(
+            filter(
+                None, (self.mask.name, self.score.name, "sinks" if self.sinks else "", "sparse" if self.sparse else "")
+            )
+        )
         return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{kind}_{tile}"

@@ -45,9 +45,9 @@ class Packed:
         return self.mask.query(row)
 
     def _whose(self, row, tile: Tile, gmem: Gmem):
-        """By shifts: pack is a power of two; and on plain ints too."""
+        """By shifts, and on plain ints too. A row without a head has the last one's number, for what is read by it."""
         pack, ratio = self.config.pack, gmem.q.tensor.shape[0][0]
         packs = (ratio + pack - 1) // pack
-        of_pack = tile.head % packs * pack + row % pack
-        beyond = (ratio - 1 - of_pack) >> 31  # -1 where there is no such head, else 0
-        return self._query(row) | (beyond & NOBODY), tile.head // packs * ratio + of_pack
+        place = tile.head % packs * pack + row % pack  # among the heads of the K/V head
+        beyond = (ratio - 1 - place) >> 31  # -1 where there is none, else 0
+        return self._query(row) | (beyond & NOBODY), tile.head // packs * ratio + cutlass.min(place, ratio - 1)

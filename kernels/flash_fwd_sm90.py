@@ -172,7 +172,7 @@ class FlashFwdSm90:
         m_blocks = cute.ceil_div(rows, c.tile_m * c.cluster)
         grid = Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
-        scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY))
+        scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
         problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign, *c.divide(extras))
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
         clusters = c.scheduler.grid(grid, num_sms // c.cluster)
@@ -297,9 +297,9 @@ class FlashFwdSm90:
             load_q = self._tma_load(gmem, smem, pipes, "q", (tile.head, tile.batch))
             load_k = self._tma_load(gmem, smem, pipes, "k", (head_kv, tile.batch))
             load_v = self._tma_load(gmem, smem, pipes, "v", (head_kv, tile.batch))
-            first, n_max = self._blocks(tile, problem)
+            (first, n_max), order = self._blocks(tile, problem), self._order(tile, problem)
             pipes.k.producer_acquire(k_state)
-            load_k(n_max - 1, k_state.index, k_state)
+            load_k(order(n_max - 1), k_state.index, k_state)
             k_state.advance()
             pipes.q.producer_acquire(q_state)
             for wg in cutlass.range_constexpr(c.warpgroups):
@@ -307,13 +307,13 @@ class FlashFwdSm90:
             q_state.advance()
             for i in cutlass.range(1, n_max - first, unroll=1):
                 pipes.k.producer_acquire(k_state)
-                load_k(n_max - 1 - i, k_state.index, k_state)
+                load_k(order(n_max - 1 - i), k_state.index, k_state)
                 k_state.advance()
                 pipes.v.producer_acquire(v_state)
-                load_v(n_max - i, v_state.index, v_state)
+                load_v(order(n_max - i), v_state.index, v_state)
                 v_state.advance()
             pipes.v.producer_acquire(v_state)
-            load_v(first, v_state.index, v_state)
+            load_v(order(first), v_state.index, v_state)
             v_state.advance()
             index = self._upcoming(index, done, gmem, smem, problem)
             tile = self._decode(index, problem)
@@ -351,6 +351,10 @@ class FlashFwdSm90:
         blocks = mask_ops.block_range(self.mask, tile.m_block // c.cluster * rows, rows, c.tile_n, problem)
         return blocks.first, blocks.end
 
+    def _order(self, tile: Tile, problem: Problem):
+        """Where the n-th of those blocks lies."""
+        return lambda n: n
+
     def _loaded(self):
         """Where the producer warpgroup is done."""
 
@@ -387,10 +391,11 @@ class FlashFwdSm90:
         return cute.local_tile(tma.tensor[None, None, head, batch], (ROWS, self.config.head_dim), (None, 0))
 
     def _query(self, row):
+        """Which one a row is of."""
         return row
 
     def _whose(self, row, tile: Tile, gmem: Gmem):
-        """The query and the head of a row; a query beyond the last where the row is nobody's."""
+        """The query and the head of a row; of a row that is nobody's, a query beyond the last."""
         return row, tile.head
 
     @cute.jit
@@ -542,11 +547,16 @@ class FlashFwdSm90:
         kv_state.advance()
         S = acc_mn(acc_S)  # (rows, cols)
         self._score(w, S, at)
-        if self._cut(w, at):
-            self._mask(w, S, at)
-        f.softmax.step(S, self.slack)
+        self._begin(w, S, at)
         self._to_P(f, acc_S)
         return kv_state
+
+    @cute.jit
+    def _begin(self, w: Warpgroup, S, at: At):
+        """S (rows, cols) of a tile's first block becomes P."""
+        if self._cut(w, at):
+            self._mask(w, S, at)
+        w.frag.softmax.step(S, self.slack)
 
     def _score(self, w: Warpgroup, S, at: At):
         """Where S (rows, cols), Q K^T, becomes what the softmax is of, but for a factor."""
@@ -629,6 +639,7 @@ class FlashFwdSm90:
 
     def _mask(self, w: Warpgroup, S, at: At):
         mask_ops.apply(self.mask, S, w.frag.cS, at.rows.row0, at.n_block * self.config.tile_n, w.problem)
+        self.mask.hide(S, w.frag.cS, at, self.config.tile_n, w.problem)
 
     def _to_P(self, f: Frag, acc_S):
         P = acc_as_A(acc_S)  # ((2, 2, 2), 1, tile_n / 16)

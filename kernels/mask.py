@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import cutlass
 from cutlass import Float32, Int32, cute
 
+from .user_mod import UserMod, number, where
+
 
 class Mask:
     """What holds where a mask does not say otherwise."""
 
     causal = False  # rows differ in what they see
     windowed = False  # `first` differs from row to row too
+    everywhere = False  # `hide` may hide any pair, so no block is whole
 
     def first(self, row, problem):
         return 0
@@ -23,6 +26,9 @@ class Mask:
     def signature(self) -> tuple:
         """One value of each run-time argument, for its type."""
         return ()
+
+    def hide(self, S, cS, at, tile_n, problem):
+        """Other pairs than those beyond `first` and `limit`."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,15 @@ class Window(Mask):
 class PackedRows(Mask):
     """`mask` where `pack` rows, a power of two, are one query's."""
 
-    mask: Mask
+    mask: Full | Causal | Window
     pack: int
 
     @property
-    def causal(self):
+    def causal(self) -> bool:
         return self.mask.causal
 
     @property
-    def windowed(self):
+    def windowed(self) -> bool:
         return self.mask.windowed
 
     def query(self, row):
@@ -84,6 +90,42 @@ class PackedRows(Mask):
 
     def limit(self, row, problem):
         return self.mask.limit(self.query(row), problem)
+
+
+@dataclass(frozen=True)
+class UserMask(Mask):
+    """Of the pairs that `base` leaves those for which a user's mask_mod(b, h, q_idx, kv_idx) holds.
+
+    problem.mask_args: those of `base`, then its own.
+    """
+
+    mod: UserMod
+    base: Full | Causal | Window = Full()
+    causal = everywhere = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.base.name}_mask_mod"
+
+    @property
+    def windowed(self) -> bool:
+        return self.base.windowed
+
+    def signature(self) -> tuple:
+        return *self.base.signature(), *self.mod.signature()
+
+    def first(self, row, problem):
+        return self.base.first(row, problem)
+
+    def limit(self, row, problem):
+        return self.base.limit(row, problem)
+
+    def hide(self, S, cS, at, tile_n, problem):
+        mod, rows = self.mod.bind(problem.mask_args[len(self.base.signature()) :]), at.rows
+        for r in range(cute.size(S, mode=[0])):
+            for c in range(cute.size(S, mode=[1])):
+                place = rows.row0 + cS[r, c][0], at.n_block * tile_n + cS[r, c][1]
+                S[r, c] = number(where(mod(rows.batch, rows.head, *place), S[r, c], -Float32.inf))
 
 
 class Blocks(NamedTuple):
@@ -101,6 +143,9 @@ def block_range(mask, row0, rows, tile_n, problem) -> Blocks:
     limit, least_limit = mask.limit(last, problem), mask.limit(row0, problem)
     end = cutlass.max((limit + tile_n - 1) // tile_n, 1)
     whole_end = cutlass.min(cutlass.max(least_limit // tile_n, 0), end - 1)
+    if mask.everywhere:
+        first = cutlass.min(mask.first(row0, problem) // tile_n, end - 1)
+        return Blocks(first, first, first, end)
     if not mask.windowed:
         return Blocks(0, 0, whole_end, end)
     first = cutlass.min(mask.first(row0, problem) // tile_n, end - 1)
@@ -109,6 +154,8 @@ def block_range(mask, row0, rows, tile_n, problem) -> Blocks:
 
 def cuts(mask, row0, rows, n_block, tile_n, problem):
     """Whether the mask hides a key of this block from any of these rows."""
+    if mask.everywhere:
+        return True
     above = mask.limit(row0, problem) < (n_block + 1) * tile_n
     return above | (mask.first(row0 + rows - 1, problem) > n_block * tile_n) if mask.windowed else above
 

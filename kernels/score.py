@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
+from .user_mod import UserMod
+
 LOG2_E = 1.4426950408889634
+LARGEST = 3.4028234663852886e38  # the largest float32
+SIGN = -0x80000000  # of an int32: a float32's sign
 LN2 = 0.6931471805599453
-SQRT2 = 1.4142135623730951
-# tanh(x) / (sqrt(2) x) by powers of 2 x^2, for |x| < 1: within 6e-7 of it, the least error that five powers allow
-TANH = (0.70710635, -0.11783596, 0.02347848, -0.00456134, 0.000739948, -6.7773071e-05)
+# tanh(x) / 4x by powers of (4x)^2, for |x| < 1/2: within 7e-7 of it, the least error that three powers allow
+TANH = (0.249999866, -0.00520723732, 0.000128811487, -2.71009685e-06)
 
 
 class Score:
-    """What holds where a way does not say otherwise."""
+    """What holds where a way does not say otherwise. `args` are the run-time arguments of `signature`."""
 
     name = ""
 
@@ -24,11 +27,11 @@ class Score:
         """One value of each run-time argument, for its type."""
         return ()
 
-    def scale_log2(self, problem):
+    def scale_log2(self, problem, args):
         return problem.scale_log2
 
-    def begin(self, head, batch, problem) -> tuple:
-        """What a warpgroup keeps in registers for a tile."""
+    def begin(self, head, batch, args) -> tuple:
+        """What a warpgroup keeps in registers for a tile: `at.rows.score`."""
         return ()
 
 
@@ -36,10 +39,13 @@ class Score:
 class Plain(Score):
     """As it is."""
 
+    def apply(self, S, cS, at, tile_n, problem, args):
+        """Nothing."""
+
 
 @dataclass(frozen=True)
 class Softcap(Score):
-    """softcap * tanh(scaled score / softcap) (Gemma 2, arXiv:2408.00118); problem.score_args is (softcap,)."""
+    """softcap * tanh(scaled score / softcap) (Gemma 2, arXiv:2408.00118); args: softcap."""
 
     exact: bool = False  # tanh by exponentials for every score, as for those above softcap: no branch depends on one
     name = "softcap"
@@ -47,65 +53,110 @@ class Softcap(Score):
     def signature(self) -> tuple:
         return (Float32(0.0),)
 
-    def scale_log2(self, problem):
-        return problem.score_args[0] * LOG2_E
+    def scale_log2(self, problem, args):
+        return args[0] * LOG2_E
 
     @cute.jit
-    def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem):
-        """S (rows, cols) becomes tanh of it; a warp with scores up to softcap takes a polynomial."""
-        inner = problem.scale_log2 * (LN2 * SQRT2) / problem.score_args[0]
-        if cutlass.const_expr(self.exact):
-            self._by_exponentials(S, inner)
-        else:
-            bits = Int32(0)
-            for i in cutlass.range_constexpr(cute.size(S)):
-                x = S[i] * inner
-                bits = bits | (x * x).bitcast(Int32)  # 2 x^2 < 2 where its exponent's top bit is 0
-            if cute.arch.vote_any_sync(bits >= 0x40000000):
-                self._by_exponentials(S, inner)
-            else:
-                for i in cutlass.range_constexpr(cute.size(S)):
-                    x = S[i] * inner
-                    S[i] = x * polynomial(x * x)
-
-    @cute.jit
-    def _by_exponentials(self, S: cute.Tensor, inner):
-        """tanh(x) = 1 - 2 / (e^2x + 1): to 2e-7, and right for infinities."""
+    def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem, args):
+        """S (rows, cols) becomes tanh of it; a warp with scores up to half of softcap takes a polynomial."""
+        four = cutlass.min(problem.scale_log2 * (4 * LN2) / args[0], Float32(LARGEST))
+        bits = Int32(0)
         for i in cutlass.range_constexpr(cute.size(S)):
-            power = cute.math.exp2(S[i] * (inner * (SQRT2 * LOG2_E)), fastmath=True)
-            S[i] = 1.0 - 2.0 * cute.arch.rcp_approx(power + 1.0)
+            S[i] = S[i] * four
+            bits = bits | S[i].bitcast(Int32)
+        if cutlass.const_expr(self.exact):
+            by_exponentials(S)
+        else:
+            self._by_powers(S, bits)
+
+    @cute.jit
+    def _by_powers(self, S: cute.Tensor, bits: Int32):
+        if cute.arch.vote_any_sync(bits & 0x40000000 != 0):  # an exponent's top bit: some |4x| is 2 or more
+            by_exponentials(S)
+        else:
+            for i in cutlass.range_constexpr(cute.size(S)):
+                S[i] = S[i] * polynomial(S[i] * S[i])
 
 
 @dataclass(frozen=True)
 class Alibi(Score):
-    """Less slope |i + Sk - Sq - j| (ALiBi, arXiv:2108.12409); problem.score_args: an address, and a batch's stride."""
+    """Less slope |i + Sk - Sq - j| (ALiBi, arXiv:2108.12409); args: those of `before`, an address, a batch's stride."""
 
-    causal: bool = False  # no later key is seen, so the distance needs no sign
-    name = "alibi"
+    before: Plain | Softcap = Plain()
+    causal: bool = False  # no later key is seen, so that the distance has one sign
+
+    @property
+    def name(self) -> str:
+        return self.before.name + "alibi"
 
     def signature(self) -> tuple:
-        return Int64(0), Int32(0)
+        return *self.before.signature(), Int64(0), Int32(0)
 
-    def scale_log2(self, problem):
-        return Float32(LOG2_E)
+    def scale_log2(self, problem, args):
+        return self.before.scale_log2(problem, args[:-2])
 
-    def begin(self, head, batch, problem) -> tuple:
-        address, stride = problem.score_args
+    def begin(self, head, batch, args) -> tuple:
+        *_, address, stride = args
         slopes = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=4)
         return (cute.make_tensor(slopes + (Int64(batch) * stride + head), 1)[0],)
 
     @cute.jit
-    def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem):
-        """S (rows, cols) becomes the scaled score with its bias."""
-        (slope,), scale = at.rows.score, problem.scale_log2 * LN2
+    def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem, args):
+        """S (rows, cols) gets its bias in its own units, those of `before`: no branch, since one would cost more."""
+        self.before.apply(S, cS, at, tile_n, problem, args[:-2])
+        slope = at.rows.score[0] * (LOG2_E / self.scale_log2(problem, args))
+        slope = cutlass.max(cutlass.min(slope, Float32(LARGEST)), Float32(-LARGEST))
+        first = at.rows.row0 + problem.seqlen_k - problem.seqlen_q - at.n_block * tile_n  # row less column, top left
+        negative = slope.bitcast(Int32) & SIGN
         for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
-            row = at.rows.row0 + cS[r, 0][0] + problem.seqlen_k - problem.seqlen_q
-            distance = Float32(row - at.n_block * tile_n - cS[r, 0][1])  # of the thread's first column
+            bias = -slope * Float32(first + cS[r, 0][0] - cS[r, 0][1])  # of the thread's first column
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-                away = distance - Float32(cS[0, c][1] - cS[0, 0][1])
-                if cutlass.const_expr(not self.causal):
-                    away = cute.arch.fmax(away, -away)
-                S[r, c] = S[r, c] * scale - slope * away
+                here = slope * Float32(cS[0, c][1] - cS[0, 0][1]) + bias
+                if cutlass.const_expr(not self.causal):  # minus the slope's sign, whichever side
+                    here = -(((here.bitcast(Int32) & ~SIGN) | negative).bitcast(Float32))
+                S[r, c] = S[r, c] + here
+
+
+@dataclass(frozen=True)
+class UserScore(Score):
+    """What a user's score_mod(score, b, h, q_idx, kv_idx) makes of it, scaled; args: those of `before`, its own."""
+
+    mod: UserMod
+    before: Plain | Softcap | Alibi = Plain()
+
+    @property
+    def name(self) -> str:
+        return f"{self.before.name}score_mod"
+
+    def signature(self) -> tuple:
+        return *self.before.signature(), *self.mod.signature()
+
+    def scale_log2(self, problem, args):
+        return Float32(LOG2_E)
+
+    def begin(self, head, batch, args) -> tuple:
+        return self.before.begin(head, batch, self._divide(args)[0])
+
+    def _divide(self, args):
+        n = len(args) - len(self.mod.arrays)
+        return args[:n], args[n:]
+
+    def apply(self, S, cS, at, tile_n, problem, args):
+        earlier, own = self._divide(args)
+        self.before.apply(S, cS, at, tile_n, problem, earlier)
+        scale = self.before.scale_log2(problem, earlier) * LN2
+        mod, rows = self.mod.bind(own), at.rows
+        for r in range(cute.size(S, mode=[0])):
+            for c in range(cute.size(S, mode=[1])):
+                place = rows.row0 + cS[r, c][0], at.n_block * tile_n + cS[r, c][1]
+                S[r, c] = Float32(mod(S[r, c] * scale, rows.batch, rows.head, *place))
+
+
+def by_exponentials(S: cute.Tensor):
+    """S, 4x, becomes tanh(x) = 1 - 2 / (e^2x + 1): to 2e-7, and right for infinities."""
+    for i in range(cute.size(S)):
+        power = cute.math.exp2(S[i] * (LOG2_E / 2), fastmath=True)
+        S[i] = 1.0 - 2.0 * cute.arch.rcp_approx(power + 1.0)
 
 
 def polynomial(u):

@@ -22,13 +22,13 @@ def inputs(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, dtype=torch.bfl
     return one(heads, seqlen_q), one(heads_kv, seqlen_k), one(heads_kv, seqlen_k)
 
 
-def check(q, k, v, *, causal=False, scale=None, window=None, layout="bhsd", lse=True, **call):
-    """flash_fwd on a poisoned output, against float64; returns o and lse."""
+def check(q, k, v, *, causal=False, scale=None, layout="bhsd", lse=True, constant_time=False, **call):
+    """flash_fwd on a poisoned output, against float64; returns o and lse. call: `out`, and modifiers."""
     out = call.pop("out", None)
     if out is None:
         out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-    how = dict(causal=causal, scale=scale, window=window)
-    o = flash_fwd(q, k, v, layout=layout, return_lse=lse, out=out, **how, **call)
+    how = dict(causal=causal, scale=scale, **call)
+    o = flash_fwd(q, k, v, layout=layout, return_lse=lse, out=out, constant_time=constant_time, **how)
     o, row_lse = o if lse else (o, None)
     assert o is out
     if layout == "bshd":

@@ -13,7 +13,7 @@ from cute_attn import plan as room
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig
 from cute_attn.kernels.mask import Causal, Window
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
-from cute_attn.plan import Problem, plan, shipped
+from cute_attn.plan import Kinds, Problem, plan, shipped
 
 PROBLEMS = st.builds(
     Problem,
@@ -27,7 +27,7 @@ PROBLEMS = st.builds(
     layout=st.sampled_from(["bhsd", "bshd"]),
     causal=st.booleans(),
     constant_time=st.booleans(),
-    window=st.booleans(),
+    kinds=st.builds(Kinds, window=st.booleans()),
 )
 
 
@@ -37,7 +37,7 @@ def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
     assert config.head_dim >= problem.head_dim
     assert config.head_dim - problem.head_dim < 32
     assert (config.dtype, config.layout) == (problem.dtype, problem.layout)
-    assert config.mask.name == ("window" if problem.window else "causal" if problem.causal else "full")
+    assert config.mask.name == ("window" if problem.kinds.window else "causal" if problem.causal else "full")
     assert config.constant_time == problem.constant_time
     assert config in shipped()
 

@@ -1,9 +1,11 @@
 """Models of Hugging Face transformers from small random configurations, on the CPU, beside their own sdpa attention."""
 
+import inspect
+
 import pytest
 import torch
 
-from cute_attn import api
+from cute_attn import api, reference
 from cute_attn.integrations import transformers as room
 
 transformers = pytest.importorskip("transformers", reason='transformers is missing: pip install "cute_attn[test]"')
@@ -28,10 +30,10 @@ PADDED = torch.ones_like(PROMPT)
 PADDED[0, :11] = 0
 
 
-def pair(family, dtype=torch.bfloat16, **changes):
-    """The same random model with our attention and with sdpa's."""
+def pair(family, dtype=torch.bfloat16, other="sdpa", **changes):
+    """The same random model with our attention and with sdpa's, or another."""
     made = []
-    for implementation in (room.register(), "sdpa"):
+    for implementation in (room.register(), other):
         torch.manual_seed(0)
         config = CONFIGS[family](**SIZES | changes)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
@@ -119,11 +121,11 @@ def test_left_padding_is_sdpas(family, calls):
 
 
 def test_chunks_of_a_prompt(calls):
-    """The second chunk's mask is not ours; what both say together is what one pass says."""
+    """The second chunk's queries are aligned to the last key; what both say together is what one pass says."""
     ours, _ = pair("llama")
     cache = transformers.DynamicCache()
     chunks = [logits(ours, PROMPT[:, part], past_key_values=cache) for part in (slice(0, 20), slice(20, 37))]
-    assert calls == [(20, 20, True)] * 2
+    assert calls == [(20, 20, True)] * 2 + [(17, 37, True)] * 2
     torch.testing.assert_close(torch.cat(chunks, 1), logits(ours, PROMPT), atol=0.02, rtol=0.05)
 
 
@@ -168,10 +170,12 @@ def test_float32_is_sdpas(calls):
 
 def test_what_nobody_would_compute_raises():
     q = k = v = torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16)
-    with pytest.raises(NotImplementedError, match="attention sinks"):
-        room.attention(None, q, k, v, None, s_aux=torch.zeros(2))
-    with pytest.raises(ValueError, match="softcap"):
-        room.attention(None, q, k, v, None, softcap=30.0)
+    with pytest.raises(NotImplementedError, match="s_aux: not supported here, and NoneType has no eager attention"):
+        room.attention(None, q, k, v, None, s_aux=torch.zeros(2), dropout=0.5)
+    with pytest.raises(NotImplementedError, match="indices: sparse attention is not supported"):
+        room.attention(None, q, k, v, None, indices=torch.zeros(1, 4, 2))
+    with pytest.raises(ValueError, match="None came with 2 queries, causal, and 4 keys"):
+        room.attention(None, q[:, :, :2], k, v, None)
 
 
 SLIDING = {
@@ -225,10 +229,250 @@ def test_sliding_windows_that_are_not_ours(family, calls, monkeypatch):
 def test_what_slides():
     from transformers import masking_utils as masks
 
+    assert room.slides(masks.causal_mask_function, None)
+    assert not room.slides(masks.bidirectional_mask_function, None)
+    assert not room.slides(lambda *places: masks.causal_mask_function(*places), None)
     for size in (1, 2, 7, 4096):
-        assert room.slides(masks.sliding_window_causal_mask_function(size), size)
+        function = masks.sliding_window_causal_mask_function(size)
+        assert room.slides(function, size)
+        assert not room.slides(function, None) and not room.slides(function, size + 1)
         assert not room.slides(masks.causal_mask_function, size)
         assert not room.slides(masks.sliding_window_bidirectional_mask_function(size), size)
-        if size > 1:
-            chunk = masks.chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.int64))
-            assert not room.slides(chunk, size)
+        assert not room.slides(masks.and_masks(function, masks.causal_mask_function), size)
+        chunk = masks.chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.int64))
+        assert not room.slides(chunk, size)
+
+
+MIXED = dict(layer_types=["full_attention", "sliding_attention"], sliding_window=16)
+EXPERTS = dict(
+    num_experts=4,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+)
+FAMILIES = {  # the model's configuration, and the window of each of its two layers
+    "llama": ("LlamaConfig", {}, (None, None)),
+    "qwen3": ("Qwen3Config", {}, (None, None)),
+    "olmo2": ("Olmo2Config", {}, (None, None)),
+    "mistral": ("MistralConfig", dict(sliding_window=16), (16, 16)),
+    "qwen2": ("Qwen2Config", MIXED | dict(use_sliding_window=True), (None, 16)),
+    "gemma2": ("Gemma2Config", MIXED | dict(attn_logit_softcapping=0.5), (None, 16)),
+    "gemma3": ("Gemma3TextConfig", MIXED, (None, 16)),
+    "exaone4": ("Exaone4Config", MIXED, (None, 16)),
+    "olmo3": ("Olmo3Config", MIXED, (None, 16)),
+    "cohere2": ("Cohere2Config", MIXED, (None, 16)),
+    "qwen2_moe": ("Qwen2MoeConfig", MIXED | EXPERTS | dict(use_sliding_window=True), (None, 16)),
+    "phimoe": ("PhimoeConfig", EXPERTS | dict(sliding_window=16), (16, 16)),  # makes the mask, passes no sliding_window
+    "olmoe": ("OlmoeConfig", EXPERTS | dict(sliding_window=16), (None, None)),  # passes it, makes no such mask
+    "gpt_oss": ("GptOssConfig", MIXED | EXPERTS, (None, 16)),
+}
+EAGER = ("gemma2", "gpt_oss")  # softcaps and sinks, which sdpa attention has not
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def family_pair(family, monkeypatch, dtype=torch.float32, **more):
+    """With the same weights, large enough for attention to choose; sinks too."""
+    name, changes, _ = FAMILIES[family]
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    monkeypatch.setitem(CONFIGS, family, getattr(transformers, name))
+    made = pair(family, dtype, **changes | more, other="eager" if family in EAGER else "sdpa")
+    with torch.no_grad():
+        for name, x in made[1].named_parameters():
+            if name.endswith("sinks"):
+                x.normal_(std=2.0)
+            elif x.dim() > 1:
+                x.mul_(3)
+    made[0].load_state_dict(made[1].state_dict())
+    return made
+
+
+@pytest.fixture
+def exact(monkeypatch, one_thread):
+    """flash_fwd by definition, float32 too, so that nothing but which pairs count can differ; what it was asked for."""
+    seen = []
+
+    def flash_fwd(q, k, v, *, out=None, **how):
+        seen.append((q.shape[2], k.shape[2], how))
+        o, _ = reference.attention(q, k, v, dtype=torch.float32, **how)
+        return o if out is None else out.copy_(o)
+
+    monkeypatch.setattr(api, "flash_fwd", flash_fwd)
+    monkeypatch.setitem(room.DTYPES, torch.float32, "fp32")
+    return seen
+
+
+def prefilled(calls, family, keys=37):
+    """Of the prefill of both layers."""
+    sides = [how["window"] for _, _, how in calls[:2]]
+    window = [None if size is None else (size - 1, 0) for size in FAMILIES[family][2]]
+    modified = [(how["softcap"], "sinks" in how) for _, _, how in calls]
+    capped, sunk = 0.5 if family == "gemma2" else None, family == "gpt_oss"
+    return [c[:2] for c in calls[:2]] == [(keys, keys)] * 2 and sides == window and {*modified} == {(capped, sunk)}
+
+
+@every_family
+def test_a_family_sees_the_pairs_that_transformers_sees(family, exact, monkeypatch):
+    """Equal logits and tokens: prefill, a growing cache, a static one, chunks of a prompt."""
+    ours, theirs = family_pair(family, monkeypatch)
+    torch.testing.assert_close(logits(ours, PROMPT), logits(theirs, PROMPT), atol=2e-5, rtol=1e-4)
+    assert len(exact) == 2 and prefilled(exact, family)
+    for how in ({}, dict(cache_implementation="static", disable_compile=True), dict(prefill_chunk_size=10)):
+        exact.clear()
+        mine, other = (
+            model.generate(PROMPT, do_sample=False, min_new_tokens=20, max_new_tokens=20, **how)
+            for model in (ours, theirs)
+        )
+        assert torch.equal(mine, other)
+        assert len(exact) == (2 if "disable_compile" in how else 2 * 20 if not how else 2 * (4 + 19))
+        assert "prefill_chunk_size" in how or family == "olmoe" or prefilled(exact, family)
+
+
+@every_family
+def test_a_familys_padding_is_transformers_own(family, exact, monkeypatch):
+    """Left padding; of a sliding window's steps those are ours that have left the padding behind."""
+    ours, theirs = family_pair(family, monkeypatch)
+    for how in ({}, dict(cache_implementation="static", disable_compile=True)):
+        exact.clear()
+        mine, other = (
+            model.generate(PROMPT, attention_mask=PADDED, do_sample=False, min_new_tokens=20, max_new_tokens=20, **how)
+            for model in (ours, theirs)
+        )
+        assert torch.equal(mine, other)
+        assert {call[:2] for call in exact} <= ({(1, 16)} if not how else set())
+
+
+@pytest.mark.parametrize("family", ["mistral", *EAGER])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_familys_gradients(family, reentrant, exact, monkeypatch):
+    """Equal, through checkpoints too; softcaps and sinks have no backward, and are the model's eager attention's."""
+    ours, theirs = family_pair(family, monkeypatch)
+    if reentrant is not None:
+        ours.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+    torch.testing.assert_close(weight_gradients(ours), weight_gradients(theirs), atol=1e-5, rtol=1e-3)
+    first_without_gradients = reentrant is True
+    assert bool(exact) == (family not in EAGER or first_without_gradients)
+
+
+def lazy(size=5, queries=8, first=0, keys=None, **more):
+    """Our mask, and sdpa's."""
+    from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
+
+    how = dict(batch_size=2, q_length=queries, kv_length=keys or first + queries, q_offset=first, **more)
+    how |= dict(mask_function=sliding_window_causal_mask_function(size), local_size=size)
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        pytest.skip(f"transformers {transformers.__version__} gives cache positions")
+    return room.mask(**how), sdpa_mask(**how)
+
+
+OPERATIONS = [
+    lambda x: x[:, :, :, :6],
+    lambda x: x[:, 0],
+    lambda x: ~x,
+    lambda x: x & x,
+    lambda x: x.float(),
+    lambda x: x.clone(),
+    lambda x: x.detach(),
+    lambda x: x.expand(2, 4, 8, 8),
+    lambda x: x.repeat_interleave(2, 0),
+    lambda x: torch.cat([x, x], -1),
+    lambda x: torch.nn.functional.pad(x, (0, 2)),
+    lambda x: torch.where(x, 0.0, -1.0),
+    lambda x: torch.zeros(2, 1, 8, 8).masked_fill(x, 1),
+    lambda x: torch.zeros(2, 1, 8, 8).masked_fill_(x, 1),
+    lambda x: torch.nn.functional.scaled_dot_product_attention(*[torch.eye(8).expand(2, 1, 8, 8)] * 3, attn_mask=x),
+]
+
+
+@pytest.mark.parametrize("operation", range(len(OPERATIONS)))
+def test_whatever_looks_at_a_mask_gets_sdpas(operation):
+    ours, theirs = lazy()
+    found = OPERATIONS[operation](ours)
+    assert type(found) is torch.Tensor and torch.equal(found, OPERATIONS[operation](theirs))
+
+
+def test_a_mask_is_one_to_whoever_only_hands_it_on():
+    ours, theirs = lazy()
+    assert type(ours) is room.CausalMask and (ours.keys, ours.window) == (8, 5)
+    assert isinstance(ours, torch.Tensor) and ours.ndim == 4 and not ours.is_floating_point()
+    assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    assert ours.contiguous() is ours and ours.to("cpu") is ours and ours.bool() is ours
+    moved = ours.to("meta", non_blocking=True)
+    assert type(moved) is room.CausalMask and (moved.keys, moved.window) == (8, 5) and moved.make().is_meta
+    for out in (lambda: ours.numpy(), lambda: ours.tolist(), lambda: ours.storage().data_ptr()):
+        with pytest.raises(RuntimeError):
+            out()
+
+
+def test_when_a_mask_is_needed_or_none_at_all():
+    assert lazy(size=8)[0] is None and lazy(size=9)[0] is None  # it hides nothing that causality does not
+    assert lazy(queries=1, first=4)[0] is None and lazy(queries=1, first=5)[0].window == 5
+    static = lazy(first=torch.tensor(0), keys=20)[0]
+    assert (static.keys, static.window) == (8, 5), "the rest of an empty static cache is not filled"
+    assert type(lazy(first=torch.tensor(3), keys=20)[0]) is torch.Tensor
+    assert type(lazy(allow_is_causal_skip=False)[0]) is torch.Tensor
+    real = torch.ones(2, 8, dtype=torch.bool)
+    assert type(lazy(attention_mask=real)[0]) is room.CausalMask
+    assert type(lazy(attention_mask=real[:, :7])[0]) is torch.Tensor, "it does not reach the last query"
+    real[1, 0] = False
+    assert type(lazy(attention_mask=real)[0]) is torch.Tensor
+    last = lazy(attention_mask=real, queries=2, first=6, keys=7, kv_offset=1)[0]
+    assert type(last) is room.CausalMask and last.keys == 7, "the padding is not among these keys"
+
+
+def test_a_mask_that_does_not_fit_the_keys_is_not_taken_for_one_that_does(exact):
+    q, k = torch.randn(2, 4, 8, 16), torch.randn(2, 4, 9, 16)
+    with pytest.raises(RuntimeError, match="size"):
+        room.attention(torch.nn.Identity(), q, k, k, lazy()[0])
+    assert not exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_mask_may_enter_a_compiled_region(dtype, one_thread):
+    """As transformers' compiled layers get it; another window or another length is another mask."""
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    torch._dynamo.reset()
+    module = torch.nn.Identity()
+    layer = torch.compile(
+        lambda q, k, v, mask: room.attention(module, q * 1, k, v, mask, sliding_window=3)[0],
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    for size, queries, first, keys in ((5, 8, 0, 8), (3, 8, 0, 8), (5, 8, 2, 10), (5, 9, 0, 9), (2, 9, 0, 12)):
+        ours, theirs = lazy(size, queries, first, keys)
+        q, k, v = (torch.randn(2, 4, n, 16, dtype=dtype) for n in (queries, keys, keys))
+        want = sdpa(q.double(), k.double(), v.double(), attn_mask=theirs).transpose(1, 2)
+        atol = 16 * torch.finfo(dtype).eps
+        torch.testing.assert_close(layer(q, k, v, ours).double(), want, atol=atol, rtol=atol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gpt_oss"])
+def test_a_family_on_the_gpu(family, calls, monkeypatch):
+    """Prefill, two chunks and steps, no worse than twice transformers' own, both against the weights in float32."""
+    more = dict(head_dim=64, num_attention_heads=8, sliding_window=70)
+    if FAMILIES[family][2] == (None, None):
+        del more["sliding_window"]
+    if family == "gpt_oss":
+        more |= dict(num_experts_per_tok=4)  # all of them: no near tie decides who is asked
+    ours, theirs = (model.cuda() for model in family_pair(family, monkeypatch, torch.bfloat16, **more))
+    truth = family_pair(family, monkeypatch, torch.float32, **more)[1].cuda()
+    truth.load_state_dict({name: x.float() for name, x in theirs.state_dict().items()})
+    tokens = torch.randint(1, 199, (2, 333), device="cuda")
+
+    def answers(model):
+        cache = transformers.DynamicCache(config=model.config)
+        parts = tokens.split([200, 130, 1, 1, 1], dim=1)
+        chunks = [logits(model, part, past_key_values=cache) for part in parts]
+        return torch.cat([*chunks, logits(model, tokens)], dim=1)
+
+    want, mine, other = (answers(model) for model in (truth, ours, theirs))
+    asked = [(200, 200), (130, 330), (1, 331), (1, 332), (1, 333), (333, 333)]
+    if FAMILIES[family][2][0] is None:
+        assert [call[:2] for call in calls[::2]] == asked
+    assert len(calls) == 2 * len(asked), "each part of each layer is ours"
+    ulp = torch.finfo(torch.bfloat16).eps * want.abs().max()
+    assert not mine.isnan().any()
+    assert (mine - want).abs().max() <= 2 * (other - want).abs().max() + ulp

@@ -44,13 +44,26 @@ def bound(ours: torch.Tensor, want: torch.Tensor, theirs: torch.Tensor) -> tuple
     return error.item(), allowed.item()
 
 
-def sdpa(q, k, v, causal, scale=None, window=None):
-    """torch SDPA in q's dtype, (B, H, S, D); its own choice of backend without a mask, else with an explicit one."""
+def sdpa(q, k, v, causal, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None):
+    """torch SDPA in q's dtype, (B, H, S, D); its own choice of backend without a mask, else with an explicit one.
+
+    With what it does not take: the same by hand, float32 but for its operands and for P.
+    """
     ratio = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(ratio, dim=1) for x in (k, v))
     masked = causal or window is not None
     mask = visible(q.shape[2], k.shape[2], causal, q.device, window) if masked else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if softcap is alibi_slopes is sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    s = q.float() @ k.float().mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    if alibi_slopes is not None:
+        i, j = (torch.arange(n, device=q.device) for n in s.shape[2:])
+        s = s - alibi_slopes[..., None, None] * (i[:, None] + len(j) - len(i) - j).abs()
+    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        s = torch.cat((s, sinks[:, None, None].expand(*s.shape[:3], 1)), dim=3)
+    return s.softmax(dim=3)[..., : k.shape[2]].to(v.dtype) @ v
 
 
 def visible(seqlen_q, seqlen_k, causal, device, window=None):

@@ -33,6 +33,7 @@ def flash_fwd(q, k, v, *, out=None, return_lse=False, **options) -> Any:
     if out is not None:
         _writable(out, library)
     q, k, v, *o = (_tensor(name, x) for name, x in given.items())
+    options |= {name: _tensor(name, x) for name, x in options.items() if hasattr(x, "__dlpack__")}
     found = api.flash_fwd(q, k, v, out=o[0] if o else None, return_lse=return_lse, **options)
     results = [_array(x, given["q"]) for x in (found if return_lse else (found,))]  # its library waits for the kernel
     if out is not None:

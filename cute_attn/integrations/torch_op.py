@@ -7,6 +7,7 @@ dispatcher to go through. Its gradients are `flash_bwd`'s or `cudnn_bwd`'s, torc
 import torch
 
 from .. import api, checks, reference
+from ..modifiers import Modifiers
 
 
 @torch.library.custom_op("cute_attn::flash_fwd", mutates_args=())
@@ -21,17 +22,20 @@ def flash_fwd_op(
     constant_time: bool = False,
     window_left: int | None = None,
     window_right: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of `cute_attn.flash_fwd`; lse has no elements where it is not asked for, as gradients do."""
     how: api.Options = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
-    how["window"] = window_left, window_right
+    how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
     with torch.no_grad():
         result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result if return_lse else (result, _lse_like(q, layout, False))
 
 
 @flash_fwd_op.register_fake
-def _(q, k, v, causal, scale, layout, return_lse, constant_time=False, window_left=None, window_right=None):
+def _(q, k, v, causal, scale, layout, return_lse, *_):
     return torch.empty_like(q), _lse_like(q, layout, return_lse)
 
 
@@ -48,17 +52,20 @@ def flash_fwd_out_op(
     constant_time: bool = False,
     window_left: int | None = None,
     window_right: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """lse of `cute_attn.flash_fwd(..., out=out)`; no elements where it is not asked for."""
     how: api.Options = dict(causal=causal, scale=scale, layout=layout, out=out, constant_time=constant_time)
-    how["window"] = window_left, window_right
+    how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
     with torch.no_grad():
         result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result[1] if return_lse else _lse_like(q, layout, False)
 
 
 @flash_fwd_out_op.register_fake
-def _(q, k, v, out, causal, scale, layout, return_lse, constant_time=False, window_left=None, window_right=None):
+def _(q, k, v, out, causal, scale, layout, return_lse, *_):
     return _lse_like(q, layout, return_lse)
 
 
@@ -191,14 +198,14 @@ def _grad_like(x, layout, order="bshd"):
 
 
 def _save(ctx, inputs, output):
-    (q, k, v, causal, scale, layout, return_lse, _, *window), (o, lse) = inputs, output
+    (q, k, v, causal, scale, layout, return_lse, _, *sides), (o, lse) = inputs, output
     if not return_lse:
         raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
-    checks.gradients(q, layout)
+    checks.gradients(q, layout, Modifiers(None, *sides[2:]))
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, o, lse)
-    ctx.options, ctx.others = (causal, scale, layout, *window), len(inputs) - 3
+    ctx.options, ctx.others = (causal, scale, layout, *sides[:2]), len(inputs) - 3
 
 
 def _backward(ctx, grad, _):
@@ -230,16 +237,17 @@ def _lse_like(q, layout, asked):
     return q.new_empty((q.shape[0], q.shape[h], q.shape[s]) if asked else (0,), dtype=torch.float32)
 
 
-def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, window):
+def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers):
     """What flash_fwd does where torch traces it or differentiates it: one operator in the graph."""
-    sides = (None, None) if window is None else window
     learns = checks.learns(q, k, v)
+    if learns:
+        checks.gradients(q, layout, modifiers)
     if out is None:
-        how = causal, scale, layout, return_lse or learns, constant_time, *sides
+        how = causal, scale, layout, return_lse or learns, constant_time, *modifiers.flat()
         o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, *how)
     elif learns:
         raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
     else:
-        how = causal, scale, layout, return_lse, constant_time, *sides
+        how = causal, scale, layout, return_lse, constant_time, *modifiers.flat()
         o, lse = out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, *how)
     return (o, lse) if return_lse else o

@@ -1,0 +1,118 @@
+"""Block sparsity: a tile multiplies the blocks of keys that its lists name, and no others."""
+
+from typing import Any, NamedTuple
+
+import cutlass
+from cutlass import Boolean, Int32, cute
+
+from . import mask as mask_ops
+from .flash_fwd_sm90 import ROWS, Problem, Rows, Warpgroup, release_if
+from .layout import acc_mn, scale_rows
+from .mask import UserMask
+from .tile_scheduler import Tile
+
+
+class Lists(NamedTuple):
+    """Of one block of queries: how many blocks of keys it needs, those that the mask may cut first, then whole ones."""
+
+    cut: Int32
+    cut_index: cute.Tensor  # (blocks,)
+    whole: Int32
+    whole_index: cute.Tensor  # (blocks,)
+
+
+class SparseAt(NamedTuple):
+    """A block of scores, as `At`, and whether the mask may cut it."""
+
+    rows: Rows
+    n_block: Int32
+    cut: Boolean
+
+
+class Sparse:
+    """Goes before a kernel's class. Blocks are numbered by their places in the lists; `_place` says where they lie.
+
+    problem.others ends with counts (b, h, m_blocks) and indices (b, h, m_blocks, n_blocks), int32: of the blocks that
+    the mask may cut, and, where the config says so, of the whole ones.
+    """
+
+    def _lists(self, head, batch, row0, problem: Problem) -> Lists:
+        sparse = self.config.sparse
+        given: Any = problem.others[-sparse.arguments :]
+        at = batch, head, row0 // sparse.block_m
+        found = [(given[i][at], given[i + 1][(*at, None)]) for i in range(0, sparse.arguments, 2)]
+        return Lists(*found[0], *(found[1] if sparse.whole else (Int32(0), found[0][1])))
+
+    def _blocks(self, tile: Tile, problem: Problem):
+        """A tile without any takes one beyond the last key, which the mask hides."""
+        lists = self._lists(tile.head, tile.batch, tile.m_block * self.config.tile_m, problem)
+        return 0, cutlass.max((lists.cut + lists.whole) * self._each, 1)
+
+    @property
+    def _each(self) -> int:
+        """Blocks of the kernel to one of the lists."""
+        return self.config.sparse.block_n // self.config.tile_n
+
+    def _order(self, tile: Tile, problem: Problem):
+        lists = self._lists(tile.head, tile.batch, tile.m_block * self.config.tile_m, problem)
+        return lambda n: self._place(lists, n, problem)[0]
+
+    @cute.jit
+    def _place(self, lists: Lists, n: Int32, problem: Problem):
+        """Which block of keys the n-th is, counted down to 0, and whether the mask may cut it."""
+        i = (lists.cut + lists.whole) - 1 - n // self._each
+        n_block, cut = Int32(0), i < lists.cut
+        if i < 0:
+            n_block = (problem.seqlen_k + self.config.tile_n - 1) // self.config.tile_n
+        elif cut:
+            n_block = lists.cut_index[i] * self._each + n % self._each
+        else:
+            n_block = lists.whole_index[i - lists.cut] * self._each + n % self._each
+        return n_block, cut
+
+    @cute.jit
+    def _tile(self, w: Warpgroup, rows: Rows, blocks, q_state, kv_state):
+        """Each step asks whether the mask cuts; offsets are such from the start that any step may be either."""
+        f, lists = w.frag, self._lists(rows.head, rows.batch, rows.row0, w.problem)
+        f.softmax.reset()
+        f.softmax.settle()
+        f.acc_O.fill(0.0)
+        self._sign_q(w, q_state)
+        self._read_q(w, q_state)
+        release_if(self.config.q_in_regs, w.pipes.q, q_state)
+        at = SparseAt(rows, *self._place(lists, blocks[1] - 1, w.problem))
+        kv_state = self._first(w, q_state, kv_state, at)
+        for n in cutlass.range(1, blocks[1], unroll=1):
+            at = SparseAt(rows, *self._place(lists, blocks[1] - 1 - n, w.problem))
+            kv_state = self._step(w, q_state, kv_state, at, True)
+        release_if(not self.config.q_in_regs, w.pipes.q, q_state)
+        self._last(w, kv_state)
+        return kv_state
+
+    @cute.jit
+    def _begin(self, w: Warpgroup, S, at: SparseAt):
+        if self._exponents(w, S, at):
+            w.frag.softmax.raise_offsets(S, self.slack)
+        w.frag.softmax.exp(S)
+
+    @cute.jit
+    def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at: SparseAt, edge: cutlass.Constexpr):
+        f, S = w.frag, acc_mn(acc_S)  # (rows, cols)
+        w.pipes.k.consumer_release(k_state)
+        self._score(w, S, at)
+        if self._exponents(w, S, at):
+            f.softmax.raise_offsets(S, self.slack)
+            self._wait_for_pv(w)
+            scale_rows(f.acc_O, f.softmax.rescale)
+        f.softmax.exp(S)
+        self._wait_for_pv(w)
+
+    @cute.jit
+    def _exponents(self, w: Warpgroup, S, at: SparseAt):
+        c, f = self.config, w.frag
+        base = c.mask.base if isinstance(c.mask, UserMask) else c.mask
+        if at.cut | mask_ops.cuts(base, at.rows.row0, ROWS, at.n_block, c.tile_n, w.problem):
+            mask_ops.apply(base, S, f.cS, at.rows.row0, at.n_block * c.tile_n, w.problem)
+        if at.cut:
+            c.mask.hide(S, f.cS, at, c.tile_n, w.problem)
+        return f.softmax.exponents(S)

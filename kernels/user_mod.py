@@ -1,0 +1,259 @@
+"""A user's function inside the kernel: FlexAttention's score_mod and mask_mod (Dong et al., arXiv:2412.05496).
+
+It is called once for each score while the kernel is traced, with a `Value` for each number, and an `Array` for each
+tensor that it captures. What it may do with them are Python's operators, and the torch functions in FUNCTIONS.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, Int64, cute
+from cutlass.cute.runtime import make_fake_tensor
+from cutlass.cutlass_dsl import select_
+
+ELEMENT = {
+    "float32": Float32,
+    "float16": cutlass.Float16,
+    "bfloat16": cutlass.BFloat16,
+    "int64": Int64,
+    "int32": Int32,
+    "uint8": cutlass.Uint8,
+    "bool": cutlass.Uint8,
+}
+NUMBER = {"int": Int32, "float": Float32}  # arguments that are no tensors
+
+
+@dataclass(frozen=True)
+class UserMod:
+    """A function of scores or of places, and what it takes at run time. Two are equal whose keys are."""
+
+    key: str  # of its code, of what it captures, and of the types below
+    arrays: tuple[tuple[str, int], ...]  # element type and rank of each tensor; "int" or "float": a number
+    build: Callable[[list], Callable] = field(compare=False, repr=False)  # from an object for each of `arrays`
+
+    def signature(self) -> tuple:
+        return tuple(NUMBER[word](0) if word in NUMBER else _fake(word, rank) for word, rank in self.arrays)
+
+    def bind(self, args: tuple) -> Callable:
+        """The function on numbers of the kernel; args: those of `signature`."""
+        stand_ins = [_stand_in(x, word) for x, (word, _) in zip(args, self.arrays, strict=True)]
+        fn = self.build(stand_ins)
+        return lambda *numbers: number(fn(*map(Value, numbers)))
+
+
+def _fake(word: str, rank: int):
+    shape = [cute.sym_int() for _ in range(rank)]
+    return make_fake_tensor(ELEMENT[word], shape, [cute.sym_int64() for _ in range(rank)])
+
+
+def _stand_in(x, word: str):
+    if word in NUMBER:
+        return Value(x)
+    array = Array(x, word)
+    return array[()] if cute.rank(x) == 0 else array
+
+
+class Array:
+    """A tensor that a mod captures. An index beyond its end is taken for the last: nothing is read outside of it."""
+
+    def __init__(self, tensor: cute.Tensor, word: str, index: tuple = ()):
+        self.tensor, self.word, self.index = tensor, word, index
+
+    def __getitem__(self, index):
+        index = (*self.index, *(index if isinstance(index, tuple) else (index,)))
+        rank = cute.rank(self.tensor)
+        if len(index) > rank:
+            raise IndexError(f"{len(index)} indices for a tensor of {rank} dimensions")
+        if len(index) < rank:
+            return Array(self.tensor, self.word, index)
+        place = [self._inside(number(i), axis) for axis, i in enumerate(index)]
+        x = self.tensor[tuple(place)]
+        if self.word == "bool":
+            return Value(x != 0)
+        return Value(x.to(Float32) if isinstance(x, cutlass.Float) else x.to(Int32) if x.width < 32 else x)
+
+    def _inside(self, i, axis: int):
+        last = Int32(self.tensor.shape[axis]) - 1
+        return cutlass.max(cutlass.min(Int32(i), last), 0)
+
+
+def number(x):
+    """What a Value holds, or a Python number as it is."""
+    return x.x if isinstance(x, Value) else x
+
+
+def kind(x) -> int:
+    """0: a truth, 1: an integer, 2: a float."""
+    if isinstance(x, (bool, Boolean)):
+        return 0
+    return 1 if isinstance(x, (int, cutlass.Integer)) else 2
+
+
+def truth(x):
+    x = number(x)
+    return x if isinstance(x, (bool, Boolean)) else x != 0
+
+
+def alike(*xs, least: int = 1):
+    """Numbers of one type: float32 where one is a float, else int64 or int32."""
+    xs = tuple(map(number, xs))
+    if max(least, *map(kind, xs)) == 2:
+        return [Float32(x) for x in xs]
+    wide = any(isinstance(x, Int64) for x in xs)
+    return [(Int64 if wide else Int32)(x) for x in xs]
+
+
+def arithmetic(op, least: int = 1) -> Callable:
+    return lambda a, b: Value(op(*alike(a, b, least=least)))
+
+
+def logic(op) -> Callable:
+    """Of truths; of integers bit by bit."""
+    return lambda a, b: Value(op(*(map(Boolean, (number(a), number(b))) if is_truth(a, b) else alike(a, b))))
+
+
+def is_truth(*xs) -> bool:
+    return all(kind(number(x)) == 0 for x in xs)
+
+
+def of_float(function) -> Callable:
+    return lambda a: Value(function(*alike(a, least=2)))
+
+
+def where(condition, a, b) -> "Value":
+    condition = truth(condition)
+    if isinstance(condition, bool):
+        return Value(number(a if condition else b))
+    a, b = map(Boolean, (number(a), number(b))) if is_truth(a, b) else alike(a, b)
+    return Value(type(a)(select_(condition, a, b)))
+
+
+def invert(a) -> "Value":
+    return Value(Int32(truth(a)) == 0) if is_truth(a) else Value(~number(a))
+
+
+def power(a, exponent) -> "Value":
+    n = number(exponent)
+    if isinstance(n, int) and 0 <= n <= 8:
+        product = Value(1)
+        for _ in range(n):
+            product = product * a
+        return product
+    return Value(cute.math.pow(*alike(a, exponent, least=2)))
+
+
+def clamp(a, min=None, max=None) -> "Value":  # noqa: A002 - torch's names
+    a = a if min is None else maximum(a, min)
+    return a if max is None else minimum(a, max)
+
+
+def of_truths(function) -> Callable:
+    return lambda *xs: function(*(Value(truth(x)) for x in xs))
+
+
+def _floor(x):
+    return cute.math.floor(x)
+
+
+minimum, maximum = arithmetic(cutlass.min), arithmetic(cutlass.max)
+OPERATORS: dict[str, Callable] = {
+    **{name: arithmetic(getattr(operator, name)) for name in ("add", "sub", "mul", "floordiv", "mod")},
+    **{name: arithmetic(getattr(operator, name)) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+    "truediv": arithmetic(operator.truediv, least=2),
+    "pow": power,
+    **{name: logic(getattr(operator, f"{name}_")) for name in ("and", "or")},
+    "xor": logic(operator.xor),
+}
+FUNCTIONS: dict[str, Callable] = {
+    "where": where,
+    "minimum": minimum,
+    "maximum": maximum,
+    "min": minimum,
+    "max": maximum,
+    "clamp": clamp,
+    "abs": lambda a: maximum(a, -a),
+    "neg": lambda a: -a,
+    "square": lambda a: a * a,
+    "relu": lambda a: maximum(a, 0),
+    "exp": of_float(partial(cute.math.exp, fastmath=True)),
+    "exp2": of_float(partial(cute.math.exp2, fastmath=True)),
+    "log": of_float(partial(cute.math.log, fastmath=True)),
+    "log2": of_float(partial(cute.math.log2, fastmath=True)),
+    "sqrt": of_float(cute.math.sqrt),
+    "rsqrt": of_float(cute.math.rsqrt),
+    "sin": of_float(cute.math.sin),
+    "cos": of_float(cute.math.cos),
+    "floor": of_float(_floor),
+    "tanh": lambda a: 1.0 - 2.0 / (FUNCTIONS["exp"](2.0 * a) + 1.0),
+    "sigmoid": lambda a: 1.0 / (1.0 + FUNCTIONS["exp"](-a)),
+    "logical_not": of_truths(invert),
+    "logical_and": of_truths(OPERATORS["and"]),
+    "logical_or": of_truths(OPERATORS["or"]),
+    "logical_xor": of_truths(OPERATORS["xor"]),
+    "bitwise_not": invert,
+    **{f"bitwise_{name}": OPERATORS[name] for name in ("and", "or", "xor")},
+    **{name: OPERATORS[name] for name in ("add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne", "pow")},
+    "floor_divide": OPERATORS["floordiv"],
+    "remainder": OPERATORS["mod"],
+    "true_divide": OPERATORS["truediv"],
+    "div": OPERATORS["truediv"],
+    "float": lambda a: Value(Float32(number(a))),
+    "int": lambda a: Value(Int32(number(a))),
+    "long": lambda a: Value(Int32(number(a))),
+    "bool": lambda a: Value(truth(a)),
+    "to": lambda a, dtype: FUNCTIONS[CASTS[str(dtype).removeprefix("torch.")]](a),
+    "new_ones": lambda a, *_, dtype=None, **__: Value(True) if str(dtype) == "torch.bool" else Value(1.0),
+    "new_zeros": lambda a, *_, dtype=None, **__: Value(False) if str(dtype) == "torch.bool" else Value(0.0),
+    "ones_like": lambda a, **_: Value(type(number(a))(1)),
+    "zeros_like": lambda a, **_: Value(type(number(a))(0)),
+    "full_like": lambda a, value, **_: Value(type(number(a))(value)),
+}
+CASTS = dict(float32="float", float="float", int32="int", int="int", int64="long", long="long", bool="bool")
+
+
+class Value:
+    """A number of the kernel: a score, a place, or an element of an Array."""
+
+    device = None  # FlexAttention's own mods ask for it
+
+    def __init__(self, x):
+        self.x = number(x)
+
+    def __getattr__(self, name: str):
+        if name in FUNCTIONS:
+            return partial(FUNCTIONS[name], self)
+        raise AttributeError(f"{name} is not known to a kernel; known are {', '.join(FUNCTIONS)}")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
+        name = func.__name__
+        if name not in FUNCTIONS:
+            raise TypeError(f"torch.{name} is not known to a kernel; known are {', '.join(FUNCTIONS)}")
+        return FUNCTIONS[name](*args, **(kwargs or {}))
+
+    def __bool__(self):
+        raise TypeError("a kernel's number has no value yet: use torch.where for `if`, & and | for `and` and `or`")
+
+    def __neg__(self):
+        return Value(-alike(self)[0])
+
+    def __abs__(self):
+        return FUNCTIONS["abs"](self)
+
+    def __invert__(self):
+        return invert(self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _install(name: str, op: Callable) -> None:
+    setattr(Value, f"__{name}__", lambda a, b: op(a, b))
+    setattr(Value, f"__r{name}__", lambda a, b: op(b, a))
+
+
+for _name, _op in OPERATORS.items():
+    _install(_name, _op)

@@ -1,0 +1,347 @@
+"""score_mod, mask_mod and block_mask: FlexAttention's functions and lists, in the kernel and on the CPU."""
+
+import functools
+import gc
+import weakref
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+from attention import EDGES, bound, close_lse, inputs, visible
+from torch.nn.attention.flex_attention import and_masks, create_block_mask, noop_mask
+
+from cute_attn import BlockLists, compile, flash_fwd, inspect, mods, plan, reference
+from cute_attn.kernels.config import SparseBlocks
+from cute_attn.plan import Kinds
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+LENGTH = 1100  # that the tables reach to
+FACTOR = 0.25
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Tables(NamedTuple):
+    bias: torch.Tensor  # (H, 2 LENGTH)
+    documents: torch.Tensor  # (LENGTH,)
+    hidden: torch.Tensor  # (B, LENGTH) bool
+    factor: torch.Tensor  # ()
+
+
+def tables(device) -> Tables:
+    return Tables(
+        torch.randn(4, 2 * LENGTH, device=device),
+        (torch.arange(LENGTH, device=device) // 90).to(torch.int32),
+        torch.rand(2, LENGTH, device=device) < 0.3,
+        torch.tensor(0.5, device=device),
+    )
+
+
+def score_mods(device) -> dict:
+    t = tables(device)
+
+    def sloped(score, b, h, q_idx, kv_idx):
+        return score + (kv_idx - q_idx) * 0.01 * (h + 1)
+
+    def by_table(score, b, h, q_idx, kv_idx):
+        return score + t.bias[h, kv_idx - q_idx + LENGTH]
+
+    def row_by_row(score, b, h, q_idx, kv_idx):
+        return score * t.factor + t.bias[h][q_idx] * FACTOR
+
+    def capped(score, b, h, q_idx, kv_idx):
+        return 2 * torch.tanh(score / 2)
+
+    def hiding(score, b, h, q_idx, kv_idx):
+        return torch.where((q_idx - kv_idx).abs() % 3 == 0, score, -float("inf"))
+
+    def many(score, b, h, q_idx, kv_idx):
+        x = torch.clamp(score, min=-3, max=3) + torch.sigmoid(score) - torch.maximum(score, -score) ** 2 / 9
+        return torch.where(torch.logical_not(b == 0), x, torch.exp(-(score**2))) + (h // 2) - h % 2
+
+    return dict(sloped=sloped, by_table=by_table, row_by_row=row_by_row, capped=capped, hiding=hiding, many=many)
+
+
+def mask_mods(device) -> dict:
+    t = tables(device)
+
+    def prefix(b, h, q_idx, kv_idx):
+        return (kv_idx <= q_idx) | (kv_idx < 70)
+
+    def documents(b, h, q_idx, kv_idx):
+        return t.documents[q_idx] == t.documents[kv_idx]
+
+    def padded(b, h, q_idx, kv_idx):
+        return ~t.hidden[b, kv_idx]
+
+    def of_heads(b, h, q_idx, kv_idx):
+        return (h == 0) | ((q_idx + kv_idx) % (h + 1) == 0)
+
+    return dict(
+        prefix=prefix,
+        documents=documents,
+        padded=padded,
+        of_heads=of_heads,
+        both=and_masks(prefix, documents),
+        partial=functools.partial(lambda seen, b, h, q_idx, kv_idx: seen[kv_idx] > 2, t.documents),
+        all=noop_mask,
+    )
+
+
+def held_to_the_bound(q, k, v, dense=None, **how):
+    """Against float64, and torch's arithmetic with P in q's dtype; on a poisoned output. dense: of block_mask."""
+    out = torch.full_like(q, torch.nan)
+    o, lse = flash_fwd(q, k, v, out=out, return_lse=True, **how)
+    assert o is out
+    if how.pop("block_mask", None) is not None:
+        how["mask_mod"] = dense
+    want, want_lse = reference.attention(q, k, v, **how)
+    bound(o, want, by_hand(q, k, v, **how))
+    close_lse(lse, want_lse)
+
+
+def by_hand(q, k, v, score_mod=None, mask_mod=None, causal=False, window=None):
+    """float32 but for the operands and P; NaN where a row sees nothing."""
+    ratio = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(ratio, dim=1) for x in (k, v))
+    s = q.float() @ k.float().mT * q.shape[3] ** -0.5
+    i, j = (torch.arange(n, device=q.device) for n in s.shape[2:])
+    for b, h in product(*map(range, s.shape[:2])):
+        places = torch.tensor(b, device=q.device), torch.tensor(h, device=q.device), i[:, None], j
+        s[b, h] = s[b, h] if score_mod is None else score_mod(s[b, h], *places)
+        if mask_mod is not None:
+            s[b, h].masked_fill_(~mask_mod(*places).expand_as(s[b, h]), -torch.inf)
+    s.masked_fill_(~visible(len(i), len(j), causal, q.device, window), -torch.inf)
+    return s.softmax(dim=3).to(v.dtype) @ v
+
+
+@DEVICES
+@pytest.mark.parametrize("name", score_mods("cpu"))
+def test_score_mods(name, device):
+    for (seqlen_q, seqlen_k), causal in product([(33, 47), (130, 70)], (False, True)):
+        mod = score_mods(device)[name]
+        held_to_the_bound(*inputs(2, 4, 2, seqlen_q, seqlen_k, 64, device=device), score_mod=mod, causal=causal)
+
+
+@DEVICES
+@pytest.mark.parametrize("name", mask_mods("cpu"))
+def test_mask_mods(name, device):
+    for (seqlen_q, seqlen_k), how in product([(33, 47), (130, 70)], [{}, dict(causal=True), dict(window=(20, 9))]):
+        mod = mask_mods(device)[name]
+        held_to_the_bound(*inputs(2, 4, 2, seqlen_q, seqlen_k, 64, device=device), mask_mod=mod, **how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 160, 192, 224, 256])
+def test_every_head_dim_at_the_edges(head_dim):
+    score, mask = score_mods("cuda")["by_table"], mask_mods("cuda")["prefix"]
+    for (seqlen_q, seqlen_k), causal in product(EDGES, (False, True)):
+        held_to_the_bound(*inputs(2, 4, 2, seqlen_q, seqlen_k, head_dim), score_mod=score, mask_mod=mask, causal=causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", mask_mods("cpu"))
+def test_long(name):
+    """Many blocks, rows and whole tiles without keys among them."""
+    q, k, v = inputs(2, 4, 2, 1000, 1100, 128, torch.float16)
+    for how in ({}, dict(causal=True), dict(window=(200, 50))):
+        held_to_the_bound(q, k, v, mask_mod=mask_mods("cuda")[name], score_mod=score_mods("cuda")["sloped"], **how)
+
+
+@DEVICES
+@pytest.mark.parametrize("size", [128, 64, (256, 128)])
+@pytest.mark.parametrize("name", mask_mods("cpu"))
+def test_block_masks(name, size, device):
+    """torch's own BlockMask; rows of blocks without any, lengths that end within a block."""
+    for seqlen_q, seqlen_k, head_dim in [(300, 500, 64)] if device == "cpu" else [(300, 500, 128), (1000, 1100, 64)]:
+        mod = mask_mods(device)[name]
+        block_mask = create_block_mask(mod, 2, 4, seqlen_q, seqlen_k, device=device, BLOCK_SIZE=size)
+        qkv = inputs(2, 4, 2, seqlen_q, seqlen_k, head_dim, device=device)
+        for how in ({}, dict(causal=True), dict(window=(150, 70)), dict(score_mod=score_mods(device)["sloped"])):
+            held_to_the_bound(*qkv, block_mask=block_mask, dense=mod, **how)
+
+
+def lists(dense, full=None, block_size=(128, 128)):
+    """BlockLists from (B, H, blocks, blocks) bool."""
+
+    def one(x):
+        return x.sum(-1).int(), x.int().argsort(dim=-1, descending=True, stable=True).int()
+
+    return BlockLists(*one(dense), *(one(full) if full is not None else ()), block_size=block_size)
+
+
+@DEVICES
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_lists_of_ones_own(head_dim, device):
+    """Shared by batches or heads; lists of full blocks or none; a mask_mod on the others alone."""
+    q, k, v = inputs(2, 4, 2, 700, 600, head_dim, device=device)
+    mod = mask_mods(device)["of_heads"]
+    for batch, heads in ((2, 4), (1, 4), (2, 1), (1, 1)):
+        kinds = torch.randint(0, 4, (batch, heads, 6, 5), device=device)  # 0, 1: none; 2: cut; 3: full
+        kinds[:, :, 2] = 0
+
+        def seen(b, h, q_idx, kv_idx, kinds=kinds, batch=batch, heads=heads):
+            kind = kinds[b % batch, h % heads, q_idx // 128, kv_idx // 128]
+            return (kind == 3) | ((kind == 2) & mod(b, h, q_idx, kv_idx))
+
+        def listed(b, h, q_idx, kv_idx, kinds=kinds, batch=batch, heads=heads):
+            return kinds[b % batch, h % heads, q_idx // 128, kv_idx // 128] >= 2
+
+        held_to_the_bound(q, k, v, block_mask=lists(kinds == 2, kinds == 3), mask_mod=mod, dense=seen)
+        held_to_the_bound(q, k, v, block_mask=lists(kinds >= 2), dense=listed)
+
+
+@pytest.mark.gpu
+def test_what_no_list_names_is_not_read():
+    q, k, v = inputs(1, 2, 2, 512, 512, 64)
+    dense = torch.eye(4, dtype=torch.bool, device="cuda").expand(1, 1, 4, 4)
+    k[:, :, 128:256], v[:, :, 128:256] = torch.nan, torch.nan
+    o = flash_fwd(q, k, v, block_mask=lists(dense))
+    assert o[:, :, 128:256].isnan().all()
+    assert not o[:, :, :128].isnan().any() and not o[:, :, 256:].isnan().any()
+
+
+@DEVICES
+def test_aux(device):
+    """Tensors and numbers at run time: new ones compile nothing."""
+
+    def shifted(score, b, h, q_idx, kv_idx, bias, shift, factor):
+        return score * factor + bias[kv_idx + shift]
+
+    def near(b, h, q_idx, kv_idx, bias, shift, factor):
+        return (q_idx - kv_idx).abs() < 10 * shift
+
+    q, k, v = inputs(2, 4, 2, 60, 60, 64, device=device)
+    for shift, factor in ((2, 0.5), (5, 1.5)):
+        aux = torch.randn(100, device=device), shift, factor
+        o = flash_fwd(q, k, v, score_mod=shifted, mask_mod=near, aux=aux)
+        how = dict(score_mod=lambda *x, aux=aux: shifted(*x, *aux), mask_mod=lambda *x, aux=aux: near(*x, *aux))
+        bound(o, reference.attention(q, k, v, **how)[0], by_hand(q, k, v, **how))
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_twice(monkeypatch):
+    """The same function, made anew, with other tensors of other sizes."""
+    q, k, v = inputs(2, 4, 2, 60, 60, 64)
+    flash_fwd(q, k, v, score_mod=score_mods("cuda")["by_table"], mask_mod=mask_mods("cuda")["documents"])
+    monkeypatch.setattr(compile, "compile", None)
+    held_to_the_bound(q, k, v, score_mod=score_mods("cuda")["by_table"], mask_mod=mask_mods("cuda")["documents"])
+
+
+def key(function, *aux):
+    return mods.prepare("score_mod", function, aux).kernel
+
+
+def scaled(factor, table=None, other=lambda x: x):
+    def mod(score, b, h, q_idx, kv_idx):
+        return other(score) * factor if table is None else score + table[kv_idx]
+
+    return mod
+
+
+def test_the_key():
+    """Code, captured numbers and functions, types of tensors: not their values, nor which object it is."""
+    assert key(scaled(2)) == key(scaled(2)) != key(scaled(3))
+    assert key(scaled(2)) != key(scaled(2, other=lambda x: x + 1))
+    assert key(scaled(2, torch.ones(3))) == key(scaled(2, torch.zeros(5)))
+    assert key(scaled(2, torch.ones(3))) != key(scaled(2, torch.ones(3, 3)))
+    assert key(scaled(2, torch.ones(3))) != key(scaled(2, torch.ones(3).half()))
+    assert key(scaled(2), 1) != key(scaled(2), 1.0) != key(scaled(2))
+    assert key(scaled(2), 1) == key(scaled(2), 7)
+    assert key(lambda s, *_: s * FACTOR) != key(lambda s, *_: s * LENGTH)
+
+
+def test_a_kernel_keeps_no_tensor_alive():
+    table = torch.ones(3)
+    alive, kernel = weakref.ref(table), key(scaled(2, table))
+    del table
+    gc.collect()
+    assert alive() is None and kernel.build([[0.5]])(1.0, 0, 0, 0, 0) == 1.5
+
+
+def recursive(score, b, h, q_idx, kv_idx, depth=2):
+    return recursive(score * 0.5, b, h, q_idx, kv_idx, depth - 1) if depth else score + q_idx
+
+
+def test_what_calls_itself():
+    assert key(recursive) == key(recursive)
+    q, k, v = inputs(1, 1, 1, 8, 8, 16, device="cpu")
+    held_to_the_bound(q, k, v, score_mod=recursive)
+
+
+def kernel(head_dim=64, causal=False, **kinds):
+    return plan.modified(plan.config(head_dim, "bf16", "bhsd", causal), Kinds(**kinds))
+
+
+@pytest.mark.parametrize("name", score_mods("cpu"))
+def test_score_mods_compile(name):
+    assert not inspect.report(kernel(score_mod=key(score_mods("cpu")[name]))).problems()
+
+
+@pytest.mark.parametrize("name", mask_mods("cpu"))
+def test_mask_mods_compile(name):
+    mod = mods.prepare("mask_mod", mask_mods("cpu")[name], ()).kernel
+    assert not inspect.report(kernel(mask_mod=mod, sparse=SparseBlocks(128, 128, True))).problems()
+    assert not inspect.report(kernel(mask_mod=mod, causal=True)).problems()
+
+
+class NotAFunction:
+    def __call__(self, score, *places):
+        return score
+
+
+WRONG = {
+    "no function": (dict(score_mod=3), TypeError, r"score_mod: 3 came; a function of \(score, b, h, q_idx, kv_idx"),
+    "an object": (dict(score_mod=NotAFunction()), TypeError, "score_mod: score_mod is a NotAFunction, which a kernel"),
+    "captured": (dict(mask_mod=scaled(object())), TypeError, "mask_mod's factor is a object"),
+    "float64": (dict(score_mod=scaled(1, torch.ones(3).double())), TypeError, "captures a tensor of torch.float64"),
+    "aux": (dict(score_mod=scaled(1), aux=("x",)), TypeError, "aux: str at 0; tensors and numbers"),
+    "aux alone": (dict(score_mod=scaled(1), aux=3), TypeError, "aux: builtins.int came; a tuple"),
+    "lists": (dict(block_mask=torch.ones(3)), TypeError, "block_mask: Tensor came; a BlockMask of torch"),
+    "sizes": (dict(block_mask=BlockLists(None, None, block_size=(100, 64))), ValueError, "multiples of 64"),
+    "half": (dict(block_mask=BlockLists(None, None, torch.ones(1))), ValueError, "come together, or neither"),
+    "types": (dict(block_mask=BlockLists(torch.ones(1, 1, 1), None)), TypeError, "kv_num_blocks: torch.float32 came"),
+    "shapes": (
+        dict(block_mask=lists(torch.ones(1, 3, 1, 1, dtype=torch.bool))),
+        ValueError,
+        r"kv_num_blocks: shape \(1, 3, 1\) came; \(2 or 1, 4 or 1, 1\) is needed",
+    ),
+    "constant time": (
+        dict(block_mask=lists(torch.ones(1, 1, 1, 1, dtype=torch.bool)), constant_time=True),
+        ValueError,
+        "constant_time: given with block_mask",
+    ),
+    "two masks": (
+        dict(block_mask=create_block_mask(mask_mods("cpu")["prefix"], 1, 1, 8, 8, device="cpu"), mask_mod=scaled(1)),
+        ValueError,
+        "mask_mod: given beside a block_mask with a mask_mod of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong(case):
+    how, error, words = WRONG[case]
+    with pytest.raises(error, match=words):
+        flash_fwd(*inputs(2, 4, 2, 8, 8, 16, device="cpu"), **how)
+
+
+def test_neither_gradients_nor_graphs():
+    q, k, v = inputs(1, 1, 1, 8, 8, 16, device="cpu")
+    with pytest.raises(ValueError, match="score_mod: given with inputs that require grad"):
+        flash_fwd(q.clone().requires_grad_(), k, v, score_mod=scaled(2))
+    with pytest.raises(Exception, match="cannot pass the operator that torch"):
+        torch.compile(lambda q: flash_fwd(q, k, v, score_mod=scaled(2)), backend="eager", fullgraph=True)(q)
+
+
+@pytest.mark.parametrize(
+    ("mod", "words"),
+    [
+        (lambda s, b, h, i, j: s if i > j else s * 2, "use torch.where for `if`"),
+        (lambda s, b, h, i, j: torch.erfinv(s), "torch.erfinv is not known to a kernel"),
+        (lambda s, b, h, i, j: s.cumsum(0), "cumsum is not known to a kernel"),
+    ],
+)
+def test_what_a_kernel_does_not_know(mod, words):
+    with pytest.raises(Exception, match=words):
+        compile.compile(kernel(score_mod=key(mod)))
