@@ -5,7 +5,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from . import tuned
+from . import packing, tuned
 from .kernels.config import DTYPES, LAYOUTS, FwdConfig, SparseBlocks
 from .kernels.mask import UserMask, Window
 from .kernels.packed_scheduler import Packed, PackedLongest
@@ -45,6 +45,11 @@ class Problem(NamedTuple):
     kinds: Kinds = Kinds()
 
     @property
+    def ratio(self) -> int:
+        """Query heads to a K/V head."""
+        return self.heads // self.heads_kv if self.heads_kv else 1
+
+    @property
     def empty(self) -> bool:
         """Nothing to multiply: no output, or no keys."""
         return 0 in (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
@@ -70,16 +75,38 @@ MODIFIED = {False: [Kinds(alibi=True)], True: [Kinds(softcap=True), Kinds(softca
 def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
     """The kernel for a problem, by the table of the GPU of that name; without a name, or a table, by the H200's.
 
-    A head dim that has no kernel of its own runs on the next larger one.
+    A head dim that has no kernel of its own runs on the next larger one. Where few queries leave most of a tile empty,
+    the heads that share a K/V head are packed into it.
     """
-    head_dim = next(d for d in HEAD_DIMS if problem.head_dim <= d)
+    found = _by_table(problem, gpu)
+    if problem.ratio < 2 or problem.empty or not found.packable:
+        return found
+    rows = packing.rows_of(problem)
+    other = _by_table(rows, gpu)
+    if rows.seqlen_q <= 64:
+        other = packing.few_rows(other, _always(problem, gpu), rows)
+    return packing.packed(other, problem.ratio) if packing.worth(other, rows, found, problem) else found
+
+
+def _by_table(problem: Problem, gpu: str | None) -> FwdConfig:
+    """The kernel for as many heads, and rows of each, as the problem has."""
     if problem.constant_time or problem.kinds != Kinds():
-        base = config(head_dim, problem.dtype, problem.layout, problem.kinds.window or problem.causal, gpu)
-        base = modified(base, problem.kinds)
-        return constant_time(base) if problem.constant_time else base
-    rows = tuned.table(gpu).classes[head_dim, problem.causal, problem.dtype]
+        return _always(problem, gpu)
+    rows = tuned.table(gpu).classes[kernel_head_dim(problem), problem.causal, problem.dtype]
     row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
     return replace(row.config, dtype=problem.dtype, layout=problem.layout)
+
+
+def _always(problem: Problem, gpu: str | None) -> FwdConfig:
+    """The kernel of the problem's kind that serves any lengths."""
+    causal = problem.kinds.window or problem.causal
+    base = config(kernel_head_dim(problem), problem.dtype, problem.layout, causal, gpu)
+    base = modified(base, problem.kinds)
+    return constant_time(base) if problem.constant_time else base
+
+
+def kernel_head_dim(problem: Problem) -> int:
+    return next(d for d in HEAD_DIMS if problem.head_dim <= d)
 
 
 def config(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None = None) -> FwdConfig:
@@ -140,17 +167,19 @@ def kind(config: FwdConfig) -> tuple:
     return c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks
 
 
-def shipped(gpu: str | None = None) -> list[FwdConfig]:
+def shipped(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
     """The kernels of each kind, of some lengths only, windowed, constant-time; and with other modifiers one of each.
 
-    Modifiers combine: any other kernel is compiled by its first call.
+    With a ratio, of query heads to a K/V head, those that pack them too. Modifiers combine: any other kernel is
+    compiled by its first call.
     """
-    every = [_configs(*one, gpu) for one in product(HEAD_DIMS, DTYPES, LAYOUTS, (False, True))]
-    always, some = [configs[-1] for configs in every], [c for configs in every for c in configs[:-1]]
+    kinds = [_configs(*one, gpu) for one in product(HEAD_DIMS, DTYPES, LAYOUTS, (False, True))]
+    always, some = [configs[-1] for configs in kinds], [c for configs in kinds for c in configs[:-1]]
     windows = [windowed(config) for config in always if config.mask.causal]
     plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
     others = [modified(config, kinds) for config in plain for kinds in MODIFIED[config.mask.causal]]
-    return list(dict.fromkeys([*always, *some, *windows, *others, *map(constant_time, [*always, *windows])]))
+    every = [*always, *some, *windows, *others, *map(constant_time, [*always, *windows])]
+    return list(dict.fromkeys([*every, *packing.kernels(every, ratio)]))
 
 
 def shipped_varlen(gpu: str | None = None) -> list[FwdConfig]:

@@ -36,7 +36,8 @@ from .kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 MASKS: dict[bool, Full | Causal] = {mask.causal: mask for mask in (Full(), Causal())}
 SCHEDULERS = {scheduler.name: scheduler for scheduler in (StaticTiles, DynamicLongest, OneTile)}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(FwdConfig)}
-NOT_TUNED = ("head_dim", "dtype", "layout", "mask", "constant_time", "timeline", "overlap", "score", "sinks", "sparse")
+NOT_TUNED: tuple[str, ...] = ("head_dim", "dtype", "layout", "mask", "constant_time", "timeline", "overlap")
+NOT_TUNED += ("score", "sinks", "sparse", "pack")
 FIELDS = tuple(name for name in DEFAULTS if name not in NOT_TUNED)
 BOUNDS = ("max_seqlen_q", "min_free_rows", "max_row_blocks", "min_seqlen_k")
 REQUIRED, OPTIONAL = ("head_dim", "causal", "fields"), ("dtype", *BOUNDS, "tflops")

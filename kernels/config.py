@@ -14,6 +14,7 @@ SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
 DTYPES = ("bf16", "fp16")
 LAYOUTS = ("bhsd", "bshd")
 MODES = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0), "thd": (0, 2, 1)}  # where s, d, h, b stand in q, k, v and o
+PACKS = (1, 2, 4, 8, 16, 32, 64)
 # MMA warpgroups: registers per thread (producer, consumer), together no more than launched with; None: as launched
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 PACKED_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}  # a producer that looks for its tiles
@@ -59,6 +60,7 @@ class FwdConfig:
     score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
     sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
+    pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: Packed
 
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in MODES
@@ -75,6 +77,8 @@ class FwdConfig:
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.packed == self.scheduler.packed, "lengths on the device, and a scheduler that reads them there"
         assert not self.packed or self.cluster_size == 1, "a cluster's tiles are of one sequence"
+        assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
+        assert self.pack == 1 or self.packable, "what is asked of a tile has one head"
         assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -103,6 +107,11 @@ class FwdConfig:
     def stages_o(self) -> bool:
         """O goes through shared memory and TMA; where it does not fit beside Q, each thread stores its own part."""
         return self._smem_bytes(o_tiles=1) <= SMEM_BYTES
+
+    @property
+    def packable(self) -> bool:
+        """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
+        return self.score.name in ("", "softcap") and self.sparse is None and not self.mask.everywhere
 
     @property
     def smem_bytes(self) -> int:
@@ -135,6 +144,7 @@ class FwdConfig:
         tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}" + (f"_split{self.split}" if self.split > 1 else "")
         tile += f"_cluster{self.cluster}" if self.cluster > 1 else ""
         tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
+        tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
         kind = "_".join(
             filter(

@@ -2,7 +2,7 @@
 
 from cutlass import Float32, cute
 
-from .flash_fwd_sm90 import At, Problem, Rows, Warpgroup
+from .flash_fwd_sm90 import ROWS, At, Problem, Rows, Warpgroup
 from .softmax import LOG2_E
 from .tile_scheduler import Tile
 
@@ -28,5 +28,9 @@ class Sinks:
         _, seen = super()._totals(w, tile)
         address = w.problem.others[0]
         sinks = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=4)
-        sink = cute.make_tensor(sinks + tile.head, 1)[0]
-        return w.frag.softmax.join(sink * LOG2_E, seen), seen
+        logits = cute.make_rmem_tensor_like(seen, Float32)
+        for r in range(cute.size(seen)):
+            row = tile.m_block * self.config.tile_m + w.frag.wg * ROWS + w.frag.cS[r, 0][0]
+            _, head = self._whose(row, tile, w.gmem)
+            logits[r] = cute.make_tensor(sinks + head, 1)[0] * LOG2_E
+        return w.frag.softmax.join(logits, seen), seen

@@ -133,6 +133,7 @@ class FlashFwdSm90:
         # GEMMs in flight beside the softmax: with four warpgroups it runs beside the others' GEMMs anyway
         self.pv_pending = 1 if config.overlap and config.warpgroups < 4 else 0
         self.turns = PingPong(config.warpgroups, config.pingpong)
+        self.mask = config.mask
 
     @cute.jit
     def __call__(
@@ -158,10 +159,10 @@ class FlashFwdSm90:
         g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         shared, tma = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else g2s, self._tma_view
         gmem = Gmem(
-            Tma(*cpasync.make_tiled_tma_atom(g2s, tma(mQ), q, (ROWS, c.head_dim))),
+            self._rows_tma(g2s, mQ, q, mK.shape[2]),
             Tma(*cpasync.make_tiled_tma_atom(shared, tma(mK), kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
             Tma(*cpasync.make_tiled_tma_atom(shared, tma(mV), kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
-            Tma(*cpasync.make_tiled_tma_atom(s2g, tma(mO), q, (ROWS, c.head_dim))) if c.stages_o else mO,
+            self._rows_tma(s2g, mO, q, mK.shape[2]) if c.stages_o else mO,
             cute.make_tensor(address(Float32, lse), self._lse_layout(mQ, mQ.shape[0] if lse != 0 else 0)),
             cute.make_tensor(address(Int32, ticket), 1),
         )
@@ -169,8 +170,8 @@ class FlashFwdSm90:
         grid = self._grid(mQ, mK, sequences)
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
         scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
-        sizes = Int32(mQ.shape[0]), Int32(mK.shape[0]), Int32(mQ.shape[2] // mK.shape[2])
-        problem = Problem(grid, *sizes, scale_log2, q_sign, *parts)
+        _, _, ratio = self._shape(mQ.shape[0], mQ.shape[2], mK.shape[2])
+        problem = Problem(grid, Int32(mQ.shape[0]), Int32(mK.shape[0]), Int32(ratio), scale_log2, q_sign, *parts)
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
         clusters = self._ctas(grid, num_sms // c.cluster)
         self.kernel(gmem, problem, tiling).launch(
@@ -185,16 +186,24 @@ class FlashFwdSm90:
         """q, k, v or o as TMA sees it."""
         return t
 
+    def _rows_tma(self, op, m: cute.Tensor, smem: cute.Layout, heads_kv) -> Tma:
+        """Of q or o, m (s, d, h, b), by 64 rows."""
+        return Tma(*cpasync.make_tiled_tma_atom(op, self._tma_view(m), smem, (ROWS, self.config.head_dim)))
+
     def _lse_layout(self, mQ: cute.Tensor, rows):
         _, _, heads, batch = mQ.shape
         return cute.make_layout((batch, heads, rows), stride=(Int64(heads) * rows, Int64(rows), 1))
 
+    def _shape(self, seqlen_q, heads, heads_kv):
+        """What the grid is made of: rows, heads, and how many of these share a K/V head."""
+        return seqlen_q, heads, heads // heads_kv
+
     def _grid(self, mQ: cute.Tensor, mK: cute.Tensor, sequences) -> Grid:
         c = self.config
-        (seqlen_q, _, heads, batch), (seqlen_k, _, heads_kv, _) = mQ.shape, mK.shape
-        group = cutlass.max(L2_KV_BYTES // (Int64(seqlen_k) * (4 * c.head_dim)) * (heads // heads_kv), 1)
-        m_blocks = cute.ceil_div(seqlen_q, c.tile_m * c.cluster)
-        return Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
+        rows, heads, ratio = self._shape(mQ.shape[0], mQ.shape[2], mK.shape[2])
+        group = cutlass.max(L2_KV_BYTES // (Int64(mK.shape[0]) * (4 * c.head_dim)) * ratio, 1)
+        m_blocks = cute.ceil_div(rows, c.tile_m * c.cluster)
+        return Grid(Int32(m_blocks), Int32(heads), Int32(mQ.shape[3]), Int32(group))
 
     def _ctas(self, grid: Grid, room):
         """Clusters to launch, of which the GPU holds so many at once."""
@@ -364,7 +373,7 @@ class FlashFwdSm90:
     def _blocks(self, tile: Tile, problem: Problem):
         """The blocks of keys that this CTA multiplies for a tile, with its cluster: from, and up to but without."""
         c, rows = self.config, self.config.tile_m * self.config.cluster
-        blocks = mask_ops.block_range(c.mask, tile.m_block // c.cluster * rows, rows, c.tile_n, problem)
+        blocks = mask_ops.block_range(self.mask, tile.m_block // c.cluster * rows, rows, c.tile_n, problem)
         return blocks.first, blocks.end
 
     def _order(self, tile: Tile, problem: Problem):
@@ -398,9 +407,12 @@ class FlashFwdSm90:
     def _tma_load(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, head_sequence):
         """What loads a block of one head's q, k or v into a slot; a cluster's CTAs each load their part of k and v."""
         c, tma, s, pipe = self.config, getattr(gmem, name), getattr(smem, name), getattr(pipes, name)
-        rows, cluster = (ROWS, 1) if name == "q" else (c.tile_n, c.cluster)
-        g = self._head(tma.tensor, *head_sequence)  # (s, d)
-        g = cute.local_tile(g, (rows, c.head_dim), (None, 0))  # (rows, d, blocks)
+        cluster = 1 if name == "q" else c.cluster
+        if name == "q":
+            g = self._row_blocks(tma, *head_sequence)  # (64, d, blocks)
+        else:
+            g = self._head(tma.tensor, *head_sequence)  # (s, d)
+            g = cute.local_tile(g, (c.tile_n, c.head_dim), (None, 0))  # (tile_n, d, blocks)
         sT, gT = cpasync.tma_partition(
             tma.atom,
             rank() if cluster > 1 else 0,
@@ -416,6 +428,18 @@ class FlashFwdSm90:
 
         return copy
 
+    def _row_blocks(self, tma: Tma, head, sequence):
+        """Of q or o: (64, d, blocks) of a tile's head."""
+        return cute.local_tile(self._head(tma.tensor, head, sequence), (ROWS, self.config.head_dim), (None, 0))
+
+    def _query(self, row):
+        """Which one a row is of."""
+        return row
+
+    def _whose(self, row, tile: Tile, gmem: Gmem):
+        """The query and the head of a row; of a row that is nobody's, a query beyond the last."""
+        return row, tile.head
+
     @cute.jit
     def mma(self, gmem: Gmem, smem: Smem, pipes: Pipes, problem: Problem, tiling: Tiling):
         """Run by each MMA warpgroup on its own 64 rows. Waits for full Q, K, V stages and releases them."""
@@ -430,7 +454,7 @@ class FlashFwdSm90:
             row0 = tile.m_block * c.tile_m + f.wg * ROWS
             blocks = self._blocks(tile, w.problem)
             pipes.q.consumer_wait(q_state)
-            if row0 < w.problem.seqlen_q:
+            if self._query(row0) < w.problem.seqlen_q:
                 kv_state = self._tile(w, self._rows(tile, row0, w.problem), blocks, q_state, kv_state)
                 self._finish(w, tile)
             else:
@@ -472,7 +496,7 @@ class FlashFwdSm90:
 
     def _own_blocks(self, w: Warpgroup, row0, blocks):
         """The blocks that these 64 rows need, of those that the CTA multiplies."""
-        return mask_ops.block_range(self.config.mask, row0, ROWS, self.config.tile_n, w.problem)
+        return mask_ops.block_range(self.mask, row0, ROWS, self.config.tile_n, w.problem)
 
     def _finish(self, w: Warpgroup, tile: Tile):
         self.epilogue(w, tile)
@@ -581,7 +605,7 @@ class FlashFwdSm90:
 
     def _cut(self, w: Warpgroup, at: At):
         """Whether the mask hides a key of this block from any of these 64 rows."""
-        return mask_ops.cuts(self.config.mask, at.rows.row0, ROWS, at.n_block, self.config.tile_n, w.problem)
+        return mask_ops.cuts(self.mask, at.rows.row0, ROWS, at.n_block, self.config.tile_n, w.problem)
 
     @cute.jit
     def _step(self, w: Warpgroup, q_state, kv_state, at: At, edge: cutlass.Constexpr):
@@ -656,8 +680,8 @@ class FlashFwdSm90:
         issue(w.tiling.mma_pv, f.acc_O, f.tOrP, f.tOrV[None, None, None, v_state.index], True)
 
     def _mask(self, w: Warpgroup, S, at: At):
-        mask_ops.apply(self.config.mask, S, w.frag.cS, at.rows.row0, at.n_block * self.config.tile_n, w.problem)
-        self.config.mask.hide(S, w.frag.cS, at, self.config.tile_n, w.problem)
+        mask_ops.apply(self.mask, S, w.frag.cS, at.rows.row0, at.n_block * self.config.tile_n, w.problem)
+        self.mask.hide(S, w.frag.cS, at, self.config.tile_n, w.problem)
 
     def _to_P(self, f: Frag, acc_S):
         P = acc_as_A(acc_S)  # ((2, 2, 2), 1, tile_n / 16)
@@ -682,8 +706,9 @@ class FlashFwdSm90:
     @cute.jit
     def _store_lse(self, w: Warpgroup, tile: Tile, row, lse):
         """A row's, by one of the four threads that hold it, where it is asked for."""
-        if (w.frag.thread % 4 == 0) & (row < w.gmem.lse.shape[2]):
-            w.gmem.lse[tile.batch, tile.head, row] = lse
+        query, head = self._whose(row, tile, w.gmem)
+        if (w.frag.thread % 4 == 0) & (query < w.gmem.lse.shape[2]):
+            w.gmem.lse[tile.batch, head, query] = lse
 
     def _totals(self, w: Warpgroup, tile: Tile):
         """The rows' natural-log sums, and those of the keys that they saw; softmax.rescale normalises O."""
@@ -704,8 +729,8 @@ class FlashFwdSm90:
         cute.arch.fence_view_async_shared()
         self._warpgroup_sync(f.wg)
         if f.thread // 32 == 0:
-            g = self._head(w.gmem.o.tensor, tile.head, self._sequences(tile)[0])  # (s, d)
-            g = cute.local_tile(g, (ROWS, c.head_dim), (tile.m_block * c.warpgroups + f.wg, 0))  # (64, d)
+            g = self._row_blocks(w.gmem.o, tile.head, self._sequences(tile)[0])  # (64, d, blocks)
+            g = g[None, None, tile.m_block * c.warpgroups + f.wg]  # (64, d)
             sT, gT = cpasync.tma_partition(
                 w.gmem.o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)
             )
@@ -717,15 +742,15 @@ class FlashFwdSm90:
         """From registers, 16 bytes a thread at a time, so that Q's place is free for the next tile's Q."""
         c, f = self.config, w.frag
         words = cute.recast_tensor(rO, Int32)  # ((1, 2, d / 8), 1, 1)
-        g = self._head(w.gmem.o, tile.head, self._sequences(tile)[0])  # (s, d)
         row0 = tile.m_block * c.tile_m + f.wg * ROWS
         for r in cutlass.range_constexpr(2):
-            row = row0 + f.cS[r, 0][0]
+            query, head = self._whose(row0 + f.cS[r, 0][0], tile, w.gmem)
+            g = self._head(w.gmem.o, head, self._sequences(tile)[0])  # (s, d)
             for n in cutlass.range_constexpr(0, c.head_dim // 8, 4):
                 x = quad_transpose([words[(0, r, n + i), 0, 0] for i in range(4)], f.thread)
                 col = n * 8 + f.thread % 4 * 8
-                if (row < w.problem.seqlen_q) & (col < w.gmem.o.shape[1]):
-                    at = g.iterator + cute.crd2idx((row, col), g.layout)
+                if (query < w.problem.seqlen_q) & (col < w.gmem.o.shape[1]):
+                    at = g.iterator + cute.crd2idx((query, col), g.layout)
                     to = cute.make_tensor(cute.make_ptr(Int32, at.toint(), cute.AddressSpace.gmem, assumed_align=16), 4)
                     out = cute.make_rmem_tensor(4, Int32)
                     for i in cutlass.range_constexpr(4):

@@ -69,6 +69,31 @@ class Window(Mask):
 
 
 @dataclass(frozen=True)
+class PackedRows(Mask):
+    """`mask` where `pack` rows, a power of two, are one query's."""
+
+    mask: Full | Causal | Window
+    pack: int
+
+    @property
+    def causal(self) -> bool:
+        return self.mask.causal
+
+    @property
+    def windowed(self) -> bool:
+        return self.mask.windowed
+
+    def query(self, row):
+        return row >> (self.pack.bit_length() - 1)
+
+    def first(self, row, problem):
+        return self.mask.first(self.query(row), problem)
+
+    def limit(self, row, problem):
+        return self.mask.limit(self.query(row), problem)
+
+
+@dataclass(frozen=True)
 class UserMask(Mask):
     """Of the pairs that `base` leaves those for which a user's mask_mod(b, h, q_idx, kv_idx) holds.
 

@@ -113,14 +113,14 @@ class Softmax(NamedTuple):
         self.row_sum.store(self.row_sum.load() + sums.load())
 
     @cute.jit
-    def join(self, sink_log2: Float32, lse: cute.Tensor) -> cute.Tensor:
-        """After `finish`: a logit in units of log 2 joins each row's sum; its lse, and `rescale` follows."""
+    def join(self, logits: cute.Tensor, lse: cute.Tensor) -> cute.Tensor:
+        """After `finish`: each row's logit, in units of log 2, joins its sum; its lse, and `rescale` follows."""
         joined = cute.make_rmem_tensor_like(lse, Float32)
         for r in cutlass.range_constexpr(cute.size(lse)):
             mine = lse[r] * LOG2_E
-            top = cute.arch.fmax(cute.arch.fmax(mine, sink_log2), LOWEST)
+            top = cute.arch.fmax(cute.arch.fmax(mine, logits[r]), LOWEST)
             share = cute.math.exp2(mine - top, fastmath=True)
-            total = share + cute.math.exp2(sink_log2 - top, fastmath=True)
+            total = share + cute.math.exp2(logits[r] - top, fastmath=True)
             self.rescale[r] = self.rescale[r] * share * cute.arch.rcp_approx(total)
             joined[r] = (top + cute.math.log2(total, fastmath=True)) * LN2
         return joined

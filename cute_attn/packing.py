@@ -1,0 +1,84 @@
+"""Which calls pack the query heads of a K/V head into the rows of one tile, and into which tiles. Pure Python.
+
+A query of `ratio` heads becomes `pack` rows, the ratio rounded up to a power of two: a block of 64 rows then has whole
+queries, and TMA leaves out the rows that no head has. Of more than 64 heads each 64 are packed for themselves.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .kernels.config import PACKS, SMEM_BYTES, FwdConfig
+from .kernels.tile_scheduler import OneTile
+
+if TYPE_CHECKING:
+    from .plan import Problem
+
+SMS = 132  # of an H200: with more tiles than that, two CTAs on an SM are better than one
+WORTH = 0.75  # of the rows that the tiles hold otherwise: with more, packing is not worth a kernel of its own
+# CTAs that may share the keys of one packed block where the table has no such kernel, as shared memory has room for
+SPLITS = {32: 4, 96: 4, 160: 2, 192: 2, 256: 2}
+SPLIT_KEYS = 256  # at least, for each: a merge must repay itself
+
+
+def pack_of(ratio: int) -> int:
+    """Rows of a query, for so many query heads to a K/V head."""
+    return next((pack for pack in PACKS if ratio <= pack), PACKS[-1])
+
+
+def rows_of(problem: "Problem") -> "Problem":
+    """What a problem is to the table when its heads are packed: fewer heads, with more rows each."""
+    pack = pack_of(problem.ratio)
+    heads = problem.heads_kv * -(-problem.ratio // pack)
+    return problem._replace(heads=heads, heads_kv=heads, seqlen_q=problem.seqlen_q * pack)
+
+
+def held(config: FwdConfig, problem: "Problem") -> int:
+    """Rows of all tiles, with or without a query: a tile of one busy warpgroup takes nearly as long as a full one."""
+    tile = config.tile_m * config.cluster
+    return problem.batch * problem.heads * -(-problem.seqlen_q // tile) * tile
+
+
+def worth(config: FwdConfig, rows: "Problem", base: FwdConfig, problem: "Problem") -> bool:
+    """Whether `config` on packed rows is to be preferred to `base` on the problem as it is."""
+    return held(config, rows) <= WORTH * held(base, problem)
+
+
+def few_rows(table: FwdConfig, always: FwdConfig, rows: "Problem") -> FwdConfig:
+    """For heads of 64 rows at most. What counts is how fast K and V come, so as many CTAs as possible ask for them.
+
+    table: what serves the problem by the table; always: what serves any length.
+    """
+    if table.tile_m == 64 and rows.row_blocks <= SMS:
+        return table
+    found = one_block(always)
+    most = min(SMS // rows.row_blocks, rows.seqlen_k // SPLIT_KEYS)
+    return next((part for part in splits(found) if part.split <= most), found)
+
+
+def one_block(config: FwdConfig) -> FwdConfig:
+    """64 rows to a CTA; as many stages as let two CTAs share an SM, at least two."""
+    found = replace(config, tile_m=64, scheduler=OneTile, pingpong=False, q_in_regs=False, cluster=1, q_stages=1)
+    fewer = (replace(found, stages=n) for n in range(config.stages, 1, -1))
+    return next((x for x in fewer if 2 * x.smem_bytes <= SMEM_BYTES), replace(found, stages=2))
+
+
+def splits(config: FwdConfig) -> list[FwdConfig]:
+    """Of a kernel of one block those that share its keys, the most CTAs first."""
+    if config.constant_time or config.mask.windowed:
+        return []
+    return [replace(config, redo=False, split=n) for n in (4, 2) if n <= SPLITS.get(config.head_dim, 1)]
+
+
+def packed(config: FwdConfig, ratio: int) -> FwdConfig:
+    """The same tiles and schedule, of packed rows. With redo four warpgroups at d64 would spill, 8 bytes."""
+    return replace(config, pack=pack_of(ratio), redo=config.redo and (config.head_dim, config.tile_m) != (64, 256))
+
+
+def kernels(configs: list[FwdConfig], ratio: int) -> list[FwdConfig]:
+    """Every kernel that packed problems can reach where others reach `configs`, of one kind each."""
+    if ratio < 2:
+        return []
+    configs = [config for config in configs if config.packable]
+    blocks = [one_block(config) for config in configs if config.tile_m > 64]
+    every = [*configs, *blocks, *(part for block in blocks for part in splits(block))]
+    return list(dict.fromkeys(packed(config, ratio) for config in every))
