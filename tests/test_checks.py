@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cute_attn import checks, flash_fwd, warmup
 from cute_attn.checks import Spec
+from cute_attn.modifiers import NONE
 from cute_attn.reference import attention
 
 CUDA = torch.device("cuda:0")
@@ -142,9 +143,9 @@ def test_too_many_tiles_and_rows():
 def test_more_than_the_backwards_grid_takes():
     for layout, shape, what in (("bhsd", (1, 65_536, 8, 8), "heads"), ("bshd", (65_536, 8, 1, 8), "batches")):
         with pytest.raises(ValueError, match=f"q: 65536 {what}; with gradients at most 65535"):
-            checks.gradients(SimpleNamespace(is_cuda=True, shape=shape), layout)
-        checks.gradients(SimpleNamespace(is_cuda=True, shape=(65_535, 65_535, 65_535, 8)), layout)
-        checks.gradients(SimpleNamespace(is_cuda=False, shape=shape), layout)
+            checks.gradients(SimpleNamespace(is_cuda=True, shape=shape), layout, NONE)
+        checks.gradients(SimpleNamespace(is_cuda=True, shape=(65_535, 65_535, 65_535, 8)), layout, NONE)
+        checks.gradients(SimpleNamespace(is_cuda=False, shape=shape), layout, NONE)
 
 
 def test_wrong_arguments_are_still_wrong_the_second_time():

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cute_attn import plan as room
-from cute_attn.kernels.config import SMEM_BYTES, FwdConfig
+from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal, Window
+from cute_attn.kernels.score import Softcap
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from cute_attn.plan import Kinds, Problem, plan, shipped
 
@@ -31,6 +33,9 @@ PROBLEMS = st.builds(
 )
 
 
+every_kernel = lru_cache(lambda ratio: set(shipped(ratio=ratio)))
+
+
 @given(problem=PROBLEMS)
 def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
     config = plan(problem)
@@ -39,7 +44,7 @@ def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
     assert (config.dtype, config.layout) == (problem.dtype, problem.layout)
     assert config.mask.name == ("window" if problem.kinds.window else "causal" if problem.causal else "full")
     assert config.constant_time == problem.constant_time
-    assert config in shipped()
+    assert config in every_kernel(problem.ratio)
 
 
 def test_every_head_dim():
@@ -81,7 +86,8 @@ def test_the_config_is_the_compile_key():
     base = FwdConfig(128)
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
     others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, redo=True)
-    others |= dict(constant_time=True, timeline=True, overlap=False)
+    others |= dict(constant_time=True, timeline=True, overlap=False, score=Softcap(), sinks=True, pack=4)
+    others |= dict(sparse=SparseBlocks(128, 128, True))
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
     bases = {name: few if name == "split" else base for name in others}
