@@ -225,6 +225,7 @@ def warmup(
     causal: bool | Sequence[bool] = (False, True),
     constant_time: bool | Sequence[bool] = False,
     window: bool | Sequence[bool] = False,
+    ratio: int | Sequence[int] = 1,
 ) -> list[FwdConfig]:
     """Compile ahead of time, into memory and the disk cache; needs no GPU. About 2 s for each kernel not there yet.
 
@@ -233,6 +234,7 @@ def warmup(
         dtype: "bf16", "fp16" (or torch's), one or several.
         layout, causal, constant_time: as of `flash_fwd`, one or several.
         window: True for the kernel of every window, with causal or without.
+        ratio: H / Hk, one or several; above 1 also the kernels that pack the heads of a K/V head, for few queries.
 
     Returns:
         the FwdConfigs that are ready.
@@ -240,7 +242,9 @@ def warmup(
     asked = head_dim, dtype, layout, causal, constant_time, window
     every = product(*(x if isinstance(x, (tuple, list)) else (x,) for x in asked))
     kinds = {kind(plan(checks.warmup_problem(*one))) for one in every}
-    ready = [config for config in shipped(device.name()) if kind(config) in kinds]
+    ratios = [checks.ratio(x) for x in (ratio if isinstance(ratio, (tuple, list)) else (ratio,))]
+    every_kernel = dict.fromkeys(config for x in ratios for config in shipped(device.name(), x))
+    ready = [config for config in every_kernel if kind(config) in kinds]
     for config in ready:
         compile.get(config)
     return ready

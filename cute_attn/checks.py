@@ -140,6 +140,12 @@ def problem(
     return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time, kinds)
 
 
+def ratio(heads) -> int:
+    if type(heads) is not int or heads < 1:
+        raise ValueError(f"ratio: {heads!r} came; the number of query heads to a K/V head is needed, 1 or more")
+    return heads
+
+
 def warmup_problem(head_dim, dtype, layout, causal, constant_time, window) -> Problem:
     """A small problem that the kernel for these serves."""
     words(causal, layout, constant_time, window)

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ PROBLEMS = st.builds(
 )
 
 
+every_kernel = lru_cache(lambda ratio: set(shipped(ratio=ratio)))
+
+
 @given(problem=PROBLEMS)
 def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
     config = plan(problem)
@@ -39,7 +43,7 @@ def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
     assert (config.dtype, config.layout) == (problem.dtype, problem.layout)
     assert config.mask.name == ("window" if problem.kinds.window else "causal" if problem.causal else "full")
     assert config.constant_time == problem.constant_time
-    assert config in shipped()
+    assert config in every_kernel(problem.ratio)
 
 
 def test_every_head_dim():
@@ -82,6 +86,7 @@ def test_the_config_is_the_compile_key():
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
     others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, redo=True)
     others |= dict(constant_time=True, timeline=True, overlap=False)
+    others |= dict(score=Softcap(), sinks=True, sparse=SparseBlocks(128, 128, True), pack=8)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
     bases = {name: few if name == "split" else base for name in others}
@@ -110,6 +115,10 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=64, mask=Window(), overlap=False),
         dict(head_dim=64, mask=Window(), tile_m=64, scheduler=OneTile, split=2),
         dict(head_dim=64, tile_m=64, scheduler=OneTile, split=2, timeline=True),
+        dict(head_dim=64, pack=3),
+        dict(head_dim=64, pack=128),
+        dict(head_dim=64, pack=8, score=Alibi()),
+        dict(head_dim=64, pack=8, sparse=SparseBlocks(128, 128, True)),
     ],
     ids=str,
 )
