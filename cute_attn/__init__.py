@@ -2,6 +2,7 @@
 
 from .api import flash_fwd, warmup
 from .block_mask import BlockLists
+from .varlen import flash_fwd_varlen
 
 __version__ = "0.1.0"
-__all__ = ["BlockLists", "__version__", "flash_fwd", "warmup"]
+__all__ = ["BlockLists", "__version__", "flash_fwd", "flash_fwd_varlen", "warmup"]

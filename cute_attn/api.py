@@ -101,7 +101,7 @@ def flash_fwd(
     Runs on torch's current stream of the tensors' device, and may be captured in a CUDA graph after one call. CPU
     tensors are computed by torch in float32 and rounded once.
 
-    Differentiable once in q, k and v, but not with softcap, alibi_slopes or sinks; lse is not. The backward is torch's:
+    Differentiable once in q, k and v, but with no modifier other than a window; lse is not. The backward is torch's:
     cuDNN's where Sq == Sk, the scale is positive and there is no window, else FlashAttention-2's, and that everywhere
     under torch.use_deterministic_algorithms or without torch.backends.cuda.enable_cudnn_sdp. At most 65,535 batches and
     heads; no `out`; a backward through the backward raises, as do the transforms of torch.func.

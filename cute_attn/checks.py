@@ -164,26 +164,100 @@ def _one_tensor(name: str, x: Spec, layout: str) -> None:
     if len(x.shape) != 4:
         want = _words(layout, h, s)
         raise ValueError(f"{name}: {len(x.shape)} dimensions, shape {tuple(x.shape)}; 4 are needed: {want}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: {x.dtype} is not supported; use torch.bfloat16 or torch.float16")
-    d = x.shape[3]
-    if d % ALIGNMENT or not 0 < d <= HEAD_DIM_MAX:
-        raise ValueError(f"{name}: head_dim {d} is not supported; use a multiple of 8 up to {HEAD_DIM_MAX}")
+    _element(name, x)
     if x.shape[layout.index("s")] > SIZE_MAX:
         raise ValueError(f"{name}: {x.shape[layout.index('s')]} rows in a sequence; at most {SIZE_MAX} are supported")
+    _placed(name, x)
+
+
+def _element(name: str, x: Spec) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: {x.dtype} is not supported; use torch.bfloat16 or torch.float16")
+    d = x.shape[-1]
+    if d % ALIGNMENT or not 0 < d <= HEAD_DIM_MAX:
+        raise ValueError(f"{name}: head_dim {d} is not supported; use a multiple of 8 up to {HEAD_DIM_MAX}")
+
+
+def _placed(name: str, x: Spec) -> None:
     if x.device.type == "cuda":
         strides(name, x)
     elif x.device.type != "cpu":
         raise ValueError(f"{name}: device {x.device} is not supported; use a CUDA device (sm_90), or the CPU")
 
 
+def packed(q: Spec, k: Spec, v: Spec, batch: int) -> None:
+    """q, k, v are packed sequences, so many, that fit together."""
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        _one_packed(name, x)
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: {x.dtype} does not match q's {q.dtype}; convert one with .to(dtype)")
+        if x.device != q.device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one with .to(device)")
+    if v.shape != k.shape:
+        raise ValueError(f"v: shape {tuple(v.shape)} is not k's {tuple(k.shape)}; both are (total_k, Hk, D)")
+    (total_q, heads, d), (_, heads_kv, d_k) = q.shape, k.shape
+    if d_k != d:
+        what = f"shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}"
+        raise ValueError(f"k: {what}; k is (total_k, Hk, D) with q's D")
+    if heads and (heads_kv == 0 or heads % heads_kv):
+        raise ValueError(f"k: {heads_kv} heads do not divide q's {heads}; use Hk with H % Hk == 0 (MHA, GQA, MQA)")
+    tiles = (total_q // 64 + batch) * heads
+    if tiles >= SIZE_MAX:
+        raise ValueError(f"q: up to {tiles} tiles of 64 rows in one call; split it to stay below {SIZE_MAX}")
+
+
+def _one_packed(name: str, x: Spec) -> None:
+    _dense(name, x.storage)
+    if len(x.shape) != 3:
+        want = "(total_q, H, D)" if name in ("q", "out") else "(total_k, Hk, D)"
+        raise ValueError(f"{name}: {len(x.shape)} dimensions, shape {tuple(x.shape)}; 3 are needed: {want}")
+    _element(name, x)
+    if x.shape[0] > SIZE_MAX:
+        raise ValueError(f"{name}: {x.shape[0]} rows; at most {SIZE_MAX} are supported")
+    _placed(name, x)
+
+
+def lengths(name: str, x: Spec, count: int | None, q: Spec) -> None:
+    """int32 beside q, one behind the other; `count` of them, or at least one where that is None."""
+    want = "(B + 1,)" if name.startswith("cu_seqlens") else "(B,)"
+    _dense(name, x.storage)
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name}: {x.dtype} came, torch.int32 is needed; convert it with .to(torch.int32)")
+    if len(x.shape) != 1 or (x.shape[0] < 1 if count is None else x.shape[0] != count):
+        wanted = want if count is None else f"({count},)"
+        raise ValueError(f"{name}: shape {tuple(x.shape)} came, {wanted} is needed: {want} for B sequences")
+    if x.shape[0] > 1 and x.stride[0] != 1:
+        raise ValueError(f"{name}: stride {x.stride[0]} came, 1 is needed; use {name}.contiguous()")
+    if x.device != q.device:
+        raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move it with .to(device)")
+
+
+def max_seqlen(name: str, value) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+        raise TypeError(f"{name}: an int or None is needed, {value!r} came; for a tensor pass its .item()")
+    if value is not None and value < 0:
+        raise ValueError(f"{name}: {value} is below 0; use the longest sequence's length, or None")
+
+
+def packed_gradients(max_seqlen_q, max_seqlen_k, seqused_q, seqused_k) -> None:
+    """What the backward cannot do without, and what it does not take."""
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if value is None:
+            what = "None came with inputs that require grad, and the backward needs the longest sequence's length"
+            raise ValueError(f"{name}: {what}; pass it, or call under torch.no_grad()")
+    for name, value in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
+        if value is not None:
+            what = "given with inputs that require grad, and the backward takes cu_seqlens only"
+            raise ValueError(f"{name}: {what}; pack the used rows, or call under torch.no_grad()")
+
+
 def strides(name: str, x: Spec) -> None:
     """The last dimension contiguous, the others at multiples of 16 bytes; sizes of 1 may have any stride."""
     way_out = f"use {name}.contiguous(), or pad the rows of its storage to a multiple of 8 elements"
-    if x.stride[3] != 1:
-        what = f"stride {x.stride[3]} in the last dimension, strides {x.stride}"
+    if x.stride[-1] != 1:
+        what = f"stride {x.stride[-1]} in the last dimension, strides {x.stride}"
         raise ValueError(f"{name}: {what}; 1 is needed: {way_out}")
-    for i in (2, 1, 0):
+    for i in reversed(range(len(x.shape) - 1)):
         if x.shape[i] > 1 and x.stride[i] % ALIGNMENT:
             what = f"stride {x.stride[i]} in dimension {i}, strides {x.stride}"
             raise ValueError(f"{name}: {what}; a multiple of {ALIGNMENT} elements (16 bytes) is needed: {way_out}")
@@ -191,7 +265,7 @@ def strides(name: str, x: Spec) -> None:
 
 def odd(stride: tuple[int, ...]) -> bool:
     """Whether TMA would refuse these strides, if only for a size of 1."""
-    return bool((stride[0] | stride[1] | stride[2]) % ALIGNMENT) or stride[3] != 1
+    return any(s % ALIGNMENT for s in stride[:-1]) or stride[-1] != 1
 
 
 def addresses(q, k, v, o) -> None:
@@ -238,11 +312,24 @@ def mods(score_mod, mask_mod, aux, block_mask) -> tuple[Mod | None, Mod | None, 
 def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modifiers:
     """Held against the problem; a block mask's lists are then those of every sequence and head."""
     per_head(modifiers, problem, device)
+    for name, mod in (("score_mod", modifiers.score_mod), ("mask_mod", modifiers.mask_mod)):
+        captured(name, mod, device)
     lists = modifiers.block_mask
     if not isinstance(lists, block_masks.BlockLists):
         return modifiers
     sizes = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
     return modifiers._replace(block_mask=block_masks.fit(lists, *sizes, device))
+
+
+def captured(name: str, mod: Mod | None, device: torch.device) -> None:
+    """What a function captures, and its aux, is where q is, and learns nothing."""
+    for x in () if mod is None else mod.arguments:
+        if isinstance(x, torch.Tensor) and x.device != device:
+            raise ValueError(
+                f"{name}: it captures a tensor on {x.device}, but q is on {device}; move it with .to(device)"
+            )
+        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: it captures a tensor that requires grad, which gets no gradient; use .detach()")
 
 
 def per_head(modifiers: Modifiers, problem: Problem, device: torch.device) -> None:
@@ -298,7 +385,10 @@ def scale(value) -> float:
 
 def out(o: Spec, q: Spec, layout: str) -> None:
     """`out` is like q and addresses no element twice."""
-    _one_tensor("out", o, layout)
+    if layout == "thd":
+        _one_packed("out", o)
+    else:
+        _one_tensor("out", o, layout)
     if o.shape != q.shape:
         raise ValueError(f"out: shape {tuple(o.shape)} is not q's {tuple(q.shape)}")
     if o.dtype != q.dtype:

@@ -24,7 +24,7 @@ from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
 from .kernels.config import FwdConfig
 from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
-from .kernels.flash_fwd_pack_sm90 import Packed
+from .kernels.flash_fwd_pack_sm90 import PackedHeads
 from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
 from .kernels.flash_fwd_score_sm90 import Scored, Sinks
 from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
@@ -32,6 +32,7 @@ from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
 from .kernels.flash_fwd_sparse_sm90 import Sparse
 from .kernels.flash_fwd_split_sm90 import FlashFwdSplitSm90
 from .kernels.flash_fwd_timeline_sm90 import Timeline
+from .kernels.flash_fwd_varlen_sm90 import Varlen
 from .kernels.flash_fwd_window_sm90 import Windowed
 
 ARCH = "sm_90a"
@@ -97,8 +98,9 @@ def compile(config: FwdConfig, options: str = ""):
     b, h, h_kv, s_q, s_k, d = (cute.sym_int() for _ in range(6))
 
     def tensor(heads, seqlen):
-        shape = (b, heads, seqlen, d) if config.layout == "bhsd" else (b, seqlen, heads, d)
-        strides = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
+        shapes = {"bhsd": (b, heads, seqlen, d), "bshd": (b, seqlen, heads, d), "thd": (seqlen, heads, d)}
+        shape = shapes[config.layout]
+        strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
         return make_fake_tensor(ELEMENT[config.dtype], shape, strides, assumed_align=16)
 
     return cute.compile(
@@ -119,7 +121,8 @@ def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
         Sinks: config.sinks,
         Windowed: config.mask.windowed and not config.sparse,
         Sparse: config.sparse,
-        Packed: config.pack > 1,
+        Varlen: config.packed,
+        PackedHeads: config.pack > 1,
     }
     mixins = [mixin for mixin, wanted in asked.items() if wanted]
     plain = _plain(config)

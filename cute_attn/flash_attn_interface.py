@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, are_deterministic_algorithms_enabled
 
-from . import api
+from . import api, varlen
 from .checks import learns
 
 
@@ -107,18 +107,16 @@ def flash_attn_varlen_func(
         NotImplementedError: as `flash_attn_func`, and a softcap.
         TypeError, ValueError: as `flash_fwd_varlen`.
     """
-    import cute_attn
-
     asked = Asked(q, k, v, causal, window_size, softcap, deterministic)
     asked.check(dict(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale), attention_chunk)
     hints(num_splits, pack_gqa, sm_margin)
-    lengths = dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k)
-    how = dict(causal=causal, scale=softmax_scale, window=asked.window(), return_lse=return_attn_probs)
+    lengths: dict[str, Any] = dict(
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k
+    )
+    how: dict[str, Any] = dict(causal=causal, scale=softmax_scale, window=asked.window(), return_lse=return_attn_probs)
     if softcap:
         raise NotImplementedError(f"softcap: {softcap} came; packed sequences have none; call flash_attn_func for each")
-    if not hasattr(cute_attn, "flash_fwd_varlen"):
-        raise NotImplementedError("flash_attn_varlen_func: this cute_attn has no flash_fwd_varlen; install a newer one")
-    return cute_attn.flash_fwd_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **lengths, **how)
+    return varlen.flash_fwd_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **lengths, **how)
 
 
 class Asked(NamedTuple):

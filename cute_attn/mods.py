@@ -68,6 +68,8 @@ def _array(name: str, x) -> tuple[str, int]:
     word = str(x.dtype).removeprefix("torch.")
     if word not in ELEMENT:
         raise TypeError(f"{name}: it captures a tensor of {x.dtype}; {', '.join(ELEMENT)} are taken")
+    if x.numel() == 0:
+        raise ValueError(f"{name}: it captures a tensor of shape {tuple(x.shape)}, of which no element can be read")
     return word, x.dim()
 
 

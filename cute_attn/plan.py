@@ -8,6 +8,7 @@ from typing import NamedTuple
 from . import packing, tuned
 from .kernels.config import DTYPES, LAYOUTS, FwdConfig, SparseBlocks
 from .kernels.mask import UserMask, Window
+from .kernels.packed_scheduler import Packed, PackedLongest
 from .kernels.score import Alibi, Plain, Softcap, UserScore
 from .kernels.tile_scheduler import DynamicLongest
 from .kernels.user_mod import UserMod
@@ -128,6 +129,8 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
     biased = Alibi(capped, causal) if kinds.alibi else capped
     score = UserScore(kinds.score_mod, biased) if kinds.score_mod else biased
     base = config.mask
+    if score.name and not config.sparse:  # slower softmaxes: CTAs of a cluster that draws wait for each other too long
+        config = replace(config, cluster=1 if config.scheduler.draws else config.cluster)
     mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
     redo = config.redo and not score.name and not mask.everywhere
     return replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
@@ -135,7 +138,7 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
 
 def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
     """Of a kernel the one for lists of blocks: tiles of their size or a part of it, drawn, since their work differs."""
-    tile_m, widest = min(blocks.block_m, 128), 128 if config.head_dim <= 128 else 64
+    tile_m, widest = next(m for m in (128, 64) if blocks.block_m % m == 0), 128 if config.head_dim <= 128 else 64
     tile_n = next(n for n in (widest, 64) if blocks.block_n % n == 0)
     plain = FwdConfig(config.head_dim, config.dtype, config.layout, config.mask, tile_m, tile_n)
     return replace(plain, scheduler=DynamicLongest, pingpong=tile_m == 128, sparse=blocks)
@@ -147,6 +150,15 @@ def windowed(config: FwdConfig) -> FwdConfig:
     With redo ptxas spills at d64, 12 bytes.
     """
     return replace(config, mask=Window(), cluster=1, redo=config.redo and config.head_dim != 64)
+
+
+@lru_cache(maxsize=256)
+def varlen(head_dim: int, dtype: str, causal: bool, window: bool, gpu: str | None = None) -> FwdConfig:
+    """The kernel for packed sequences: the tiles of the one that serves wherever no other row does, and no clusters."""
+    base = config(next(d for d in HEAD_DIMS if head_dim <= d), dtype, LAYOUTS[0], causal or window, gpu)
+    base = windowed(base) if window else base
+    scheduler = PackedLongest if causal or window else Packed
+    return replace(base, layout="thd", scheduler=scheduler, cluster=1)
 
 
 def kind(config: FwdConfig) -> tuple:
@@ -169,6 +181,12 @@ def shipped(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
     others += map(constant_time, [*always, *windows])
     packs = packing.kernels([*always, *windows, *others], some, ratio)
     return list(dict.fromkeys([*always, *some, *windows, *others, *packs]))
+
+
+def shipped_varlen(gpu: str | None = None) -> list[FwdConfig]:
+    """Every kernel that some call with packed sequences can reach."""
+    masks = (False, False), (True, False), (False, True)
+    return [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
 
 
 def _configs(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None) -> list[FwdConfig]:

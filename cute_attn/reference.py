@@ -1,7 +1,7 @@
 """Attention and its gradients by definition, in float32 or float64: the truth for tests, and what CPU tensors get."""
 
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 
@@ -77,6 +77,37 @@ def gradients(grad, q, k, v, *, causal=False, scale=None, window=None, layout="b
             dk[b, h // ratio] += ds.T @ queries
             dv[b, h // ratio] += p.T @ do
     return dq, dk, dv
+
+
+def parts(cu_seqlens, seqused, total):
+    """The rows of each packed sequence: slices of `total` rows, within them whatever cu_seqlens and seqused say."""
+    starts = cu_seqlens.tolist()
+    lengths = [b - a for a, b in pairwise(starts)] if seqused is None else seqused.tolist()
+    for start, length in zip(starts, lengths, strict=False):
+        start = min(max(start, 0), total)
+        yield slice(start, start + max(min(length, total - start), 0))
+
+
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, seqused_q=None, seqused_k=None, **how):
+    """`attention` for packed q (total_q, H, D), k and v (total_k, Hk, D): of each sequence its rows, o (s, H, D) and
+    lse (H, s). `how` is causal, scale, window and dtype.
+    """
+    queries, keys = parts(cu_seqlens_q, seqused_q, len(q)), parts(cu_seqlens_k, seqused_k, len(k))
+    for a, b in zip(queries, keys, strict=True):
+        o, lse = attention(q[None, a], k[None, b], v[None, b], layout="bshd", **how)
+        yield a, o[0], lse[0]
+
+
+def varlen_gradients(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, **how):
+    """Of `varlen`'s o: (dq, dk, dv), 0 in the rows of no sequence."""
+    dtype = how.get("dtype", torch.float64)
+    found = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)]
+    queries, keys = parts(cu_seqlens_q, None, len(q)), parts(cu_seqlens_k, None, len(k))
+    for a, b in zip(queries, keys, strict=True):
+        here = gradients(grad[None, a], q[None, a], k[None, b], v[None, b], layout="bshd", **how)
+        for total, rows, dx in zip(found, (a, b, b), here, strict=True):
+            total[rows] += dx[0]
+    return tuple(found)
 
 
 def _seen(start, rows, seqlen_q, seqlen_k, causal, window, device):

@@ -12,10 +12,12 @@ from .tile_scheduler import OneTile, Static, StaticTiles
 
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
 DTYPES = ("bf16", "fp16")
-LAYOUTS = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0)}  # where s, d, h, b stand in q, k, v and o
+LAYOUTS = ("bhsd", "bshd")
+MODES = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0), "thd": (0, 2, 1)}  # where s, d, h, b stand in q, k, v and o
 PACKS = (1, 2, 4, 8, 16, 32, 64)
 # MMA warpgroups: registers per thread (producer, consumer), together no more than launched with; None: as launched
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
+PACKED_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}  # a producer that looks for its tiles
 
 
 def _int32(rank: int):
@@ -58,10 +60,10 @@ class FwdConfig:
     score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
     sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
-    pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: Packed
+    pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: PackedHeads
 
     def __post_init__(self):
-        assert self.dtype in DTYPES and self.layout in LAYOUTS
+        assert self.dtype in DTYPES and self.layout in MODES
         assert self.head_dim % 32 == 0 and self.head_dim <= 256, "whole swizzle atoms, one WGMMA N"
         assert self.tile_m % 64 == 0 and self.warpgroups in REGISTERS
         assert self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
@@ -75,6 +77,8 @@ class FwdConfig:
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
         assert self.pack == 1 or self.packable, "what is asked of a tile has one head"
+        assert self.packed == self.scheduler.packed, "lengths on the device, and a scheduler that reads them there"
+        assert not self.packed or self.cluster_size == 1, "a cluster's tiles are of one sequence"
         assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -91,7 +95,9 @@ class FwdConfig:
     @property
     def registers(self) -> tuple[int, int] | None:
         """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
-        return None if self.warpgroups == 2 and self.registers_held <= 80 else REGISTERS[self.warpgroups]
+        if self.warpgroups == 2 and self.registers_held <= 80:
+            return None
+        return (PACKED_REGISTERS if self.packed else REGISTERS)[self.warpgroups]
 
     @property
     def cluster_size(self) -> int:
@@ -105,7 +111,7 @@ class FwdConfig:
     @property
     def packable(self) -> bool:
         """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
-        return self.score.name in ("", "softcap") and self.sparse is None and not self.mask.everywhere
+        return not self.packed and self.score.name in ("", "softcap") and self.sparse is None and not self.mask.everywhere
 
     @property
     def smem_bytes(self) -> int:
@@ -116,14 +122,20 @@ class FwdConfig:
         parts = 4 * (self.split - 1) * 64 * (self.head_dim + 8)
         return tiles + parts + 1024  # barriers, the tile slots, and alignment
 
+    @property
+    def packed(self) -> bool:
+        """q, k, v and o are packed sequences: Varlen."""
+        return self.layout == "thd"
+
     def signature(self) -> tuple:
         """What `__call__` takes behind the stream: one value of each argument, for its type."""
-        others = (Int64(0),) if self.sinks else ()
+        sinks = (Int64(0),) if self.sinks else ()
         lists = [_int32(3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
-        return self.mask.signature(), self.score.signature(), (*others, *lists)
+        sequences = (*[Int64(0)] * 4, Int32(0)) if self.packed else ()  # two cu_seqlens, two seqused; how many
+        return self.mask.signature(), self.score.signature(), (*sinks, *lists), sequences
 
     def divide(self, extras: tuple) -> list[tuple]:
-        """Those arguments by who takes them: mask, score and mixins."""
+        """Those arguments by who takes them: mask, score and mixins; and the sequences'."""
         left = iter(extras)
         return [tuple(islice(left, len(part))) for part in self.signature()]
 

@@ -15,7 +15,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import mask as mask_ops
-from .config import LAYOUTS, FwdConfig
+from .config import MODES, FwdConfig
 from .layout import acc_as_A, acc_mn, normalise_rows, scale_rows
 from .ping_pong import WARPGROUP, PingPong
 from .softmax import SLACK_LOG2, Softmax
@@ -39,7 +39,7 @@ class Gmem(NamedTuple):
     k: Tma
     v: Tma
     o: Tma | cute.Tensor  # cute.Tensor: (s, d, h, b), stored from registers
-    lse: cute.Tensor  # (b, h, s), or (b, h, 0): not asked for
+    lse: cute.Tensor  # (b, h, s), or (b, h, 0): not asked for; packed: (h, total), or (h, 0)
     ticket: cute.Tensor  # (1,) Int32, 0 between launches
 
 
@@ -49,7 +49,7 @@ class Smem(NamedTuple):
     v: cute.Tensor  # (tile_n, d, stages)
     o: cute.Tensor | None  # (64, d, warpgroups)
     parts: cute.Tensor | None  # (128, d / 2 + 4, split - 1) float32: what the other CTAs of a split have found
-    tile: cute.Tensor  # (4, 2) the tiles to do: m_block, head, batch, valid
+    tile: cute.Tensor  # (4, 2) the tiles to do: m_block, head, batch, valid; packed: 8, `PackedTile`
     hand_over: HandOver | None  # where a cluster draws its tiles
 
 
@@ -147,35 +147,33 @@ class FlashFwdSm90:
         scale: Float32,
         num_sms: Int32,
         stream: cuda.CUstream,
-        *extras,  # what mask, score and mixins take, in this order: `FwdConfig.extras`
+        *extras,  # what mask, score and mixins take, in this order: `FwdConfig.signature`
     ):
         """Mode order, TMA atoms, tiled MMAs, grid, launch."""
         c = self.config
         mQ, mK, mV, mO = [
-            cute.make_tensor(t.iterator, cute.select(t.layout, mode=LAYOUTS[c.layout])) for t in (mQ, mK, mV, mO)
+            cute.make_tensor(t.iterator, cute.select(t.layout, mode=MODES[c.layout])) for t in (mQ, mK, mV, mO)
         ]  # (s, d, h, b)
-        (seqlen_q, _, heads, batch), (seqlen_k, _, heads_kv, _) = mQ.shape, mK.shape
         tiling = self._tiling()
         q, kv = cute.select(tiling.sQ, mode=[0, 1]), cute.select(tiling.sKV, mode=[0, 1])
         g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        shared = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else g2s
+        shared, tma = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else g2s, self._tma_view
         gmem = Gmem(
-            self._rows_tma(g2s, mQ, q, heads_kv),
-            Tma(*cpasync.make_tiled_tma_atom(shared, mK, kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
-            Tma(*cpasync.make_tiled_tma_atom(shared, mV, kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
-            self._rows_tma(s2g, mO, q, heads_kv) if c.stages_o else mO,
-            cute.make_tensor(address(Float32, lse), lse_layout(batch, heads, seqlen_q if lse != 0 else 0)),
+            self._rows_tma(g2s, mQ, mK, q),
+            Tma(*cpasync.make_tiled_tma_atom(shared, tma(mK), kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
+            Tma(*cpasync.make_tiled_tma_atom(shared, tma(mV), kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
+            self._rows_tma(s2g, mO, mK, q) if c.stages_o else mO,
+            cute.make_tensor(address(Float32, lse), self._lse_layout(mQ, mQ.shape[0] if lse != 0 else 0)),
             cute.make_tensor(address(Int32, ticket), 1),
         )
-        rows, heads, ratio = self._shape(seqlen_q, heads, heads_kv)
-        group = cutlass.max(L2_KV_BYTES // (Int64(seqlen_k) * (4 * c.head_dim)) * ratio, 1)
-        m_blocks = cute.ceil_div(rows, c.tile_m * c.cluster)
-        grid = Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
+        *parts, sequences = c.divide(extras)
+        grid = self._grid(mQ, mK, sequences)
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
         scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
-        problem = Problem(grid, Int32(seqlen_q), Int32(seqlen_k), Int32(ratio), scale_log2, q_sign, *c.divide(extras))
+        sizes = Int32(mQ.shape[0]), Int32(mK.shape[0]), Int32(self._rows_and_heads(mQ, mK)[2])
+        problem = Problem(grid, *sizes, scale_log2, q_sign, *parts)
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
-        clusters = c.scheduler.grid(grid, num_sms // c.cluster)
+        clusters = self._ctas(grid, num_sms // c.cluster)
         self.kernel(gmem, problem, tiling).launch(
             grid=(clusters * c.cluster_size, 1, 1),
             block=(WARPGROUP * (1 + c.warpgroups), 1, 1),
@@ -184,13 +182,32 @@ class FlashFwdSm90:
             use_pdl=True,
         )
 
-    def _rows_tma(self, op, m: cute.Tensor, smem: cute.Layout, heads_kv) -> Tma:
-        """Of q or o, m (s, d, h, b), by 64 rows."""
-        return Tma(*cpasync.make_tiled_tma_atom(op, m, smem, (ROWS, self.config.head_dim)))
+    def _tma_view(self, t: cute.Tensor) -> cute.Tensor:
+        """q, k, v or o as TMA sees it."""
+        return t
 
-    def _shape(self, seqlen_q, heads, heads_kv):
-        """What the grid is made of: rows, heads, and how many of these share a K/V head."""
-        return seqlen_q, heads, heads // heads_kv
+    def _rows_tma(self, op, t: cute.Tensor, mK: cute.Tensor, smem: cute.Layout) -> Tma:
+        """Of q or o, by 64 rows."""
+        return Tma(*cpasync.make_tiled_tma_atom(op, self._tma_view(t), smem, (ROWS, self.config.head_dim)))
+
+    def _lse_layout(self, mQ: cute.Tensor, rows):
+        _, _, heads, batch = mQ.shape
+        return cute.make_layout((batch, heads, rows), stride=(Int64(heads) * rows, Int64(rows), 1))
+
+    def _rows_and_heads(self, mQ: cute.Tensor, mK: cute.Tensor):
+        """What tiles are made of: rows, heads, and how many of these share a K/V head."""
+        return mQ.shape[0], mQ.shape[2], mQ.shape[2] // mK.shape[2]
+
+    def _grid(self, mQ: cute.Tensor, mK: cute.Tensor, sequences) -> Grid:
+        c = self.config
+        (rows, heads, ratio), seqlen_k, batch = self._rows_and_heads(mQ, mK), mK.shape[0], mQ.shape[3]
+        group = cutlass.max(L2_KV_BYTES // (Int64(seqlen_k) * (4 * c.head_dim)) * ratio, 1)
+        m_blocks = cute.ceil_div(rows, c.tile_m * c.cluster)
+        return Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
+
+    def _ctas(self, grid: Grid, room):
+        """Clusters to launch, of which the GPU holds so many at once."""
+        return self.config.scheduler.grid(grid, room)
 
     def _tiling(self) -> Tiling:
         c = self.config
@@ -253,7 +270,7 @@ class FlashFwdSm90:
         v = alloc.allocate_tensor(self.dtype, tiling.sKV.outer, 1024, tiling.sKV.inner)
         o = alloc.allocate_tensor(self.dtype, tiling.sO.outer, 1024, tiling.sO.inner) if c.stages_o else None
         parts = self._allocate_parts(alloc)
-        tile = alloc.allocate_tensor(Int32, cute.make_layout((4, 2)), 16)
+        tile = alloc.allocate_tensor(Int32, cute.make_layout((len(c.scheduler.tile._fields), 2)), 16)
         hand_over = HandOver.create(alloc) if c.cluster > 1 and c.scheduler.draws else None
 
         def group(n):
@@ -285,25 +302,21 @@ class FlashFwdSm90:
     @cute.jit
     def load(self, gmem: Gmem, smem: Smem, pipes: Pipes, problem: Problem):
         """Run by warp 0. Tells the others each tile; fills empty stages: Q once, K one block ahead of V, last first."""
-        c = self.config
         q_state, k_state, v_state, t_state = self._states(pipeline.PipelineUserType.Producer)
-        index, done = self._first_index(), Int32(0)
-        tile = self._decode(index, problem)
-        cute.arch.griddepcontrol_wait()  # what ran before on this stream; all that touches global memory follows
-        cute.arch.griddepcontrol_launch_dependents()
+        index, tile = self._begin(problem)
+        done = Int32(0)
         while tile.valid:
             t_state = tell(smem, pipes, t_state, tile)
-            head_kv = tile.head // problem.group
-            load_q = self._tma_load(gmem, smem, pipes, "q", (tile.head, tile.batch))
-            load_k = self._tma_load(gmem, smem, pipes, "k", (head_kv, tile.batch))
-            load_v = self._tma_load(gmem, smem, pipes, "v", (head_kv, tile.batch))
-            (first, n_max), order = self._blocks(tile, problem), self._order(tile, problem)
+            head_kv, (queries, keys) = tile.head // problem.group, self._sequences(tile)
+            load_q = self._tma_load(gmem, smem, pipes, "q", (tile.head, queries))
+            load_k = self._tma_load(gmem, smem, pipes, "k", (head_kv, keys))
+            load_v = self._tma_load(gmem, smem, pipes, "v", (head_kv, keys))
+            (first, n_max), order = self._blocks(tile, self._problem_of(tile, problem)), self._order(tile, problem)
             pipes.k.producer_acquire(k_state)
             load_k(order(n_max - 1), k_state.index, k_state)
             k_state.advance()
             pipes.q.producer_acquire(q_state)
-            for wg in cutlass.range_constexpr(c.warpgroups):
-                load_q(tile.m_block * c.warpgroups + wg, wg + c.warpgroups * q_state.index, q_state)
+            self._load_q(load_q, tile, q_state)
             q_state.advance()
             for i in cutlass.range(1, n_max - first, unroll=1):
                 pipes.k.producer_acquire(k_state)
@@ -319,6 +332,18 @@ class FlashFwdSm90:
             tile = self._decode(index, problem)
             done += 1
         tell(smem, pipes, t_state, tile)
+
+    def _begin(self, problem: Problem):
+        """Where this CTA begins, and its first tile; it may not touch global memory before it has waited."""
+        index = self._first_index()
+        tile = self._decode(index, problem)
+        self._wait_for_stream()
+        return index, tile
+
+    def _wait_for_stream(self):
+        """For what ran before on this stream; what comes next may set itself up."""
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
 
     def _first_index(self):
         return cute.arch.block_idx()[0] // self.config.cluster_size
@@ -362,14 +387,31 @@ class FlashFwdSm90:
         c = self.config
         return [pipeline.make_pipeline_state(user, n) for n in (c.q_stages, c.stages, c.stages, 2)]  # q, k, v, tile
 
-    def _tma_load(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, head_batch):
+    def _problem_of(self, tile: Tile, problem: Problem) -> Problem:
+        """With the lengths of the tile's own sequence."""
+        return problem
+
+    def _sequences(self, tile: Tile):
+        """What says to `_head` where the tile's queries are, and where its keys."""
+        return tile.batch, tile.batch
+
+    def _head(self, t: cute.Tensor, head, sequence) -> cute.Tensor:
+        """A head's rows of one sequence, (s, d), of q, k, v or o."""
+        return t[None, None, head, sequence]
+
+    def _load_q(self, load, tile: Tile, q_state):
+        """Each warpgroup's rows of a tile."""
+        for wg in range(self.config.warpgroups):
+            load(tile.m_block * self.config.warpgroups + wg, wg + self.config.warpgroups * q_state.index, q_state)
+
+    def _tma_load(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, head_sequence):
         """What loads a block of one head's q, k or v into a slot; a cluster's CTAs each load their part of k and v."""
         c, tma, s, pipe = self.config, getattr(gmem, name), getattr(smem, name), getattr(pipes, name)
         cluster = 1 if name == "q" else c.cluster
         if name == "q":
-            g = self._row_blocks(tma, *head_batch)  # (64, d, blocks)
+            g = self._row_blocks(tma.tensor, *head_sequence)  # (64, d, blocks)
         else:
-            g = tma.tensor[None, None, head_batch[0], head_batch[1]]  # (s, d)
+            g = self._head(tma.tensor, *head_sequence)  # (s, d)
             g = cute.local_tile(g, (c.tile_n, c.head_dim), (None, 0))  # (tile_n, d, blocks)
         sT, gT = cpasync.tma_partition(
             tma.atom,
@@ -386,9 +428,9 @@ class FlashFwdSm90:
 
         return copy
 
-    def _row_blocks(self, tma: Tma, head, batch):
-        """Of q or o: (64, d, blocks) of a tile's head."""
-        return cute.local_tile(tma.tensor[None, None, head, batch], (ROWS, self.config.head_dim), (None, 0))
+    def _row_blocks(self, t: cute.Tensor, head, sequence) -> cute.Tensor:
+        """(64, d, blocks) of a tile's head, of q or o."""
+        return cute.local_tile(self._head(t, head, sequence), (ROWS, self.config.head_dim), (None, 0))
 
     def _query(self, row):
         """Which one a row is of."""
@@ -403,23 +445,23 @@ class FlashFwdSm90:
         """Run by each MMA warpgroup on its own 64 rows. Waits for full Q, K, V stages and releases them."""
         c = self.config
         f = self._fragments(smem, tiling, problem)
-        w = Warpgroup(gmem, smem, pipes, tiling, problem, f)
         kv_state, done = nth(Int32(0), c.stages), Int32(0)  # tiles
         self.turns.start(f.wg)
-        tile = hear(smem, pipes, nth(done, 2))
+        tile = hear(smem, pipes, nth(done, 2), c.scheduler.tile)
         while tile.valid:
+            w = Warpgroup(gmem, smem, pipes, tiling, self._problem_of(tile, problem), f)
             q_state = nth(done, c.q_stages)
             row0 = tile.m_block * c.tile_m + f.wg * ROWS
-            blocks = self._blocks(tile, problem)
+            blocks = self._blocks(tile, w.problem)
             pipes.q.consumer_wait(q_state)
-            if self._query(row0) < problem.seqlen_q:
-                kv_state = self._tile(w, self._rows(tile, row0, problem), blocks, q_state, kv_state)
+            if self._query(row0) < w.problem.seqlen_q:
+                kv_state = self._tile(w, self._rows(tile, row0, w.problem), blocks, q_state, kv_state)
                 self._finish(w, tile)
             else:
                 kv_state = self._sit_out(w, blocks, kv_state)
                 pipes.q.consumer_release(q_state)
             done += 1
-            tile = hear(smem, pipes, nth(done, 2))
+            tile = hear(smem, pipes, nth(done, 2), c.scheduler.tile)
         self.turns.finish(f.wg)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
@@ -547,12 +589,12 @@ class FlashFwdSm90:
         kv_state.advance()
         S = acc_mn(acc_S)  # (rows, cols)
         self._score(w, S, at)
-        self._begin(w, S, at)
+        self._begin_softmax(w, S, at)
         self._to_P(f, acc_S)
         return kv_state
 
     @cute.jit
-    def _begin(self, w: Warpgroup, S, at: At):
+    def _begin_softmax(self, w: Warpgroup, S, at: At):
         """S (rows, cols) of a tile's first block becomes P."""
         if self._cut(w, at):
             self._mask(w, S, at)
@@ -659,10 +701,13 @@ class FlashFwdSm90:
         else:
             self._store(w, rO, tile)
         for r in cutlass.range_constexpr(cute.size(lse)):
-            row = tile.m_block * c.tile_m + f.wg * ROWS + f.cS[r, 0][0]
-            query, head = self._whose(row, tile, w.gmem)
-            if (f.thread % 4 == 0) & (query < w.gmem.lse.shape[2]):
-                w.gmem.lse[tile.batch, head, query] = lse[r]
+            self._store_lse(w, tile, tile.m_block * c.tile_m + f.wg * ROWS + f.cS[r, 0][0], lse[r])
+
+    @cute.jit
+    def _store_lse(self, w: Warpgroup, tile: Tile, row, lse):
+        """A row's, by one of the four threads that hold it, where it is asked for."""
+        if (w.frag.thread % 4 == 0) & (row < w.gmem.lse.shape[2]):
+            w.gmem.lse[tile.batch, tile.head, row] = lse
 
     def _totals(self, w: Warpgroup, tile: Tile):
         """The rows' natural-log sums, and those of the keys that they saw; softmax.rescale normalises O."""
@@ -683,7 +728,7 @@ class FlashFwdSm90:
         cute.arch.fence_view_async_shared()
         self._warpgroup_sync(f.wg)
         if f.thread // 32 == 0:
-            g = self._row_blocks(w.gmem.o, tile.head, tile.batch)  # (64, d, blocks)
+            g = self._row_blocks(w.gmem.o.tensor, tile.head, self._sequences(tile)[0])  # (64, d, blocks)
             g = g[None, None, tile.m_block * c.warpgroups + f.wg]  # (64, d)
             sT, gT = cpasync.tma_partition(
                 w.gmem.o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)
@@ -699,7 +744,7 @@ class FlashFwdSm90:
         row0 = tile.m_block * c.tile_m + f.wg * ROWS
         for r in cutlass.range_constexpr(2):
             query, head = self._whose(row0 + f.cS[r, 0][0], tile, w.gmem)
-            g = w.gmem.o[None, None, head, tile.batch]  # (s, d)
+            g = self._head(w.gmem.o, head, self._sequences(tile)[0])  # (s, d)
             for n in cutlass.range_constexpr(0, c.head_dim // 8, 4):
                 x = quad_transpose([words[(0, r, n + i), 0, 0] for i in range(4)], f.thread)
                 col = n * 8 + f.thread % 4 * 8
@@ -720,7 +765,7 @@ def tell(smem: Smem, pipes: Pipes, state, tile: Tile):
     """The producer hands the next tile to the MMA warpgroups, decoded: divisions stay off their path."""
     pipes.tile.producer_acquire(state)
     with cute.arch.elect_one():
-        for i in cutlass.range_constexpr(4):
+        for i in cutlass.range_constexpr(len(tile)):
             smem.tile[i, state.index] = Int32(tile[i])
         pipes.tile.producer_commit(state)
     state.advance()
@@ -728,11 +773,12 @@ def tell(smem: Smem, pipes: Pipes, state, tile: Tile):
 
 
 @cute.jit
-def hear(smem: Smem, pipes: Pipes, state) -> Tile:
+def hear(smem: Smem, pipes: Pipes, state, kind: cutlass.Constexpr) -> Tile:
     pipes.tile.consumer_wait(state)
-    m_block, head, batch, valid = [cute.arch.make_warp_uniform(smem.tile[i, state.index]) for i in range(4)]
+    told = [cute.arch.make_warp_uniform(smem.tile[i, state.index]) for i in range(len(kind._fields))]
     pipes.tile.consumer_release(state)
-    return Tile(m_block, head, batch, valid != 0)
+    tile = kind(*told)
+    return tile._replace(valid=tile.valid != 0)
 
 
 @cute.jit
@@ -755,10 +801,6 @@ def quad_transpose(x, thread):
 def rank():
     """This CTA's place in its cluster."""
     return cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-
-
-def lse_layout(batch, heads, seqlen_q):
-    return cute.make_layout((batch, heads, seqlen_q), stride=(Int64(heads) * seqlen_q, Int64(seqlen_q), 1))
 
 
 def address(dtype, value: Int64):

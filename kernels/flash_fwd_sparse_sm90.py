@@ -90,7 +90,7 @@ class Sparse:
         return kv_state
 
     @cute.jit
-    def _begin(self, w: Warpgroup, S, at: SparseAt):
+    def _begin_softmax(self, w: Warpgroup, S, at: SparseAt):
         if self._exponents(w, S, at):
             w.frag.softmax.raise_offsets(S, self.slack)
         w.frag.softmax.exp(S)

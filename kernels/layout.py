@@ -1,7 +1,7 @@
 """Views of WGMMA accumulators, and what is done to their rows."""
 
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, Int32, cute
 
 
 def acc_mn(acc):
@@ -44,3 +44,13 @@ def normalise_rows(acc: cute.Tensor, scale: cute.Tensor, seen: cute.Tensor):
     for r in cutlass.range_constexpr(cute.size(scale)):
         if seen[r] == -Float32.inf:
             rows[r, None].fill(0.0)
+
+
+def not_before(S: cute.Tensor, n: Int32) -> Int32:
+    """n, but known no sooner than S: ptxas would work ahead between the WGMMAs of PV, while other warpgroups wait."""
+    zero = cute.arch.inline_ptx(
+        "{{ .reg .b32 t; popc.b32 t, {$r0}; shr.u32 {$w0}, t, 6; }}",
+        write_only_types=[Int32],
+        read_only_args=[S[0].bitcast(Int32)],
+    )
+    return n + zero

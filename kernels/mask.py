@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import cutlass
 from cutlass import Float32, Int32, cute
 
+from .layout import not_before
 from .user_mod import UserMod, number, where
 
 
@@ -122,9 +123,10 @@ class UserMask(Mask):
 
     def hide(self, S, cS, at, tile_n, problem):
         mod, rows = self.mod.bind(problem.mask_args[len(self.base.signature()) :]), at.rows
+        n_block = not_before(S, at.n_block)
         for r in range(cute.size(S, mode=[0])):
             for c in range(cute.size(S, mode=[1])):
-                place = rows.row0 + cS[r, c][0], at.n_block * tile_n + cS[r, c][1]
+                place = rows.row0 + cS[r, c][0], n_block * tile_n + cS[r, c][1]
                 S[r, c] = number(where(mod(rows.batch, rows.head, *place), S[r, c], -Float32.inf))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
+from .layout import not_before
 from .user_mod import UserMod
 
 LOG2_E = 1.4426950408889634
@@ -106,7 +107,8 @@ class Alibi(Score):
         self.before.apply(S, cS, at, tile_n, problem, args[:-2])
         slope = at.rows.score[0] * (LOG2_E / self.scale_log2(problem, args))
         slope = cutlass.max(cutlass.min(slope, Float32(LARGEST)), Float32(-LARGEST))
-        first = at.rows.row0 + problem.seqlen_k - problem.seqlen_q - at.n_block * tile_n  # row less column, top left
+        n_block = not_before(S, at.n_block)
+        first = at.rows.row0 + problem.seqlen_k - problem.seqlen_q - n_block * tile_n  # row less column, top left
         negative = slope.bitcast(Int32) & SIGN
         for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
             bias = -slope * Float32(first + cS[r, 0][0] - cS[r, 0][1])  # of the thread's first column
@@ -146,9 +148,10 @@ class UserScore(Score):
         self.before.apply(S, cS, at, tile_n, problem, earlier)
         scale = self.before.scale_log2(problem, earlier) * LN2
         mod, rows = self.mod.bind(own), at.rows
+        n_block = not_before(S, at.n_block)
         for r in range(cute.size(S, mode=[0])):
             for c in range(cute.size(S, mode=[1])):
-                place = rows.row0 + cS[r, c][0], at.n_block * tile_n + cS[r, c][1]
+                place = rows.row0 + cS[r, c][0], n_block * tile_n + cS[r, c][1]
                 S[r, c] = Float32(mod(S[r, c] * scale, rows.batch, rows.head, *place))
 
 

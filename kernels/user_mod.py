@@ -120,6 +120,15 @@ def is_truth(*xs) -> bool:
     return all(kind(number(x)) == 0 for x in xs)
 
 
+def quotient(a, b):
+    """Rounded down, as torch does; the hardware's, of whole numbers, is rounded towards 0."""
+    if isinstance(a, Float32):
+        return cute.math.floor(a / b)
+    towards_0 = a // b
+    wrong = (towards_0 * b != a) & ((a < 0) ^ (b < 0))
+    return towards_0 - type(a)(wrong)
+
+
 def of_float(function) -> Callable:
     return lambda a: Value(function(*alike(a, least=2)))
 
@@ -155,13 +164,19 @@ def of_truths(function) -> Callable:
     return lambda *xs: function(*(Value(truth(x)) for x in xs))
 
 
-def _floor(x):
-    return cute.math.floor(x)
+def _sigmoid(x):
+    return cute.arch.rcp_approx(1.0 + cute.math.exp2(x * -1.4426950408889634, fastmath=True))
+
+
+def _tanh(x):
+    return 2.0 * _sigmoid(2.0 * x) - 1.0
 
 
 minimum, maximum = arithmetic(cutlass.min), arithmetic(cutlass.max)
 OPERATORS: dict[str, Callable] = {
-    **{name: arithmetic(getattr(operator, name)) for name in ("add", "sub", "mul", "floordiv", "mod")},
+    **{name: arithmetic(getattr(operator, name)) for name in ("add", "sub", "mul")},
+    "floordiv": arithmetic(lambda a, b: quotient(a, b)),
+    "mod": arithmetic(lambda a, b: a - quotient(a, b) * b),
     **{name: arithmetic(getattr(operator, name)) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
     "truediv": arithmetic(operator.truediv, least=2),
     "pow": power,
@@ -187,9 +202,9 @@ FUNCTIONS: dict[str, Callable] = {
     "rsqrt": of_float(cute.math.rsqrt),
     "sin": of_float(cute.math.sin),
     "cos": of_float(cute.math.cos),
-    "floor": of_float(_floor),
-    "tanh": lambda a: 1.0 - 2.0 / (FUNCTIONS["exp"](2.0 * a) + 1.0),
-    "sigmoid": lambda a: 1.0 / (1.0 + FUNCTIONS["exp"](-a)),
+    "floor": of_float(cute.math.floor),
+    "tanh": of_float(_tanh),
+    "sigmoid": of_float(_sigmoid),
     "logical_not": of_truths(invert),
     "logical_and": of_truths(OPERATORS["and"]),
     "logical_or": of_truths(OPERATORS["or"]),

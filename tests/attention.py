@@ -40,11 +40,11 @@ def check(q, k, v, *, causal=False, scale=None, layout="bhsd", lse=True, constan
     return o, row_lse
 
 
-def bound(ours, want, torch_s):
-    """No worse than twice torch in the same dtype, plus one unit in the last place of the largest output."""
+def bound(ours, want, torch_s, slack=1):
+    """No worse than twice torch in the same dtype, plus one ulp of the largest output; slack times that."""
     assert not ours.isnan().any()
     error, allowed = edges.bound(ours, want, torch_s)
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+    assert error <= slack * allowed, f"error {error:.3e}, allowed {slack * allowed:.3e}"
 
 
 def close_lse(ours, want):

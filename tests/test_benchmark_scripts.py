@@ -28,7 +28,7 @@ def scripts():
     """The scripts as modules; they import their neighbours in benchmarks/ by name, as when they are run."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        return {name: importlib.import_module(name) for name in ("accuracy", "odd_shapes", "sanitize")}
+        return {name: importlib.import_module(name) for name in ("accuracy", "odd_shapes", "sanitize", "varlen")}
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -324,3 +324,17 @@ def test_a_wrong_kernel_is_not_timed(odd_shapes, monkeypatch):
     monkeypatch.setattr(contenders.cute_attn, "flash_fwd", lambda *a, **k: right(*a, **k).mul_(1.5))
     with pytest.raises(RuntimeError, match=r"2,2,32,16 full: relative error 5\.0e-01"):
         measured(odd_shapes, 1.0, 1.0, 1.0)
+
+
+def test_varlen_lengths_and_their_work(scripts, monkeypatch):
+    """Drawn once and for all; equal ones are of the same work; ours and dense agree."""
+    varlen = scripts["varlen"]
+    lengths = varlen.drawn()
+    assert lengths == varlen.drawn() and len(set(lengths)) > 50 and 64 <= min(lengths) <= max(lengths) <= 8192
+    even = varlen.equal(lengths)
+    assert len(even) == 64 and sum(n * n for n in even) == pytest.approx(sum(n * n for n in lengths), rel=1e-3)
+    monkeypatch.setattr(varlen, "HEADS", 2)
+    packing = varlen.pack((33, 33), 16, CPU)
+    assert packing.flops(False) == 2 * packing.flops(True) == 4 * 2 * 2 * 33 * 33 * 16
+    assert torch.equal(varlen.dense(packing, True).flatten(0, 1), varlen.ours(packing, True))
+    assert "flash" in varlen.peers()

@@ -7,7 +7,6 @@ import pytest
 import torch
 from attention import bound, inputs
 
-import cute_attn
 from cute_attn import api, reference
 from cute_attn.benchmark.edges import sdpa
 from cute_attn.flash_attn_interface import flash_attn_func, flash_attn_varlen_func
@@ -24,9 +23,6 @@ SIGNATURES = {
     flash_attn_varlen_func: f"(q, k, v, {LENGTHS}{REST})",
 }
 functions = pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
-packs = pytest.mark.skipif(
-    not hasattr(cute_attn, "flash_fwd_varlen"), reason="cute_attn.flash_fwd_varlen is not there yet"
-)
 
 
 def words(function):
@@ -123,12 +119,6 @@ def test_the_softcap_of_packed_sequences_raises_by_name():
         flash_attn_varlen_func(*bshd(), None, None, 1, 1, softcap=5.0)
 
 
-@pytest.mark.skipif(hasattr(cute_attn, "flash_fwd_varlen"), reason="cute_attn.flash_fwd_varlen is there")
-def test_no_packed_sequences_yet():
-    with pytest.raises(NotImplementedError, match="this cute_attn has no flash_fwd_varlen"):
-        flash_attn_varlen_func(*bshd(), None, None, 1, 1)
-
-
 def test_deterministic_gradients_need_torchs_mode(one_thread):
     q, k, v = (x.requires_grad_() for x in bshd())
     with pytest.raises(ValueError, match="deterministic: True came with gradients"):
@@ -211,13 +201,11 @@ def packed(device, causal, window_size, window):
 PACKED = [(False, (-1, -1), None), (True, (-1, -1), None), (True, (9, 9), (9, None)), (False, (9, 4), (9, 4))]
 
 
-@packs
 @pytest.mark.parametrize(("causal", "window_size", "window"), PACKED)
 def test_packed_sequences_on_the_cpu(causal, window_size, window, one_thread):
     packed("cpu", causal, window_size, window)
 
 
-@packs
 @pytest.mark.gpu
 @pytest.mark.parametrize(("causal", "window_size", "window"), PACKED)
 def test_packed_sequences_on_the_gpu(causal, window_size, window):

@@ -55,11 +55,22 @@ def score_mods(device) -> dict:
     def hiding(score, b, h, q_idx, kv_idx):
         return torch.where((q_idx - kv_idx).abs() % 3 == 0, score, -float("inf"))
 
+    def floored(score, b, h, q_idx, kv_idx):
+        return score + (kv_idx - q_idx) % 7 * 0.1 - (q_idx - kv_idx) // 5 * 0.1 + (score - 0.5) % 0.75
+
     def many(score, b, h, q_idx, kv_idx):
         x = torch.clamp(score, min=-3, max=3) + torch.sigmoid(score) - torch.maximum(score, -score) ** 2 / 9
         return torch.where(torch.logical_not(b == 0), x, torch.exp(-(score**2))) + (h // 2) - h % 2
 
-    return dict(sloped=sloped, by_table=by_table, row_by_row=row_by_row, capped=capped, hiding=hiding, many=many)
+    return dict(
+        sloped=sloped,
+        by_table=by_table,
+        row_by_row=row_by_row,
+        capped=capped,
+        hiding=hiding,
+        floored=floored,
+        many=many,
+    )
 
 
 def mask_mods(device) -> dict:
@@ -149,7 +160,7 @@ def test_long(name):
 
 
 @DEVICES
-@pytest.mark.parametrize("size", [128, 64, (256, 128)])
+@pytest.mark.parametrize("size", [128, 64, (256, 128), (192, 192)])
 @pytest.mark.parametrize("name", mask_mods("cpu"))
 def test_block_masks(name, size, device):
     """torch's own BlockMask; rows of blocks without any, lengths that end within a block."""
@@ -295,6 +306,13 @@ WRONG = {
     "an object": (dict(score_mod=NotAFunction()), TypeError, "score_mod: score_mod is a NotAFunction, which a kernel"),
     "captured": (dict(mask_mod=scaled(object())), TypeError, "mask_mod's factor is a object"),
     "float64": (dict(score_mod=scaled(1, torch.ones(3).double())), TypeError, "captures a tensor of torch.float64"),
+    "empty": (dict(score_mod=scaled(1, torch.ones(0))), ValueError, r"captures a tensor of shape \(0,\)"),
+    "elsewhere": (
+        dict(score_mod=scaled(1, torch.ones(9, device="meta"))),
+        ValueError,
+        "captures a tensor on meta, but",
+    ),
+    "learning": (dict(score_mod=scaled(1, torch.ones(9).requires_grad_())), ValueError, "requires grad, which gets no"),
     "aux": (dict(score_mod=scaled(1), aux=("x",)), TypeError, "aux: str at 0; tensors and numbers"),
     "aux alone": (dict(score_mod=scaled(1), aux=3), TypeError, "aux: builtins.int came; a tuple"),
     "lists": (dict(block_mask=torch.ones(3)), TypeError, "block_mask: Tensor came; a BlockMask of torch"),

@@ -1,0 +1,197 @@
+"""Packed sequences of any lengths, which only the device knows: check -> plan -> compile -> allocate -> launch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from . import checks, compile, device, reference
+from .checks import Spec
+from .plan import varlen as plan_varlen
+
+
+def flash_fwd_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Any:
+    """`flash_fwd` for B sequences of any lengths, packed one behind the other (FlashAttention's varlen), in one launch.
+
+    Args:
+        q: (total_q, H, D) bf16 or fp16; D, devices and strides as `flash_fwd` takes them.
+        k, v: (total_k, Hk, D) with Hk dividing H.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device. Sequence b begins at row cu_seqlens[b] and ends before
+            cu_seqlens[b + 1]; it may be empty, and its Sq and Sk may differ. No row of q is in two sequences.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's length. Gradients need them; otherwise nothing does.
+        seqused_q, seqused_k: (B,) int32 on q's device, the length of each sequence in place of the distance to the next
+            one's beginning.
+        causal, scale, window: as of `flash_fwd`; aligned to the last key of each sequence.
+        return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (H, total_q).
+        out: written in place and returned as o; like q, sharing no memory with q, k, v.
+
+    Returns:
+        o (total_q, H, D), or (o, lse). A row that sees no key gives o = 0, lse = -inf. Rows of q that are in no
+        sequence, and those beyond seqused_q, are not written, as FlashAttention-3 leaves them: they hold what `out`
+        did, and without `out` anything.
+
+    Lengths are read by the kernel, never by the host. So they may be the work of what runs before on the stream, and
+    may change between replays of a CUDA graph, in which only the tensors' sizes are fixed; and they are not checked.
+    Sequences that reach beyond q, k or v end with them.
+
+    Differentiable once in q, k and v; lse is not. The backward is torch's FlashAttention-2, and takes max_seqlen_q and
+    max_seqlen_k at their word: rows beyond them get wrong gradients. No seqused, and no `out`.
+
+    Raises:
+        TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
+    """
+    if window is not None:
+        causal, window = checks.window(window, causal)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    hints = max_seqlen_q, max_seqlen_k
+    if torch.compiler.is_compiling():
+        return _by_operator(q, k, v, lengths, hints, causal, scale, window, return_lse, out)
+    if type(causal) is not bool or type(return_lse) is not bool:
+        checks.flags(causal=causal, return_lse=return_lse)
+    call = _call(q, k, v, lengths, hints, out, causal, window is not None)
+    scale = call.scale if scale is None else checks.scale(scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
+        return _by_operator(q, k, v, lengths, hints, causal, scale, window, return_lse, out)
+    if out is not None:
+        checks.out_memory(out, q, k, v, call.nbytes)
+    o = torch.empty_like(q) if out is None else out
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if return_lse else None
+    if call.gpu is None:
+        _on_cpu(q, k, v, lengths, o, lse, causal=causal, scale=scale, window=window)
+    elif call.kernel is not None:
+        _launch(call, (q, k, v, o), lengths, lse, scale, window)
+    return (o, lse) if return_lse else o
+
+
+def _by_operator(*arguments):
+    from .integrations.varlen_op import traced  # which imports this file
+
+    return traced(*arguments)
+
+
+class Call(NamedTuple):
+    """What all but addresses and values say of a call."""
+
+    scale: float  # the default
+    gpu: device.Device | None  # None: the CPU
+    kernel: Callable | None  # None: the CPU, or nothing to write
+    plain: bool  # no size of 1 has a stride that TMA would refuse, and there are keys
+    nbytes: tuple[int, ...]  # that q, k, v and o reach over
+
+
+_calls: dict[tuple, Call] = {}
+CALLS = 4096  # looked up; with one more all are forgotten
+
+
+def _call(q, k, v, lengths, hints, out, causal, window) -> Call:
+    """Checked, planned and compiled; a look-up where the like has come before.
+
+    As in `api._call` the key leaves out what the compiled call itself holds against q and k.
+    """
+    cu_q, cu_k, used_q, used_k = lengths
+    try:
+        key = (
+            *(q.shape, q.stride(), k.shape, k.stride(), v.stride(), None if out is None else out.stride()),
+            *(q.dtype, q.get_device(), causal, window, hints, *map(type, hints)),
+            *(cu_q.shape, cu_q.stride(), cu_q.dtype, cu_q.get_device()),
+            *(cu_k.shape, cu_k.stride(), cu_k.dtype, cu_k.get_device()),
+            None if used_q is None else (used_q.shape, used_q.stride(), used_q.dtype, used_q.get_device()),
+            None if used_k is None else (used_k.shape, used_k.stride(), used_k.dtype, used_k.get_device()),
+        )
+        call = _calls.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a hint that has no hash
+        return _prepared(q, k, v, lengths, hints, out, causal, window)
+    if call is None:
+        call = _prepared(q, k, v, lengths, hints, out, causal, window)
+        if call.kernel is not None:
+            if len(_calls) >= CALLS:
+                _calls.clear()
+            _calls[key] = call
+    return call
+
+
+def _prepared(q, k, v, lengths, hints, out, causal, window) -> Call:
+    names = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
+    for name, x in (*zip("qkv", (q, k, v), strict=True), *zip(names, lengths, strict=True), ("out", out)):
+        if x is not None or name in ("q", "k", "v", *names[:2]):
+            checks.tensor(name, x)
+    for name, value in zip(("max_seqlen_q", "max_seqlen_k"), hints, strict=True):
+        checks.max_seqlen(name, value)
+    q, k, v, o = (Spec.of(x) for x in (q, k, v, q if out is None else out))
+    checks.lengths(names[0], Spec.of(lengths[0]), None, q)
+    batch = len(lengths[0]) - 1
+    for name, x, count in zip(names, lengths, (None, batch + 1, batch, batch), strict=True):
+        if x is not None:
+            checks.lengths(name, Spec.of(x), count, q)
+    checks.packed(q, k, v, batch)
+    if out is not None:
+        checks.out(o, q, "thd")
+    gpu = None if q.device.type == "cpu" else device.get(q.device.index)
+    total_q, heads, head_dim = q.shape
+    config = plan_varlen(head_dim, checks.DTYPES[q.dtype], causal, window, None if gpu is None else gpu.name)
+    kernel = None if gpu is None or 0 in (batch, total_q, heads) else compile.get(config)
+    plain = not any(checks.odd(x.stride) for x in (q, k, v, o)) and k.shape[0] > 0
+    return Call(head_dim**-0.5, gpu, kernel, plain, tuple(x.nbytes for x in (q, k, v, o)))
+
+
+def _launch(call: Call, tensors, lengths, lse, scale, window):
+    cu_q, cu_k, used_q, used_k = lengths
+    if not call.plain:
+        tensors = _for_tma(*tensors)
+    gpu, kernel = cast(device.Device, call.gpu), cast(Callable, call.kernel)
+    sequences = (
+        cu_q.data_ptr(),
+        cu_k.data_ptr(),
+        0 if used_q is None else used_q.data_ptr(),
+        0 if used_k is None else used_k.data_ptr(),
+        cu_q.shape[0] - 1,
+    )
+    address = 0 if lse is None else lse.data_ptr()
+    try:
+        kernel(*tensors, address, gpu.ticket(), scale, gpu.num_sms, *(window or ()), *sequences)
+    except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it
+        _prepared_again(tensors, lengths)
+        raise
+
+
+def _prepared_again(tensors, lengths):
+    q, k, v, o = tensors
+    _prepared(q, k, v, lengths, (None, None), o, False, False)
+    checks.addresses(q, k, v, o)
+
+
+def _for_tma(q, k, v, o):
+    """Views whose sizes of 1 have strides that TMA takes; without keys, k and v of which no sequence has a row."""
+    if k.shape[0] == 0:
+        k = v = q[:1, : k.shape[1]]
+    return [
+        x.as_strided(x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), (8, 8, 1), strict=True)])
+        for x in (q, k, v, o)
+    ]
+
+
+def _on_cpu(q, k, v, lengths, o, lse, **how):
+    cu_q, cu_k, used_q, used_k = lengths
+    q, k, v, how["dtype"] = q.detach(), k.detach(), v.detach(), torch.float32
+    with torch.autocast("cpu", enabled=False):
+        for rows, part, row_lse in reference.varlen(q, k, v, cu_q, cu_k, seqused_q=used_q, seqused_k=used_k, **how):
+            o[rows] = part.to(o.dtype)
+            if lse is not None:
+                lse[:, rows] = row_lse
