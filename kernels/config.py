@@ -119,8 +119,16 @@ class FwdConfig:
 
     def _smem_bytes(self, o_tiles: int) -> int:
         tiles = 2 * self.head_dim * ((self.q_stages + o_tiles) * self.tile_m + 2 * self.stages * self.tile_n)
-        parts = 4 * (self.split - 1) * 64 * (self.head_dim + 8)
-        return tiles + parts + 1024  # barriers, the tile slots, and alignment
+        return tiles + (self.split - 1) * self._part_bytes + 1024  # barriers, the tile slots, and alignment
+
+    @property
+    def _part_bytes(self) -> int:
+        return 4 * 64 * (self.head_dim + 8)
+
+    @property
+    def split_max(self) -> int:
+        """CTAs that may share the keys of a tile which one has to itself now: what the others send must fit."""
+        return 1 + (SMEM_BYTES - self._smem_bytes(o_tiles=0)) // self._part_bytes
 
     @property
     def packed(self) -> bool:
