@@ -35,11 +35,11 @@ SIZES = (
 
 
 def problems(head_dim: int) -> list[Problem]:
-    """A small problem for each shipped kernel of a head dim."""
+    """A small problem for each shipped kernel of a head dim, and for those that pack the heads of GQA."""
     found: dict[FwdConfig, Problem] = {}
-    for (s_q, s_k, h), dtype, mask, constant_time in product(SIZES, DTYPES, MASKS, (False, True)):
+    for (s_q, s_k, h), dtype, mask, constant_time, ratio in product(SIZES, DTYPES, MASKS, (False, True), (3, 1)):
         how = dict(causal=mask == "causal", kinds=Kinds(window=mask == "window"), constant_time=constant_time)
-        problem = Problem(2, h, h // 3 or 1, s_q, s_k, head_dim - 8, dtype, **how)
+        problem = Problem(2, h, max(h // ratio, 1), s_q, s_k, head_dim - 8, dtype, **how)
         found.setdefault(plan(problem), problem)
     return list(found.values())
 

@@ -24,7 +24,7 @@ from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
 from .kernels.config import FwdConfig
 from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
-from .kernels.flash_fwd_pack_sm90 import Packed
+from .kernels.flash_fwd_pack_sm90 import PackedHeads
 from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
 from .kernels.flash_fwd_score_sm90 import Scored, Sinks
 from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
@@ -122,7 +122,7 @@ def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
         Windowed: config.mask.windowed and not config.sparse,
         Sparse: config.sparse,
         Varlen: config.packed,
-        Packed: config.pack > 1,
+        PackedHeads: config.pack > 1,
     }
     mixins = [mixin for mixin, wanted in asked.items() if wanted]
     plain = _plain(config)

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 SMS = 132  # of an H200: with more tiles than that, two CTAs on an SM are better than one
 WORTH = 0.75  # of the rows that the tiles hold otherwise: with more, packing is not worth a kernel of its own
-# CTAs that may share the keys of one packed block where the table has no such kernel, as shared memory has room for
-SPLITS = {32: 8, 64: 8, 96: 4, 128: 4, 160: 2, 192: 2, 256: 2}
+SPLITS = (8, 4, 2)  # CTAs that share the keys of a block of packed rows where the table has no kernel that splits them
 SPLIT_KEYS = 256  # at least, for each: a merge must repay itself
 
 
@@ -66,7 +65,7 @@ def splits(config: FwdConfig) -> list[FwdConfig]:
     """Of a kernel of one block those that share its keys, the most CTAs first."""
     if config.constant_time or config.mask.windowed:
         return []
-    return [replace(config, redo=False, split=n) for n in (8, 4, 2) if n <= SPLITS.get(config.head_dim, 1)]
+    return [replace(config, redo=False, split=n) for n in SPLITS if n <= config.split_max]
 
 
 def packed(config: FwdConfig, ratio: int) -> FwdConfig:
@@ -74,11 +73,11 @@ def packed(config: FwdConfig, ratio: int) -> FwdConfig:
     return replace(config, pack=pack_of(ratio), redo=config.redo and (config.head_dim, config.tile_m) != (64, 256))
 
 
-def kernels(configs: list[FwdConfig], ratio: int) -> list[FwdConfig]:
-    """Every kernel that packed problems can reach where others reach `configs`, of one kind each."""
+def kernels(always: list[FwdConfig], some: list[FwdConfig], ratio: int) -> list[FwdConfig]:
+    """Every kernel that packed problems can reach where others reach these; `some`: at some lengths only."""
     if ratio < 2:
         return []
-    configs = [config for config in configs if config.packable]
-    blocks = [one_block(config) for config in configs if config.tile_m > 64]
-    every = [*configs, *blocks, *(part for block in blocks for part in splits(block))]
+    always = [config for config in always if config.packable]
+    blocks = [one_block(config) for config in always]
+    every = [*always, *some, *blocks, *(part for block in blocks for part in splits(block))]
     return list(dict.fromkeys(packed(config, ratio) for config in every))

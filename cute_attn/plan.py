@@ -170,16 +170,17 @@ def kind(config: FwdConfig) -> tuple:
 def shipped(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
     """The kernels of each kind, of some lengths only, windowed, constant-time; and with other modifiers one of each.
 
-    With a ratio, of query heads to a K/V head, those that pack them too. Modifiers combine: any other kernel is
-    compiled by its first call.
+    With a ratio, of query heads to a K/V head, those that pack them too, for few queries. Modifiers combine: any other
+    kernel is compiled by its first call.
     """
     kinds = [_configs(*one, gpu) for one in product(HEAD_DIMS, DTYPES, LAYOUTS, (False, True))]
     always, some = [configs[-1] for configs in kinds], [c for configs in kinds for c in configs[:-1]]
     windows = [windowed(config) for config in always if config.mask.causal]
     plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
     others = [modified(config, kinds) for config in plain for kinds in MODIFIED[config.mask.causal]]
-    every = [*always, *some, *windows, *others, *map(constant_time, [*always, *windows])]
-    return list(dict.fromkeys([*every, *packing.kernels(every, ratio)]))
+    others += map(constant_time, [*always, *windows])
+    packs = packing.kernels([*always, *windows, *others], some, ratio)
+    return list(dict.fromkeys([*always, *some, *windows, *others, *packs]))
 
 
 def shipped_varlen(gpu: str | None = None) -> list[FwdConfig]:

@@ -60,7 +60,7 @@ class FwdConfig:
     score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
     sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
-    pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: Packed
+    pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: PackedHeads
 
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in MODES
@@ -75,10 +75,10 @@ class FwdConfig:
         assert not (self.redo and self.score.name), "Scored has no score for the step redone"
         assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "Sparse's own"
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
-        assert self.packed == self.scheduler.packed, "lengths on the device, and a scheduler that reads them there"
-        assert not self.packed or self.cluster_size == 1, "a cluster's tiles are of one sequence"
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
         assert self.pack == 1 or self.packable, "what is asked of a tile has one head"
+        assert self.packed == self.scheduler.packed, "lengths on the device, and a scheduler that reads them there"
+        assert not self.packed or self.cluster_size == 1, "a cluster's tiles are of one sequence"
         assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -111,7 +111,7 @@ class FwdConfig:
     @property
     def packable(self) -> bool:
         """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
-        return self.score.name in ("", "softcap") and self.sparse is None and not self.mask.everywhere
+        return not self.packed and self.score.name in ("", "softcap") and self.sparse is None and not self.mask.everywhere
 
     @property
     def smem_bytes(self) -> int:
@@ -119,8 +119,16 @@ class FwdConfig:
 
     def _smem_bytes(self, o_tiles: int) -> int:
         tiles = 2 * self.head_dim * ((self.q_stages + o_tiles) * self.tile_m + 2 * self.stages * self.tile_n)
-        parts = 4 * (self.split - 1) * 64 * (self.head_dim + 8)
-        return tiles + parts + 1024  # barriers, the tile slots, and alignment
+        return tiles + (self.split - 1) * self._part_bytes + 1024  # barriers, the tile slots, and alignment
+
+    @property
+    def _part_bytes(self) -> int:
+        return 4 * 64 * (self.head_dim + 8)
+
+    @property
+    def split_max(self) -> int:
+        """CTAs that may share the keys of a tile which one has to itself now: what the others send must fit."""
+        return 1 + (SMEM_BYTES - self._smem_bytes(o_tiles=0)) // self._part_bytes
 
     @property
     def packed(self) -> bool:

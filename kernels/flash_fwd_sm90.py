@@ -159,10 +159,10 @@ class FlashFwdSm90:
         g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         shared, tma = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else g2s, self._tma_view
         gmem = Gmem(
-            self._rows_tma(g2s, mQ, q, mK.shape[2]),
+            self._rows_tma(g2s, mQ, mK, q),
             Tma(*cpasync.make_tiled_tma_atom(shared, tma(mK), kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
             Tma(*cpasync.make_tiled_tma_atom(shared, tma(mV), kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
-            self._rows_tma(s2g, mO, q, mK.shape[2]) if c.stages_o else mO,
+            self._rows_tma(s2g, mO, mK, q) if c.stages_o else mO,
             cute.make_tensor(address(Float32, lse), self._lse_layout(mQ, mQ.shape[0] if lse != 0 else 0)),
             cute.make_tensor(address(Int32, ticket), 1),
         )
@@ -170,8 +170,8 @@ class FlashFwdSm90:
         grid = self._grid(mQ, mK, sequences)
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
         scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
-        _, _, ratio = self._shape(mQ.shape[0], mQ.shape[2], mK.shape[2])
-        problem = Problem(grid, Int32(mQ.shape[0]), Int32(mK.shape[0]), Int32(ratio), scale_log2, q_sign, *parts)
+        sizes = Int32(mQ.shape[0]), Int32(mK.shape[0]), Int32(self._rows_and_heads(mQ, mK)[2])
+        problem = Problem(grid, *sizes, scale_log2, q_sign, *parts)
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
         clusters = self._ctas(grid, num_sms // c.cluster)
         self.kernel(gmem, problem, tiling).launch(
@@ -186,24 +186,24 @@ class FlashFwdSm90:
         """q, k, v or o as TMA sees it."""
         return t
 
-    def _rows_tma(self, op, m: cute.Tensor, smem: cute.Layout, heads_kv) -> Tma:
-        """Of q or o, m (s, d, h, b), by 64 rows."""
-        return Tma(*cpasync.make_tiled_tma_atom(op, self._tma_view(m), smem, (ROWS, self.config.head_dim)))
+    def _rows_tma(self, op, t: cute.Tensor, mK: cute.Tensor, smem: cute.Layout) -> Tma:
+        """Of q or o, by 64 rows."""
+        return Tma(*cpasync.make_tiled_tma_atom(op, self._tma_view(t), smem, (ROWS, self.config.head_dim)))
 
     def _lse_layout(self, mQ: cute.Tensor, rows):
         _, _, heads, batch = mQ.shape
         return cute.make_layout((batch, heads, rows), stride=(Int64(heads) * rows, Int64(rows), 1))
 
-    def _shape(self, seqlen_q, heads, heads_kv):
-        """What the grid is made of: rows, heads, and how many of these share a K/V head."""
-        return seqlen_q, heads, heads // heads_kv
+    def _rows_and_heads(self, mQ: cute.Tensor, mK: cute.Tensor):
+        """What tiles are made of: rows, heads, and how many of these share a K/V head."""
+        return mQ.shape[0], mQ.shape[2], mQ.shape[2] // mK.shape[2]
 
     def _grid(self, mQ: cute.Tensor, mK: cute.Tensor, sequences) -> Grid:
         c = self.config
-        rows, heads, ratio = self._shape(mQ.shape[0], mQ.shape[2], mK.shape[2])
-        group = cutlass.max(L2_KV_BYTES // (Int64(mK.shape[0]) * (4 * c.head_dim)) * ratio, 1)
+        (rows, heads, ratio), seqlen_k, batch = self._rows_and_heads(mQ, mK), mK.shape[0], mQ.shape[3]
+        group = cutlass.max(L2_KV_BYTES // (Int64(seqlen_k) * (4 * c.head_dim)) * ratio, 1)
         m_blocks = cute.ceil_div(rows, c.tile_m * c.cluster)
-        return Grid(Int32(m_blocks), Int32(heads), Int32(mQ.shape[3]), Int32(group))
+        return Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
 
     def _ctas(self, grid: Grid, room):
         """Clusters to launch, of which the GPU holds so many at once."""
@@ -409,7 +409,7 @@ class FlashFwdSm90:
         c, tma, s, pipe = self.config, getattr(gmem, name), getattr(smem, name), getattr(pipes, name)
         cluster = 1 if name == "q" else c.cluster
         if name == "q":
-            g = self._row_blocks(tma, *head_sequence)  # (64, d, blocks)
+            g = self._row_blocks(tma.tensor, *head_sequence)  # (64, d, blocks)
         else:
             g = self._head(tma.tensor, *head_sequence)  # (s, d)
             g = cute.local_tile(g, (c.tile_n, c.head_dim), (None, 0))  # (tile_n, d, blocks)
@@ -428,9 +428,9 @@ class FlashFwdSm90:
 
         return copy
 
-    def _row_blocks(self, tma: Tma, head, sequence):
-        """Of q or o: (64, d, blocks) of a tile's head."""
-        return cute.local_tile(self._head(tma.tensor, head, sequence), (ROWS, self.config.head_dim), (None, 0))
+    def _row_blocks(self, t: cute.Tensor, head, sequence) -> cute.Tensor:
+        """(64, d, blocks) of a tile's head, of q or o."""
+        return cute.local_tile(self._head(t, head, sequence), (ROWS, self.config.head_dim), (None, 0))
 
     def _query(self, row):
         """Which one a row is of."""
@@ -706,9 +706,8 @@ class FlashFwdSm90:
     @cute.jit
     def _store_lse(self, w: Warpgroup, tile: Tile, row, lse):
         """A row's, by one of the four threads that hold it, where it is asked for."""
-        query, head = self._whose(row, tile, w.gmem)
-        if (w.frag.thread % 4 == 0) & (query < w.gmem.lse.shape[2]):
-            w.gmem.lse[tile.batch, head, query] = lse
+        if (w.frag.thread % 4 == 0) & (row < w.gmem.lse.shape[2]):
+            w.gmem.lse[tile.batch, tile.head, row] = lse
 
     def _totals(self, w: Warpgroup, tile: Tile):
         """The rows' natural-log sums, and those of the keys that they saw; softmax.rescale normalises O."""
@@ -729,7 +728,7 @@ class FlashFwdSm90:
         cute.arch.fence_view_async_shared()
         self._warpgroup_sync(f.wg)
         if f.thread // 32 == 0:
-            g = self._row_blocks(w.gmem.o, tile.head, self._sequences(tile)[0])  # (64, d, blocks)
+            g = self._row_blocks(w.gmem.o.tensor, tile.head, self._sequences(tile)[0])  # (64, d, blocks)
             g = g[None, None, tile.m_block * c.warpgroups + f.wg]  # (64, d)
             sT, gT = cpasync.tma_partition(
                 w.gmem.o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)

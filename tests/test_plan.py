@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cute_attn import plan as room
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal, Window
-from cute_attn.kernels.score import Softcap
+from cute_attn.kernels.score import Alibi, Softcap
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from cute_attn.plan import Kinds, Problem, plan, shipped
 
@@ -29,7 +29,7 @@ PROBLEMS = st.builds(
     layout=st.sampled_from(["bhsd", "bshd"]),
     causal=st.booleans(),
     constant_time=st.booleans(),
-    kinds=st.builds(Kinds, window=st.booleans()),
+    kinds=st.sampled_from([Kinds(), Kinds(window=True)]),
 )
 
 
@@ -86,8 +86,8 @@ def test_the_config_is_the_compile_key():
     base = FwdConfig(128)
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
     others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, redo=True)
-    others |= dict(constant_time=True, timeline=True, overlap=False, score=Softcap(), sinks=True, pack=4)
-    others |= dict(sparse=SparseBlocks(128, 128, True))
+    others |= dict(constant_time=True, timeline=True, overlap=False)
+    others |= dict(score=Softcap(), sinks=True, sparse=SparseBlocks(128, 128, True), pack=8)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
     bases = {name: few if name == "split" else base for name in others}
@@ -116,6 +116,10 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=64, mask=Window(), overlap=False),
         dict(head_dim=64, mask=Window(), tile_m=64, scheduler=OneTile, split=2),
         dict(head_dim=64, tile_m=64, scheduler=OneTile, split=2, timeline=True),
+        dict(head_dim=64, pack=3),
+        dict(head_dim=64, pack=128),
+        dict(head_dim=64, pack=8, score=Alibi()),
+        dict(head_dim=64, pack=8, sparse=SparseBlocks(128, 128, True)),
     ],
     ids=str,
 )
