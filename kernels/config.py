@@ -111,7 +111,8 @@ class FwdConfig:
     @property
     def packable(self) -> bool:
         """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
-        return not self.packed and self.score.name in ("", "softcap") and self.sparse is None and not self.mask.everywhere
+        plain = self.score.name in ("", "softcap") and not self.mask.everywhere
+        return plain and not self.packed and self.sparse is None
 
     @property
     def smem_bytes(self) -> int:

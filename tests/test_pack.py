@@ -1,4 +1,4 @@
-"""Packed heads: the query heads of a K/V head as rows of one tile. Right at any ratio, and chosen where queries are few."""
+"""Packed heads: the query heads of a K/V head as rows of one tile; right at any ratio, chosen where queries are few."""
 
 import dataclasses
 from itertools import product
@@ -215,7 +215,7 @@ def test_warmup(monkeypatch):
     }
     assert reached <= set(packed)
     for wrong in (0, -1, 2.0, True, "4"):
-        with pytest.raises(ValueError, match="ratio: .* came; the number of query heads to a K/V head is needed"):
+        with pytest.raises(ValueError, match=r"ratio: .* came; the number of query heads to a K/V head is needed"):
             warmup(64, ratio=wrong)
 
 

@@ -239,7 +239,11 @@ def test_a_users_table_serves_its_gpu(tables):
         assert plan.plan(problem(1001, dtype="fp16"), GPU) == replace(C, dtype="fp16")
         assert plan.plan(problem(causal=True), GPU) == plan.plan(problem(causal=True)), "what it lacks is the package's"
         assert plan.plan(problem()) == plan.plan(problem(), "NVIDIA H200") == before
-    mine = {replace(c, layout="bhsd") for c in plan.shipped(GPU) if (c.head_dim, c.mask.name) == (64, "full")}
+    mine = {
+        replace(c, layout="bhsd")
+        for c in plan.shipped(GPU)
+        if (c.head_dim, c.mask.name, c.score.name) == (64, "full", "")
+    }
     named = {B, A, replace(B, dtype="fp16"), replace(C, dtype="fp16")}
     assert mine == named | {plan.constant_time(c) for c in (A, replace(C, dtype="fp16"))}
 
