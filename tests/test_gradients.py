@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from attention import DTYPES, bound, inputs, sdpa
+from attention import DTYPES, gradient_bound, inputs, sdpa
 from torch.utils.checkpoint import checkpoint
 
 from cute_attn import flash_fwd, reference
@@ -48,7 +48,7 @@ def check(*shape, causal, dtype, device, layout="bhsd", scale=None):
         wants = reference.gradients(grad, *qkv, causal=causal, scale=scale)
     theirs = sdpa_gradients(*qkv, grad.detach(), causal, scale)
     for dx, want, other in zip(ours, wants, theirs, strict=True):
-        bound(dx, want, other)
+        gradient_bound(dx, want, other)
 
 
 @DEVICES

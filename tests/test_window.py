@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from attention import DTYPES, EDGES, bound, check, inputs, sdpa, visible
+from attention import DTYPES, EDGES, bound, check, gradient_bound, inputs, sdpa, visible
 
 from cute_attn import api, checks, compile, flash_fwd, plan, reference, warmup
 from cute_attn.checks import UNBOUNDED
@@ -333,7 +333,7 @@ def check_gradients(*shape, window, causal=False, layout="bhsd", scale=None, dty
     mask = visible(q.shape[2], k.shape[2], causal, device, window)[seen]
     theirs = F.scaled_dot_product_attention(q[:, :, seen], *full, attn_mask=mask, scale=scale)
     for dx, want, other in zip(ours, wants, torch.autograd.grad(theirs, qkv, grad[:, :, seen]), strict=True):
-        bound(dx, want, other)
+        gradient_bound(dx, want, other)
 
 
 @DEVICES
