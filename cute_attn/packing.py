@@ -55,10 +55,10 @@ def few_rows(table: FwdConfig, always: FwdConfig, rows: "Problem") -> FwdConfig:
 
 
 def one_block(config: FwdConfig) -> FwdConfig:
-    """64 rows to a CTA; as many stages as let two CTAs share an SM, at least two."""
+    """64 rows to a CTA; as many stages as let two CTAs share an SM, at least two where the table has as many."""
     found = replace(config, tile_m=64, scheduler=OneTile, pingpong=False, q_in_regs=False, cluster=1, q_stages=1)
     fewer = (replace(found, stages=n) for n in range(config.stages, 1, -1))
-    return next((x for x in fewer if 2 * x.smem_bytes <= SMEM_BYTES), replace(found, stages=2))
+    return next((x for x in fewer if 2 * x.smem_bytes <= SMEM_BYTES), replace(found, stages=min(config.stages, 2)))
 
 
 def splits(config: FwdConfig) -> list[FwdConfig]:

@@ -121,7 +121,10 @@ def constant_time(config: FwdConfig) -> FwdConfig:
 
 
 def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
-    """Of a kernel the one with modifiers; of a causal one where there is a window."""
+    """Of a kernel the one with modifiers; of a causal one where there is a window.
+
+    With blocks of 64 keys, four warpgroups at d64 and a mask_mod of some length ptxas spills, 4 to 20 bytes.
+    """
     config = sparse(config, kinds.sparse) if kinds.sparse else config
     config = windowed(config) if kinds.window else config
     causal = config.mask.causal
@@ -133,7 +136,9 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
         config = replace(config, cluster=1 if config.scheduler.draws else config.cluster)
     mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
     redo = config.redo and not score.name and not mask.everywhere
-    return replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
+    narrow = mask.everywhere and (config.head_dim, config.tile_m) == (64, 256)
+    tile_n = min(config.tile_n, 48) if narrow else config.tile_n
+    return replace(config, tile_n=tile_n, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
 
 
 def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
@@ -161,10 +166,21 @@ def varlen(head_dim: int, dtype: str, causal: bool, window: bool, gpu: str | Non
     return replace(base, layout="thd", scheduler=scheduler, cluster=1)
 
 
-def kind(config: FwdConfig) -> tuple:
+class Kind(NamedTuple):
     """What a caller chooses, beside the sizes: they may take one kernel or another of a kind."""
+
+    head_dim: int
+    dtype: str
+    layout: str
+    mask: str
+    constant_time: bool
+    score: str
+    sinks: bool
+
+
+def kind(config: FwdConfig) -> Kind:
     c = config
-    return c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks
+    return Kind(c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks)
 
 
 def shipped(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:

@@ -2,7 +2,7 @@
 
     python -m cute_attn.validate --json validate.json
 
-Compiles 17 kernels for sm_90a, for 2 to 5 s each. Needs `pip install "cute_attn[bench]"`.
+Compiles 27 kernels for sm_90a, for 2 to 5 s each. Needs `pip install "cute_attn[bench]"`.
 """
 
 import argparse

@@ -125,7 +125,7 @@ FAILURES = [
     (
         "machine code",
         lambda lab, m: m.setattr(inspect, "report", lambda c: SimpleNamespace(problems=lambda: ["spills: 8 bytes"])),
-        "0 of 4 kernels are healthy; flash_fwd_sm90_",
+        "0 of 10 kernels are healthy; flash_fwd_sm90_",
     ),
     ("edge shapes", lambda lab, m: m.setattr(cute_attn, "flash_fwd", wrong_where(lse_off)), "lse wrong at 128x128 d16"),
     ("std of the time", lambda lab, m: setattr(lab, "timer", Jitter(0.05)), "2.44% of 0.5 us"),
