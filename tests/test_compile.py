@@ -151,6 +151,9 @@ def test_cold_compile_takes_three_seconds_at_most(cache):
     assert time.process_time() - started < 6  # 3 s on the machines that have a Hopper GPU; this one may be slow
 
 
-@pytest.mark.parametrize("config", plan.shipped(), ids=lambda c: f"{c.name}_{c.layout}_{c.scheduler.__name__}")
-def test_every_shipped_kernel_compiles(config):
+OTHER = [config for config in plan.shipped() if config.layout != "bhsd"]  # test_sass.py compiles those of "bhsd"
+
+
+@pytest.mark.parametrize("config", OTHER, ids=lambda c: f"{c.name}_{c.layout}_{c.scheduler.__name__}")
+def test_every_shipped_kernel_of_the_other_layout_compiles(config):
     assert callable(compile.get(config))
