@@ -3,7 +3,8 @@
 python benchmarks/sanitize.py [--out FILE] [--logs FOLDER]
 
 Each kernel gets a case with more tiles than an H200 has SMs, so that CTAs reuse their buffers (those for few tiles
-aside), and partial tiles and blocks, GQA, rows without keys, an LSE, and a scale of either sign.
+aside), and partial tiles and blocks, GQA, rows without keys, an LSE, and a scale of either sign. So do those for packed
+sequences, and of those for lists of blocks and functions of the user one of each head dim.
 """
 
 import argparse
@@ -14,20 +15,24 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_tests import where
 
-from cute_attn import flash_fwd
+from cute_attn import BlockLists, flash_fwd, flash_fwd_varlen
 from cute_attn.benchmark.contenders import make_inputs
 from cute_attn.kernels.config import DTYPES, FwdConfig
-from cute_attn.plan import HEAD_DIMS, Kinds, Problem, plan, shipped
+from cute_attn.mods import prepare
+from cute_attn.plan import HEAD_DIMS, MODIFIED, Kinds, Problem, plan, shipped, shipped_varlen, varlen
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("racecheck", "memcheck", "initcheck")
 SECONDS = 90  # for one process
+DEVICE = torch.device("cuda")
 MASKS, WINDOW = ("full", "causal", "window"), (150, 40)
 # Sq, Sk, heads: the first leaves warpgroups without rows and rows without keys; from the fifth on tiles are few.
+PACKED_STARTS = (0, 0, 700, 1400, 3000), (0, 300, 300, 500, 2000)  # of queries, of keys
 SIZES = (
     *((1400, 333, 12), (1500, 200, 12), (3000, 100, 12), (700, 333, 12)),
     *((64, 3100, 2), (64, 1100, 6), (64, 600, 12), (300, 200, 3)),
@@ -41,24 +46,70 @@ def problems(head_dim: int) -> list[Problem]:
         how = dict(causal=mask == "causal", kinds=Kinds(window=mask == "window"), constant_time=constant_time)
         problem = Problem(2, h, max(h // ratio, 1), s_q, s_k, head_dim - 8, dtype, **how)
         found.setdefault(plan(problem), problem)
+    for (s_q, s_k, h), causal in product(SIZES[:1], (False, True)):
+        for kinds in MODIFIED[causal]:
+            problem = Problem(2, h, h, s_q, s_k, head_dim - 8, causal=causal, kinds=kinds)
+            found.setdefault(plan(problem), problem)
     return list(found.values())
 
 
 def run_cases(head_dim: int) -> None:
-    """What one sanitized process runs.
+    """What one sanitized process runs."""
+    configs = [run_problem(p) for p in problems(head_dim)]
+    configs += [run_packed(head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
+    configs += [run_lists(head_dim)]
+    print("kernels:", *sorted({config.name for config in configs}))
 
-    initcheck takes minutes over copies from the host, so inputs are made on the GPU; and it does not see what TMA
+
+def run_problem(p: Problem) -> FwdConfig:
+    """initcheck takes minutes over copies from the host, so inputs are made on the GPU; and it does not see what TMA
     stores, so `out` is filled before: with NaN, of which none may be left.
     """
-    for p in problems(head_dim):
-        q, k, v, _ = make_inputs(p, torch.device("cuda"))
-        k *= torch.linspace(30, 0, p.seqlen_k, device="cuda", dtype=k.dtype)[:, None]  # so that offsets are raised too
-        scale, out = -0.1 if p.dtype == "fp16" else None, torch.full_like(q, torch.nan)
-        how = dict(causal=p.causal, constant_time=p.constant_time, window=WINDOW if p.kinds.window else None)
-        o, lse = flash_fwd(q, k, v, scale=scale, return_lse=True, out=out, **how)
-        assert not o.isnan().any()
-        assert not lse.isnan().any()
-    print("kernels:", *sorted({plan(p).name for p in problems(head_dim)}))
+    q, k, v, _ = make_inputs(p, DEVICE)
+    k *= torch.linspace(30, 0, p.seqlen_k, device=DEVICE, dtype=k.dtype)[:, None]  # so that offsets are raised too
+    per_head = torch.linspace(-0.5, 0.5, p.heads, device=DEVICE)
+    scale, out = -0.1 if p.dtype == "fp16" else None, torch.full_like(q, torch.nan)
+    how: dict[str, Any] = dict(causal=p.causal, constant_time=p.constant_time)
+    asked = dict(window=WINDOW, softcap=30.0, alibi_slopes=per_head, sinks=per_head)
+    given = dict(window=p.kinds.window, softcap=p.kinds.softcap, alibi_slopes=p.kinds.alibi, sinks=p.kinds.sinks)
+    how |= {name: value for name, value in asked.items() if given[name]}
+    whole(*flash_fwd(q, k, v, scale=scale, return_lse=True, out=out, **how))
+    return plan(p)
+
+
+def run_packed(head_dim: int, dtype: str, mask: str) -> FwdConfig:
+    """Packed sequences, one without queries, one without keys, one whose queries outnumber its keys."""
+    q, k, v, _ = make_inputs(Problem(1, 12, 4, 3000, 2000, head_dim - 8, dtype), DEVICE)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (total, H, D)
+    starts = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in PACKED_STARTS]
+    causal, window = mask == "causal", WINDOW if mask == "window" else None
+    out = torch.full_like(q, torch.nan)
+    whole(*flash_fwd_varlen(q, k, v, *starts, causal=causal, window=window, return_lse=True, out=out))
+    return varlen(head_dim, dtype, causal, window is not None)
+
+
+def run_lists(head_dim: int) -> FwdConfig:
+    """Block lists, some of them empty, with a mask_mod and a score_mod that read tensors."""
+    p = Problem(2, 12, 4, 1400, 700, head_dim - 8, causal=True)
+    q, k, v, _ = make_inputs(p, DEVICE)
+    bias, documents = torch.randn(12, 1400, device=DEVICE), torch.arange(1400, device=DEVICE) // 90
+    chosen = torch.rand(2, 1, 11, 6, device=DEVICE) < 0.4
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
+    counts = chosen.sum(-1).int()
+    lists = BlockLists(counts, order, (6 - counts) // 2, order.flip(-1).contiguous())
+    how: dict[str, Any] = dict(causal=True, block_mask=lists, return_lse=True, out=torch.full_like(q, torch.nan))
+    mods: dict[str, Any] = dict(
+        score_mod=lambda score, b, h, q_idx, kv_idx: score + bias[h, q_idx],
+        mask_mod=lambda b, h, q_idx, kv_idx: documents[q_idx] != documents[kv_idx],
+    )
+    whole(*flash_fwd(q, k, v, **how, **mods))
+    kinds = {name: prepare(name, function, ()).kernel for name, function in mods.items()}
+    return plan(p._replace(kinds=Kinds(sparse=lists.blocks, **kinds)))
+
+
+def whole(o: torch.Tensor, lse: torch.Tensor) -> None:
+    assert not o.isnan().any()
+    assert not lse.isnan().any()
 
 
 def case(head_dim: int) -> list[str]:
@@ -103,7 +154,7 @@ def main() -> int:
             done.check_returncode()
         runs = list(pool.map(lambda case: sanitize(*case, arguments.logs), product(TOOLS, HEAD_DIMS)))
     seen = {(run["tool"], name) for run in runs if run["clean"] for name in run["kernels"]}
-    want = {(tool, config.name) for tool in TOOLS for config in shipped()}
+    want = {(tool, config.name) for tool in TOOLS for config in [*shipped(), *shipped_varlen()]}
     record = {**where(), "runs": runs, "not_clean": sorted(map(list, want - seen))}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     for run in runs:

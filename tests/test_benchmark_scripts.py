@@ -14,7 +14,7 @@ import torch
 
 from cute_attn import reference
 from cute_attn.benchmark import cells, contenders, timing
-from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped
+from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped, shipped_varlen
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -45,9 +45,20 @@ def odd_shapes(scripts):
 
 def test_every_shipped_kernel_is_sanitized(scripts):
     reached = {plan(p) for head_dim in HEAD_DIMS for p in scripts["sanitize"].problems(head_dim)}
-    plain = {c for c in shipped() if c.layout == "bhsd" and not (c.score.name or c.sinks)}
-    assert {c for c in reached if c.pack == 1} == plain
+    assert {c for c in reached if c.pack == 1} == {config for config in shipped() if config.layout == "bhsd"}
     assert {c.mask.name for c in reached if c.pack > 1} == {"full", "causal", "window"}
+
+
+def test_what_the_sanitizer_runs_is_whole(scripts, monkeypatch):
+    """One case of each sort, on the CPU; each names the kernel that it runs on a GPU."""
+    sanitize = scripts["sanitize"]
+    monkeypatch.setattr(sanitize, "DEVICE", CPU)
+    modified = [p for p in sanitize.problems(32) if p.kinds.softcap or p.kinds.alibi]
+    found = [sanitize.run_problem(p._replace(heads=2, heads_kv=2)) for p in modified]
+    assert [config.score.name for config in found] == ["alibi", "softcap", "softcapalibi"]
+    assert sanitize.run_packed(32, "fp16", "window") in shipped_varlen()
+    lists = sanitize.run_lists(32)
+    assert lists.sparse.whole and lists.mask.name == "causal_mask_mod" and lists.score.name == "score_mod"
 
 
 def case(seqlen_q, seqlen_k, causal=False, dtype="bf16", heads=2, head_dim=16, batch=2):
