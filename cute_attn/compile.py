@@ -24,6 +24,7 @@ from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
 from .kernels.config import FwdConfig
 from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
+from .kernels.flash_fwd_diagonal_sm90 import FromDiagonal
 from .kernels.flash_fwd_pack_sm90 import PackedHeads
 from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
 from .kernels.flash_fwd_score_sm90 import Scored, Sinks
@@ -120,6 +121,7 @@ def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
         Scored: config.score.name,
         Sinks: config.sinks,
         Windowed: config.mask.windowed and not config.sparse,
+        FromDiagonal: config.from_diagonal,
         Sparse: config.sparse,
         Varlen: config.packed,
         PackedHeads: config.pack > 1,

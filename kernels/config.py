@@ -115,6 +115,12 @@ class FwdConfig:
         return plain and not self.packed and self.sparse is None
 
     @property
+    def from_diagonal(self) -> bool:
+        """Blocks begin where the scores are largest: FromDiagonal. In constant time each step rescales all the same."""
+        usual = self.sparse is None and self.split == 1 and self.overlap and not self.constant_time
+        return usual and self.score.peaked and isinstance(self.mask, Full)
+
+    @property
     def smem_bytes(self) -> int:
         return self._smem_bytes(o_tiles=1 if self.stages_o else 0)
 

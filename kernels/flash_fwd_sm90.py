@@ -627,18 +627,24 @@ class FlashFwdSm90:
     @cute.jit
     def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at: At, edge: cutlass.Constexpr):
         """S becomes P. Releases K, waits for PV, and O follows where a row's offset has changed."""
-        f, S = w.frag, acc_mn(acc_S)  # (rows, cols)
+        S = acc_mn(acc_S)  # (rows, cols)
         w.pipes.k.consumer_release(k_state)
         self._score(w, S, at)
         if cutlass.const_expr(edge):
             self._masked_softmax(w, S, at)
         else:
-            if f.softmax.exponents(S):
-                f.softmax.raise_offsets(S, self.slack)
-                self._wait_for_pv(w)
-                scale_rows(f.acc_O, f.softmax.rescale)
-            f.softmax.exp(S)
+            self._exponentials(w, S)
+
+    @cute.jit
+    def _exponentials(self, w: Warpgroup, S):
+        """S (rows, cols) becomes P by the offsets as they are, but where a score exceeds one."""
+        f = w.frag
+        if f.softmax.exponents(S):
+            f.softmax.raise_offsets(S, self.slack)
             self._wait_for_pv(w)
+            scale_rows(f.acc_O, f.softmax.rescale)
+        f.softmax.exp(S)
+        self._wait_for_pv(w)
 
     @cute.jit
     def _masked_softmax(self, w: Warpgroup, S, at: At):

@@ -23,6 +23,7 @@ class Score:
     """What holds where a way does not say otherwise. `args` are the run-time arguments of `signature`."""
 
     name = ""
+    peaked = False  # falls with the distance from the diagonal, on both of its sides
 
     def signature(self) -> tuple:
         """One value of each run-time argument, for its type."""
@@ -90,6 +91,10 @@ class Alibi(Score):
     def name(self) -> str:
         return self.before.name + "alibi"
 
+    @property
+    def peaked(self) -> bool:
+        return not self.causal
+
     def signature(self) -> tuple:
         return *self.before.signature(), Int64(0), Int32(0)
 
@@ -129,6 +134,10 @@ class UserScore(Score):
     @property
     def name(self) -> str:
         return f"{self.before.name}score_mod"
+
+    @property
+    def peaked(self) -> bool:
+        return self.before.peaked
 
     def signature(self) -> tuple:
         return *self.before.signature(), *self.mod.signature()

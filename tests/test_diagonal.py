@@ -1,0 +1,59 @@
+"""The kernel of scores that fall with the distance from the diagonal: each block once, and the diagonal's first."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from cute_attn import compile, inspect, plan
+from cute_attn.kernels.config import FwdConfig, SparseBlocks
+from cute_attn.kernels.flash_fwd_diagonal_sm90 import FromDiagonal
+from cute_attn.kernels.mask import Causal
+from cute_attn.kernels.score import Alibi, Softcap, UserScore
+from cute_attn.kernels.tile_scheduler import Tile
+from cute_attn.plan import HEAD_DIMS, Kinds
+
+SIZES = [(1, 1), (64, 40), (64, 8192), (300, 200), (100, 700), (1000, 130), (1500, 1500)]
+ALIBI = FwdConfig(64, tile_m=128, tile_n=64, score=Alibi())
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), SIZES)
+def test_each_block_comes_once_and_the_diagonal_s_first(seqlen_q, seqlen_k, cluster):
+    config = replace(ALIBI, cluster=cluster)
+    kernel = compile.kernel(config)(config)
+    problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    for m_block in range(-(-seqlen_q // (config.tile_m * cluster)) * cluster):
+        first, n_blocks = kernel._blocks(Tile(m_block, 0, 0, True), problem)
+        order = kernel._order(Tile(m_block, 0, 0, True), problem)
+        multiplied = kernel._downwards(m_block, n_blocks, problem)
+        found = [order(n) for n in reversed(range(n_blocks))]
+        assert first == 0 and sorted(found) == list(range(n_blocks))
+        assert found == [multiplied(n) for n in reversed(range(n_blocks))], "what is loaded is what is multiplied"
+        last_row = (m_block // cluster + 1) * cluster * config.tile_m - 1
+        key = min(max(last_row + seqlen_k - seqlen_q, 0), seqlen_k - 1)
+        assert found[0] == key // config.tile_n, "of the last row, where a cluster's two CTAs take the same blocks"
+        assert found == [*range(found[0], -1, -1), *range(n_blocks - 1, found[0], -1)]
+
+
+def test_which_kernels_begin_there():
+    """Those whose scores fall on both sides, where a step may do without a rescale, and blocks are in order."""
+    begins = [ALIBI, replace(ALIBI, score=Alibi(Softcap())), replace(ALIBI, score=UserScore(None, Alibi()))]
+    others = [
+        *(replace(ALIBI, score=score) for score in (Alibi(causal=True), Softcap(), UserScore(None))),
+        *(replace(ALIBI, **how) for how in (dict(constant_time=True), dict(sparse=SparseBlocks(128, 128, True)))),
+        replace(ALIBI, mask=Causal()),
+        plan.modified(ALIBI, Kinds(window=True, alibi=True)),
+    ]
+    for config in (*begins, *others):
+        assert issubclass(compile.kernel(config), FromDiagonal) == config.from_diagonal == (config in begins)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_a_step_masks_only_where_the_mask_cuts(head_dim):
+    """The shortest way through a step has no select; the one where the last block comes has one for each score."""
+    config = plan.modified(plan.config(head_dim, "bf16", "bhsd", False), Kinds(alibi=True))
+    report = inspect.report(config)
+    assert config.from_diagonal and not report.problems()
+    (loop,) = report.loops
+    assert loop.selects == loop.maxima == 0 and loop.length - loop.instructions > config.tile_n // 2
