@@ -270,7 +270,7 @@ class FlashFwdSm90:
         v = alloc.allocate_tensor(self.dtype, tiling.sKV.outer, 1024, tiling.sKV.inner)
         o = alloc.allocate_tensor(self.dtype, tiling.sO.outer, 1024, tiling.sO.inner) if c.stages_o else None
         parts = self._allocate_parts(alloc)
-        tile = alloc.allocate_tensor(Int32, cute.make_layout((len(c.scheduler.tile._fields), 2)), 16)
+        tile = alloc.allocate_tensor(Int32, cute.make_layout((len(self.kind_of_tile._fields), 2)), 16)
         hand_over = HandOver.create(alloc) if c.cluster > 1 and c.scheduler.draws else None
 
         def group(n):
@@ -332,6 +332,11 @@ class FlashFwdSm90:
             tile = self._decode(index, problem)
             done += 1
         tell(smem, pipes, t_state, tile)
+
+    @property
+    def kind_of_tile(self) -> type:
+        """What the producer tells the others of a tile."""
+        return self.config.scheduler.tile
 
     def _begin(self, problem: Problem):
         """Where this CTA begins, and its first tile; it may not touch global memory before it has waited."""
@@ -447,7 +452,7 @@ class FlashFwdSm90:
         f = self._fragments(smem, tiling, problem)
         kv_state, done = nth(Int32(0), c.stages), Int32(0)  # tiles
         self.turns.start(f.wg)
-        tile = hear(smem, pipes, nth(done, 2), c.scheduler.tile)
+        tile = hear(smem, pipes, nth(done, 2), self.kind_of_tile)
         while tile.valid:
             w = Warpgroup(gmem, smem, pipes, tiling, self._problem_of(tile, problem), f)
             q_state = nth(done, c.q_stages)
@@ -461,7 +466,7 @@ class FlashFwdSm90:
                 kv_state = self._sit_out(w, blocks, kv_state)
                 pipes.q.consumer_release(q_state)
             done += 1
-            tile = hear(smem, pipes, nth(done, 2), c.scheduler.tile)
+            tile = hear(smem, pipes, nth(done, 2), self.kind_of_tile)
         self.turns.finish(f.wg)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 

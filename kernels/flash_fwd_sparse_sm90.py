@@ -6,10 +6,32 @@ import cutlass
 from cutlass import Boolean, Int32, cute
 
 from . import mask as mask_ops
-from .flash_fwd_sm90 import ROWS, Problem, Rows, Warpgroup, release_if
+from .flash_fwd_sm90 import ROWS, Problem, Warpgroup, release_if
 from .layout import acc_mn, scale_rows
 from .mask import UserMask
 from .tile_scheduler import Tile
+
+
+class Listed(NamedTuple):
+    """A tile, and how many blocks of keys its lists name: read once, by the producer."""
+
+    m_block: Int32
+    head: Int32
+    batch: Int32
+    valid: Boolean
+    cut: Int32
+    whole: Int32
+
+
+class ListedRows(NamedTuple):
+    """`Rows`, and the tile's numbers of blocks."""
+
+    row0: Int32
+    head: Int32
+    batch: Int32
+    score: tuple
+    cut: Int32
+    whole: Int32
 
 
 class Lists(NamedTuple):
@@ -24,7 +46,7 @@ class Lists(NamedTuple):
 class SparseAt(NamedTuple):
     """A block of scores, as `At`, and whether the mask may cut it."""
 
-    rows: Rows
+    rows: ListedRows
     n_block: Int32
     cut: Boolean
 
@@ -36,25 +58,54 @@ class Sparse:
     the mask may cut, and, where the config says so, of the whole ones.
     """
 
-    def _lists(self, head, batch, row0, problem: Problem) -> Lists:
-        sparse = self.config.sparse
-        given: Any = problem.others[-sparse.arguments :]
-        at = batch, head, row0 // sparse.block_m
-        found = [(given[i][at], given[i + 1][(*at, None)]) for i in range(0, sparse.arguments, 2)]
-        return Lists(*found[0], *(found[1] if sparse.whole else (Int32(0), found[0][1])))
+    kind_of_tile = Listed
 
-    def _blocks(self, tile: Tile, problem: Problem):
+    def _begin(self, problem: Problem):
+        self._wait_for_stream()  # before the counts, which may be its doing
+        index = self._first_index()
+        return index, self._decode(index, problem)
+
+    def _decode(self, index, problem: Problem) -> Listed:
+        tile = super()._decode(index, problem)
+        return Listed(*tile, *self._counts(tile, problem))
+
+    @cute.jit
+    def _counts(self, tile: Tile, problem: Problem):
+        """Blocks that the mask may cut, and whole ones."""
+        sparse, cut, whole = self.config.sparse, Int32(0), Int32(0)
+        counts: Any = problem.others[-sparse.arguments :: 2]
+        if tile.valid:
+            at = tile.batch, tile.head, self._list_of(tile.m_block * self.config.tile_m)
+            cut = counts[0][at]
+            if cutlass.const_expr(sparse.whole):
+                whole = counts[1][at]
+        return cut, whole
+
+    def _list_of(self, row0):
+        """Which block of queries a row is in."""
+        return row0 // self.config.sparse.block_m
+
+    def _lists(self, row0, of, problem: Problem) -> Lists:
+        """Of a row, by what is known of its tile."""
+        sparse = self.config.sparse
+        indices: Any = problem.others[-sparse.arguments + 1 :: 2]
+        cut_index, *more = [index[of.batch, of.head, self._list_of(row0), None] for index in indices]
+        return Lists(of.cut, cut_index, of.whole, *(more or [cut_index]))
+
+    def _rows(self, tile: Listed, row0, problem: Problem) -> ListedRows:
+        return ListedRows(*super()._rows(tile, row0, problem), tile.cut, tile.whole)
+
+    def _blocks(self, tile: Listed, problem: Problem):
         """A tile without any takes one beyond the last key, which the mask hides."""
-        lists = self._lists(tile.head, tile.batch, tile.m_block * self.config.tile_m, problem)
-        return 0, cutlass.max((lists.cut + lists.whole) * self._each, 1)
+        return 0, cutlass.max((tile.cut + tile.whole) * self._each, 1)
 
     @property
     def _each(self) -> int:
         """Blocks of the kernel to one of the lists."""
         return self.config.sparse.block_n // self.config.tile_n
 
-    def _order(self, tile: Tile, problem: Problem):
-        lists = self._lists(tile.head, tile.batch, tile.m_block * self.config.tile_m, problem)
+    def _order(self, tile: Listed, problem: Problem):
+        lists = self._lists(tile.m_block * self.config.tile_m, tile, problem)
         return lambda n: self._place(lists, n, problem)[0]
 
     @cute.jit
@@ -71,9 +122,12 @@ class Sparse:
         return n_block, cut
 
     @cute.jit
-    def _tile(self, w: Warpgroup, rows: Rows, blocks, q_state, kv_state):
-        """Each step asks whether the mask cuts; offsets are such from the start that any step may be either."""
-        f, lists = w.frag, self._lists(rows.head, rows.batch, rows.row0, w.problem)
+    def _tile(self, w: Warpgroup, rows: ListedRows, blocks, q_state, kv_state):
+        """Each step asks whether the mask cuts; offsets are such from the start that any step may be either.
+
+        Where a block lies is read a step ahead.
+        """
+        f, lists = w.frag, self._lists(rows.row0, rows, w.problem)
         f.softmax.reset()
         f.softmax.settle()
         f.acc_O.fill(0.0)
@@ -81,9 +135,11 @@ class Sparse:
         self._read_q(w, q_state)
         release_if(self.config.q_in_regs, w.pipes.q, q_state)
         at = SparseAt(rows, *self._place(lists, blocks[1] - 1, w.problem))
+        n_block, cut = self._place(lists, cutlass.max(blocks[1] - 2, 0), w.problem)
         kv_state = self._first(w, q_state, kv_state, at)
         for n in cutlass.range(1, blocks[1], unroll=1):
-            at = SparseAt(rows, *self._place(lists, blocks[1] - 1 - n, w.problem))
+            at = SparseAt(rows, n_block, cut)
+            n_block, cut = self._place(lists, cutlass.max(blocks[1] - 2 - n, 0), w.problem)
             kv_state = self._step(w, q_state, kv_state, at, True)
         release_if(not self.config.q_in_regs, w.pipes.q, q_state)
         self._last(w, kv_state)
