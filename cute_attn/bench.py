@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from .checks import ALIGNMENT, DTYPES, LAYOUTS
-from .plan import HEAD_DIM_MAX, Problem
+from .checks import ALIGNMENT, DTYPES, HEAD_DIM_MAX, LAYOUTS
+from .plan import Problem
 
 try:
     from rich.console import Console

@@ -93,6 +93,10 @@ class FwdConfig:
         return self.head_dim_v or self.head_dim
 
     @property
+    def widest(self) -> int:
+        return max(self.head_dim, self.d_v)
+
+    @property
     def parts_v(self) -> int:
         """Warpgroups that own the same rows, each with its part of V's and O's columns: SharedRows."""
         return -(-self.d_v // 256)
@@ -142,7 +146,7 @@ class FwdConfig:
     def packable(self) -> bool:
         """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
         plain = self.score.name in ("", "softcap") and not self.mask.everywhere
-        return plain and not self.packed and self.sparse is None and self.parts_v == 1
+        return plain and not self.packed and self.sparse is None and self.widest <= 256
 
     @property
     def smem_bytes(self) -> int:
