@@ -128,8 +128,8 @@ class FwdConfig:
 
     @property
     def registers(self) -> tuple[int, int] | None:
-        """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
-        if self.warpgroups == 2 and self.registers_held <= 80:
+        """What setmaxnreg asks for; None where warpgroups have enough as launched, and ptxas would ignore it."""
+        if self.warpgroups in (2, 3) and self.registers_held <= 80:
             return None
         return (PACKED_REGISTERS if self.packed else REGISTERS)[self.warpgroups]
 

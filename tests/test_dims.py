@@ -24,6 +24,7 @@ from cute_attn import (
     plan,
     warmup,
 )
+from cute_attn.benchmark import cells
 from cute_attn.benchmark.contenders import make_inputs
 from cute_attn.integrations import sdpa, torch_op, transformers, varlen_op  # noqa: F401  operators
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
@@ -513,10 +514,25 @@ def test_both_halves_of_a_row_agree():
         assert torch.equal(o[..., half:], o[..., : dims[1] - half])
 
 
-def test_bench_names_the_limit(capsys):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--shape 1,2,128,520", "head_dim 520 is not supported; use a multiple of 8 up to 512"),
+        ("--head-dim-v 60", "--head-dim-v: '60': head_dim 60 is not supported"),
+        ("--head-dim-v 128 --ladder", "--head-dim-v: not allowed with --ladder"),
+    ],
+)
+def test_bench_says_what_it_does_not_take(options, words, capsys):
     with pytest.raises(SystemExit):
-        bench.main(["--shape", "1,2,128,520"])
-    assert "up to 512" in capsys.readouterr().err
+        bench.main(options.split())
+    assert words in capsys.readouterr().err
+
+
+def test_bench_takes_vs_head_dim():
+    _, (found,) = bench.parse(["--shape", "1,2,128,192", "--head-dim-v", "128"])
+    assert (found.head_dim, found.d_v, cells.shape_word(found)) == (192, 128, "1,2,128,192/128")
+    _, (equal,) = bench.parse(["--shape", "1,2,128,128", "--head-dim-v", "128"])
+    assert equal == Problem(1, 2, 2, 128, 128, 128, "bf16", "bshd")
 
 
 def test_a_check_knows_both_dims():

@@ -30,6 +30,7 @@ PROBLEMS = st.builds(
     causal=st.booleans(),
     constant_time=st.booleans(),
     kinds=st.sampled_from([Kinds(), Kinds(window=True)]),
+    head_dim_v=st.just(0),
 )
 
 
