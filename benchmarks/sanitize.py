@@ -1,4 +1,5 @@
-"""Runs compute-sanitizer's memcheck, initcheck and racecheck over a small case of every shipped kernel, and records it.
+"""Runs compute-sanitizer's memcheck, initcheck and racecheck over a small case of every shipped kernel, and of some
+whose v has another head dim or whose head dims are above 256, and records it.
 
 python benchmarks/sanitize.py [--out FILE] [--logs FOLDER]
 
@@ -19,6 +20,7 @@ import torch
 from gpu_tests import where
 
 from cute_attn import flash_fwd
+from cute_attn.api import o_like
 from cute_attn.benchmark.contenders import make_inputs
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem, plan, shipped
@@ -26,6 +28,8 @@ from cute_attn.plan import HEAD_DIMS, Kinds, Problem, plan, shipped
 ROOT = Path(__file__).parent.parent
 TOOLS = ("racecheck", "memcheck", "initcheck")
 SECONDS = 90  # for one process
+OTHER_HEAD_DIMS = ((192, 128), (64, 256), (96, 64), (320, 320), (512, 512), (64, 512), (512, 64))  # q's and v's
+CASES = (*((d, d) for d in HEAD_DIMS), *OTHER_HEAD_DIMS)
 MASKS, WINDOW = ("full", "causal", "window"), (150, 40)
 # Sq, Sk, heads: the first leaves warpgroups without rows and rows without keys; from the fifth on tiles are few.
 SIZES = (
@@ -34,43 +38,44 @@ SIZES = (
 )
 
 
-def problems(head_dim: int) -> list[Problem]:
-    """A small problem for each shipped kernel of a head dim, and for those that pack the heads of GQA."""
+def problems(head_dim: int, head_dim_v: int = 0) -> list[Problem]:
+    """A small problem for each kernel of a head dim, or of a pair, and for those that pack the heads of GQA."""
+    other = 0 if head_dim_v in (0, head_dim) else head_dim_v - 8
     found: dict[FwdConfig, Problem] = {}
     for (s_q, s_k, h), dtype, mask, constant_time, ratio in product(SIZES, DTYPES, MASKS, (False, True), (3, 1)):
         how = dict(causal=mask == "causal", kinds=Kinds(window=mask == "window"), constant_time=constant_time)
-        problem = Problem(2, h, max(h // ratio, 1), s_q, s_k, head_dim - 8, dtype, **how)
+        problem = Problem(2, h, max(h // ratio, 1), s_q, s_k, head_dim - 8, dtype, **how, head_dim_v=other)
         found.setdefault(plan(problem), problem)
     return list(found.values())
 
 
-def run_cases(head_dim: int) -> None:
+def run_cases(*dims: int) -> None:
     """What one sanitized process runs.
 
     initcheck takes minutes over copies from the host, so inputs are made on the GPU; and it does not see what TMA
     stores, so `out` is filled before: with NaN, of which none may be left.
     """
-    for p in problems(head_dim):
+    for p in problems(*dims):
         q, k, v, _ = make_inputs(p, torch.device("cuda"))
         k *= torch.linspace(30, 0, p.seqlen_k, device="cuda", dtype=k.dtype)[:, None]  # so that offsets are raised too
-        scale, out = -0.1 if p.dtype == "fp16" else None, torch.full_like(q, torch.nan)
+        scale, out = -0.1 if p.dtype == "fp16" else None, o_like(q, v).fill_(torch.nan)
         how = dict(causal=p.causal, constant_time=p.constant_time, window=WINDOW if p.kinds.window else None)
         o, lse = flash_fwd(q, k, v, scale=scale, return_lse=True, out=out, **how)
         assert not o.isnan().any()
         assert not lse.isnan().any()
-    print("kernels:", *sorted({plan(p).name for p in problems(head_dim)}))
+    print("kernels:", *sorted({plan(p).name for p in problems(*dims)}))
 
 
-def case(head_dim: int) -> list[str]:
-    return [sys.executable, str(Path(__file__)), "--head-dim", str(head_dim)]
+def case(dims: tuple[int, int]) -> list[str]:
+    return [sys.executable, str(Path(__file__)), "--head-dims", *map(str, dims)]
 
 
-def sanitize(tool: str, head_dim: int, logs: Path) -> dict:
+def sanitize(tool: str, dims: tuple[int, int], logs: Path) -> dict:
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]  # libraries that probe the driver are not on trial
-    command += case(head_dim)
-    log = logs / f"{tool}_d{head_dim}.log"
+    command += case(dims)
+    log = logs / f"{tool}_d{dims[0]}v{dims[1]}.log"
     with log.open("w") as file:
         try:
             done = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, timeout=SECONDS)
@@ -82,7 +87,8 @@ def sanitize(tool: str, head_dim: int, logs: Path) -> dict:
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
     return dict(
         tool=tool,
-        head_dim=head_dim,
+        head_dim=dims[0],
+        head_dim_v=dims[1],
         summary=summary[1] if summary else f"no summary, {ended}",
         clean=bool(kernels and summary and re.match(r"0 (errors|hazards)", summary[1])),
         kernels=kernels[1].split() if kernels else [],
@@ -93,21 +99,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sanitizer.json")
     parser.add_argument("--logs", type=Path, default=Path("."))
-    parser.add_argument("--head-dim", type=int, help="run this head dim's cases, unsanitized, in this process")
+    text = "run the cases of these, q's and v's, unsanitized, in this process"
+    parser.add_argument("--head-dims", type=int, nargs=2, help=text)
     arguments = parser.parse_args()
-    if arguments.head_dim:
-        run_cases(arguments.head_dim)
+    if arguments.head_dims:
+        run_cases(*arguments.head_dims)
         return 0
     with ThreadPoolExecutor(12) as pool:
-        for done in pool.map(lambda d: subprocess.run(case(d), cwd=ROOT), HEAD_DIMS):  # into the disk cache
+        for done in pool.map(lambda d: subprocess.run(case(d), cwd=ROOT), CASES):  # into the disk cache
             done.check_returncode()
-        runs = list(pool.map(lambda case: sanitize(*case, arguments.logs), product(TOOLS, HEAD_DIMS)))
+        runs = list(pool.map(lambda case: sanitize(*case, arguments.logs), product(TOOLS, CASES)))
     seen = {(run["tool"], name) for run in runs if run["clean"] for name in run["kernels"]}
-    want = {(tool, config.name) for tool in TOOLS for config in shipped()}
+    kernels = [*shipped(), *(plan(p) for dims in OTHER_HEAD_DIMS for p in problems(*dims))]
+    want = {(tool, config.name) for tool in TOOLS for config in kernels}
     record = {**where(), "runs": runs, "not_clean": sorted(map(list, want - seen))}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     for run in runs:
-        print(run["tool"], run["head_dim"], run["summary"])
+        print(run["tool"], run["head_dim"], run["head_dim_v"], run["summary"])
     return 1 if record["not_clean"] else 0
 
 
