@@ -18,7 +18,8 @@ MODES = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0), "thd": (0, 2, 1)}  # where 
 PACKS = (1, 2, 4, 8, 16, 32, 64)
 # MMA warpgroups: registers per thread (producer, consumer), together no more than launched with; None: as launched
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
-PACKED_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}  # a producer that looks for its tiles
+# a producer that looks for its tiles, or loads each block in many boxes
+BUSY_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
 
 def _int32(rank: int):
@@ -128,10 +129,10 @@ class FwdConfig:
 
     @property
     def registers(self) -> tuple[int, int] | None:
-        """What setmaxnreg asks for; None where warpgroups have enough as launched, and ptxas would ignore it."""
-        if self.warpgroups in (2, 3) and self.registers_held <= 80:
+        """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
+        if self.warpgroups == 2 and self.registers_held <= 80:
             return None
-        return (PACKED_REGISTERS if self.packed else REGISTERS)[self.warpgroups]
+        return (BUSY_REGISTERS if self.packed or self.widest > 256 else REGISTERS)[self.warpgroups]
 
     @property
     def cluster_size(self) -> int:
