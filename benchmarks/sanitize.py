@@ -21,6 +21,7 @@ import torch
 from gpu_tests import where
 
 from cute_attn import BlockLists, flash_fwd, flash_fwd_varlen
+from cute_attn.api import o_like
 from cute_attn.benchmark.contenders import make_inputs
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
@@ -30,6 +31,8 @@ ROOT = Path(__file__).parent.parent
 TOOLS = ("racecheck", "memcheck", "initcheck")
 SECONDS = 90  # for one process
 DEVICE = torch.device("cuda")
+OTHER_HEAD_DIMS = ((192, 128), (64, 256), (96, 64), (320, 320), (512, 512), (64, 512), (512, 64))  # q's and v's
+CASES = (*((d, d) for d in HEAD_DIMS), *OTHER_HEAD_DIMS)
 MASKS, WINDOW = ("full", "causal", "window"), (150, 40)
 # Sq, Sk, heads: the first leaves warpgroups without rows and rows without keys; from the fifth on tiles are few.
 PACKED_STARTS = (0, 0, 700, 1400, 3000), (0, 300, 300, 500, 2000)  # of queries, of keys
@@ -39,25 +42,27 @@ SIZES = (
 )
 
 
-def problems(head_dim: int) -> list[Problem]:
-    """A small problem for each shipped kernel of a head dim, and for those that pack the heads of GQA."""
+def problems(head_dim: int, head_dim_v: int = 0) -> list[Problem]:
+    """A small problem for each kernel of a head dim, or of a pair, and for those that pack the heads of GQA."""
+    other = 0 if head_dim_v in (0, head_dim) else head_dim_v - 8
     found: dict[FwdConfig, Problem] = {}
     for (s_q, s_k, h), dtype, mask, constant_time, ratio in product(SIZES, DTYPES, MASKS, (False, True), (3, 1)):
         how = dict(causal=mask == "causal", kinds=Kinds(window=mask == "window"), constant_time=constant_time)
-        problem = Problem(2, h, max(h // ratio, 1), s_q, s_k, head_dim - 8, dtype, **how)
+        problem = Problem(2, h, max(h // ratio, 1), s_q, s_k, head_dim - 8, dtype, **how, head_dim_v=other)
         found.setdefault(plan(problem), problem)
     for (s_q, s_k, h), causal in product(SIZES[:1], (False, True)):
         for kinds in MODIFIED[causal]:
-            problem = Problem(2, h, h, s_q, s_k, head_dim - 8, causal=causal, kinds=kinds)
+            problem = Problem(2, h, h, s_q, s_k, head_dim - 8, causal=causal, kinds=kinds, head_dim_v=other)
             found.setdefault(plan(problem), problem)
     return list(found.values())
 
 
-def run_cases(head_dim: int) -> None:
-    """What one sanitized process runs."""
-    configs = [run_problem(p) for p in problems(head_dim)]
-    configs += [run_packed(head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
-    configs += [run_lists(head_dim)]
+def run_cases(head_dim: int, head_dim_v: int) -> None:
+    """What one sanitized process runs: of pairs of head dims dense calls only."""
+    configs = [run_problem(p) for p in problems(head_dim, head_dim_v)]
+    if head_dim == head_dim_v <= HEAD_DIMS[-1]:
+        configs += [run_packed(head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
+        configs += [run_lists(head_dim)]
     print("kernels:", *sorted({config.name for config in configs}))
 
 
@@ -68,7 +73,7 @@ def run_problem(p: Problem) -> FwdConfig:
     q, k, v, _ = make_inputs(p, DEVICE)
     k *= torch.linspace(30, 0, p.seqlen_k, device=DEVICE, dtype=k.dtype)[:, None]  # so that offsets are raised too
     per_head = torch.linspace(-0.5, 0.5, p.heads, device=DEVICE)
-    scale, out = -0.1 if p.dtype == "fp16" else None, torch.full_like(q, torch.nan)
+    scale, out = -0.1 if p.dtype == "fp16" else None, o_like(q, v).fill_(torch.nan)
     how: dict[str, Any] = dict(causal=p.causal, constant_time=p.constant_time)
     asked = dict(window=WINDOW, softcap=30.0, alibi_slopes=per_head, sinks=per_head)
     given = dict(window=p.kinds.window, softcap=p.kinds.softcap, alibi_slopes=p.kinds.alibi, sinks=p.kinds.sinks)
@@ -112,16 +117,16 @@ def whole(o: torch.Tensor, lse: torch.Tensor) -> None:
     assert not lse.isnan().any()
 
 
-def case(head_dim: int) -> list[str]:
-    return [sys.executable, str(Path(__file__)), "--head-dim", str(head_dim)]
+def case(dims: tuple[int, int]) -> list[str]:
+    return [sys.executable, str(Path(__file__)), "--head-dims", *map(str, dims)]
 
 
-def sanitize(tool: str, head_dim: int, logs: Path) -> dict:
+def sanitize(tool: str, dims: tuple[int, int], logs: Path) -> dict:
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]  # libraries that probe the driver are not on trial
-    command += case(head_dim)
-    log = logs / f"{tool}_d{head_dim}.log"
+    command += case(dims)
+    log = logs / f"{tool}_d{dims[0]}v{dims[1]}.log"
     with log.open("w") as file:
         try:
             done = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, timeout=SECONDS)
@@ -133,7 +138,8 @@ def sanitize(tool: str, head_dim: int, logs: Path) -> dict:
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
     return dict(
         tool=tool,
-        head_dim=head_dim,
+        head_dim=dims[0],
+        head_dim_v=dims[1],
         summary=summary[1] if summary else f"no summary, {ended}",
         clean=bool(kernels and summary and re.match(r"0 (errors|hazards)", summary[1])),
         kernels=kernels[1].split() if kernels else [],
@@ -144,21 +150,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sanitizer.json")
     parser.add_argument("--logs", type=Path, default=Path("."))
-    parser.add_argument("--head-dim", type=int, help="run this head dim's cases, unsanitized, in this process")
+    text = "run the cases of these, q's and v's, unsanitized, in this process"
+    parser.add_argument("--head-dims", type=int, nargs=2, help=text)
     arguments = parser.parse_args()
-    if arguments.head_dim:
-        run_cases(arguments.head_dim)
+    if arguments.head_dims:
+        run_cases(*arguments.head_dims)
         return 0
     with ThreadPoolExecutor(12) as pool:
-        for done in pool.map(lambda d: subprocess.run(case(d), cwd=ROOT), HEAD_DIMS):  # into the disk cache
+        for done in pool.map(lambda d: subprocess.run(case(d), cwd=ROOT), CASES):  # into the disk cache
             done.check_returncode()
-        runs = list(pool.map(lambda case: sanitize(*case, arguments.logs), product(TOOLS, HEAD_DIMS)))
+        runs = list(pool.map(lambda case: sanitize(*case, arguments.logs), product(TOOLS, CASES)))
     seen = {(run["tool"], name) for run in runs if run["clean"] for name in run["kernels"]}
-    want = {(tool, config.name) for tool in TOOLS for config in [*shipped(), *shipped_varlen()]}
+    kernels = [*shipped(), *shipped_varlen(), *(plan(p) for dims in OTHER_HEAD_DIMS for p in problems(*dims))]
+    want = {(tool, config.name) for tool in TOOLS for config in kernels}
     record = {**where(), "runs": runs, "not_clean": sorted(map(list, want - seen))}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     for run in runs:
-        print(run["tool"], run["head_dim"], run["summary"])
+        print(run["tool"], run["head_dim"], run["head_dim_v"], run["summary"])
     return 1 if record["not_clean"] else 0
 
 

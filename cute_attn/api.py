@@ -68,14 +68,15 @@ def flash_fwd(
     """Exact attention, softmax(scale q k^T) v, by one fused kernel (FlashAttention-3, arXiv:2407.08608).
 
     Args:
-        q: (B, H, Sq, D) bf16 or fp16, D a multiple of 8 up to 256, on a Hopper GPU (sm_90) or the CPU. Any strides
+        q: (B, H, Sq, D) bf16 or fp16, D a multiple of 8 up to 512, on a Hopper GPU (sm_90) or the CPU. Any strides
             with a contiguous last dimension and rows at multiples of 16 bytes run without a copy, expanded ones too.
-        k, v: (B, Hk, Sk, D) with Hk dividing H: MHA, GQA or MQA.
+        k: (B, Hk, Sk, D) with Hk dividing H: MHA, GQA or MQA.
+        v: (B, Hk, Sk, Dv), Dv as D may be, the same or another.
         causal: query i sees the keys up to i + Sk - Sq (aligned to the last key, bottom right).
         scale: of the scores, any finite number; default D ** -0.5. A new value compiles nothing.
         layout: "bhsd" as above, torch SDPA's order; "bshd" for FlashAttention's (B, S, H, D).
         return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (B, H, Sq).
-        out: written in place and returned as o; like q, sharing no memory with q, k, v.
+        out: written in place and returned as o; like q, of Dv columns, sharing no memory with q, k, v.
         constant_time: run the kernel in which no branch depends on a value of q, k or v, so that its time says nothing
             of them; it rescales O in every step, and is slower. The same bound on errors.
         window: (left, right), each a number of keys or None for no bound: query i sees the keys from i + Sk - Sq - left
@@ -92,8 +93,8 @@ def flash_fwd(
             keys that each block of queries needs; the others cost nothing.
 
     Returns:
-        o, like q; or (o, lse). Accumulated in float32, rounded once. A row that sees no key gives o = 0 and lse = -inf,
-        or its sink.
+        o (B, H, Sq, Dv), its dimensions in q's order in memory; or (o, lse). Accumulated in float32, rounded once. A
+        row that sees no key gives o = 0 and lse = -inf, or its sink.
 
     Arrays of NumPy, CuPy, JAX and others that speak DLPack are taken too, all of one library, without a copy; o and lse
     are then of that library. They run eagerly only, outside of `jax.jit`.
@@ -101,10 +102,10 @@ def flash_fwd(
     Runs on torch's current stream of the tensors' device, and may be captured in a CUDA graph after one call. CPU
     tensors are computed by torch in float32 and rounded once.
 
-    Differentiable once in q, k and v, but with no modifier other than a window; lse is not. The backward is torch's:
-    cuDNN's where Sq == Sk, the scale is positive and there is no window, else FlashAttention-2's, and that everywhere
-    under torch.use_deterministic_algorithms or without torch.backends.cuda.enable_cudnn_sdp. At most 65,535 batches and
-    heads; no `out`; a backward through the backward raises, as do the transforms of torch.func.
+    Differentiable once in q, k and v, where D == Dv <= 256, but with no modifier other than a window; lse is not. The
+    backward is torch's: cuDNN's where Sq == Sk, the scale is positive and there is no window, else FlashAttention-2's,
+    and that everywhere under torch.use_deterministic_algorithms or without torch.backends.cuda.enable_cudnn_sdp. At
+    most 65,535 batches and heads; no `out`; a backward through the backward raises, as do the transforms of torch.func.
 
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
@@ -137,7 +138,7 @@ def flash_fwd(
         checks.out_memory(out, q, k, v, nbytes)
     if gpu is None:
         return _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out)
-    o = torch.empty_like(q) if out is None else out
+    o = (o_like(q, v) if problem.head_dim_v else torch.empty_like(q)) if out is None else out
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32) if return_lse else None
     if kernel is None:
         o.zero_()
@@ -183,12 +184,12 @@ CALLS = 4096  # looked up; with one more all are forgotten
 def _call(q, k, v, out, how) -> Call:
     """Checked, planned and compiled; a look-up where the like has come before.
 
-    The key leaves out what the compiled call itself holds against q and k before it launches: v's and out's shape, and
-    every type and device but q's. `how` says which modifiers there are, not their values.
+    The key leaves out what the compiled call itself holds against q, k and v before it launches: out's shape, and every
+    type and device but q's. `how` says which modifiers there are, not their values.
     """
     try:
         o = None if out is None else out.stride()
-        key = (q.shape, q.stride(), k.shape, k.stride(), v.stride(), o, q.dtype, q.get_device(), how)
+        key = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), o, q.dtype, q.get_device(), how)
         call = _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a layout that has no hash
         return _prepared(q, k, v, out, *how)
@@ -208,7 +209,7 @@ def _prepared(q, k, v, out, causal, layout, constant_time, kinds) -> Call:
     q, k, v, o = (Spec.of(x) for x in (q, k, v, q if out is None else out))
     problem = checks.problem(q, k, v, causal, layout, constant_time, kinds)
     if out is not None:
-        checks.out(o, q, layout)
+        checks.out(o, q, v, layout)
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
     config = plan(problem, None if gpu is None else gpu.name)
     kernel = None if gpu is None or problem.empty else compile.get(config)
@@ -226,28 +227,37 @@ def warmup(
     constant_time: bool | Sequence[bool] = False,
     window: bool | Sequence[bool] = False,
     ratio: int | Sequence[int] = 1,
+    head_dim_v: int | Sequence[int | None] | None = None,
 ) -> list[FwdConfig]:
     """Compile ahead of time, into memory and the disk cache; needs no GPU. About 2 s for each kernel not there yet.
 
     Args:
-        head_dim: one or several D, multiples of 8 up to 256; default: one of each kernel.
+        head_dim: one or several D, multiples of 8 up to 512; default: one of each kernel up to 256.
         dtype: "bf16", "fp16" (or torch's), one or several.
         layout, causal, constant_time: as of `flash_fwd`, one or several.
         window: True for the kernel of every window, with causal or without.
         ratio: H / Hk, one or several; above 1 also the kernels that pack the heads of a K/V head, for few queries.
+        head_dim_v: of v and o, one or several for each D; None: D.
 
     Returns:
         the FwdConfigs that are ready.
     """
-    asked = head_dim, dtype, layout, causal, constant_time, window
+    asked = head_dim, dtype, layout, causal, constant_time, window, head_dim_v
     every = product(*(x if isinstance(x, (tuple, list)) else (x,) for x in asked))
-    kinds = {kind(plan(checks.warmup_problem(*one))) for one in every}
+    found = [plan(checks.warmup_problem(*one)) for one in every]
+    kinds, dims = set(map(kind, found)), dict.fromkeys((config.head_dim, config.head_dim_v) for config in found)
     ratios = [checks.ratio(x) for x in (ratio if isinstance(ratio, (tuple, list)) else (ratio,))]
-    every_kernel = dict.fromkeys(config for x in ratios for config in shipped(device.name(), x))
+    every_kernel = dict.fromkeys(config for x in ratios for config in shipped(device.name(), x, dims))
     ready = [config for config in every_kernel if kind(config) in kinds]
     for config in ready:
         compile.get(config)
     return ready
+
+
+def o_like(q, v):
+    """Empty, of q's shape with v's head dim: q's dimensions in their order in memory."""
+    columns = v.shape[-1]
+    return torch.empty_like(q if q.shape[-1] == columns else q[..., :1].expand(*q.shape[:-1], columns))
 
 
 def _for_tma(x):
@@ -261,5 +271,5 @@ def _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out):
     )
     with torch.autocast("cpu", enabled=False):
         o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
-    o = (torch.empty_like(q) if out is None else out).copy_(o)
+    o = (o_like(q, v) if out is None else out).copy_(o)
     return (o, lse) if return_lse else o

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from .checks import ALIGNMENT, DTYPES, LAYOUTS
-from .plan import HEAD_DIM_MAX, Problem
+from .checks import ALIGNMENT, DTYPES, HEAD_DIM_MAX, LAYOUTS
+from .plan import Problem
 
 try:
     from rich.console import Console
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", type=sizes, action="append", metavar="B,H,S,D", help="may be repeated; default 16,16,2048,64")
     add("--kv-heads", type=positive, metavar="N", help="heads of k and v; default H")
     add("--seqlen-k", type=positive, metavar="N", help="rows of k and v; default S")
+    add("--head-dim-v", type=head_dim, metavar="N", help="of v and o; default D")
     add("--causal", action="store_true", help="with the causal mask; --sweep without it runs full and causal")
     add("--dtype", choices=tuple(DTYPES.values()), default="bf16", help="default bf16")
     add("--layout", choices=LAYOUTS, default="bshd", help="order of the inputs in memory; default bshd")
@@ -74,6 +75,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Problem]
     if args.ladder and (args.sweep or args.peers):
         other, way_out = ("--sweep", "name shapes by --shape") if args.sweep else ("--peers", "name peers by --vs")
         p.error(f"argument --ladder: not allowed with {other}; {way_out}")
+    if args.ladder and args.head_dim_v:
+        p.error("argument --head-dim-v: not allowed with --ladder, whose stages have one head dim")
     if args.vs is None:
         args.vs = ladder.PEERS if args.ladder else DEFAULT_PEERS
     shapes = args.shape or ([] if args.sweep else [DEFAULT_SHAPE])
@@ -96,13 +99,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Problem]
 
 def asked(p: argparse.ArgumentParser, args: argparse.Namespace, shape: Sequence[int], causal: bool) -> Problem:
     """One shape with the other arguments; exits with 2 where they do not fit together."""
-    batch, heads, seqlen, head_dim = shape
+    batch, heads, seqlen, d = shape
+    d_v = args.head_dim_v or d
     heads_kv = args.kv_heads or heads
     if heads % heads_kv:
         word = ",".join(map(str, shape))
         p.error(f"argument --kv-heads: {heads_kv} does not divide the {heads} heads of shape {word}")
-    sizes = batch, heads, heads_kv, seqlen, args.seqlen_k or seqlen, head_dim
-    return Problem(*sizes, args.dtype, args.layout, causal)
+    sizes = batch, heads, heads_kv, seqlen, args.seqlen_k or seqlen, d
+    return Problem(*sizes, args.dtype, args.layout, causal, head_dim_v=0 if d_v == d else d_v)
 
 
 def sizes(word: str) -> tuple[int, ...]:
@@ -112,11 +116,20 @@ def sizes(word: str) -> tuple[int, ...]:
         found = ()
     if len(found) != 4 or min(found) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is not four positive integers B,H,S,D, such as 16,16,2048,64")
-    if found[3] % ALIGNMENT or found[3] > HEAD_DIM_MAX:
-        raise argparse.ArgumentTypeError(
-            f"{word!r}: head_dim {found[3]} is not supported; use a multiple of {ALIGNMENT} up to {HEAD_DIM_MAX}"
-        )
+    supported(word, found[3])
     return found
+
+
+def head_dim(word: str) -> int:
+    return supported(word, positive(word))
+
+
+def supported(word: str, head_dim: int) -> int:
+    if head_dim % ALIGNMENT or head_dim > HEAD_DIM_MAX:
+        raise argparse.ArgumentTypeError(
+            f"{word!r}: head_dim {head_dim} is not supported; use a multiple of {ALIGNMENT} up to {HEAD_DIM_MAX}"
+        )
+    return head_dim
 
 
 def positive(word: str) -> int:

@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 import torch
 
 from . import block_mask as block_masks
+from .kernels.config import HEAD_DIM_MAX
 from .modifiers import Modifiers
 from .mods import Mod, prepare
-from .plan import HEAD_DIM_MAX, Kinds, Problem
+from .plan import Kinds, Problem
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 TORCH_DTYPES = {word: dtype for dtype, word in DTYPES.items()}
 LAYOUTS = ("bhsd", "bshd")
 ALIGNMENT = 8  # elements of 2 bytes: TMA moves multiples of 16 bytes from multiples of 16
+GRADIENTS_HEAD_DIM_MAX = 256  # of torch's backward kernels
 SIZE_MAX = 1 << 30  # rows of a sequence, and tiles of a launch: indices are int32
 GRID_MAX = 65_535  # blocks of a CUDA grid in y and z
 UNBOUNDED = SIZE_MAX  # of a window's side: no query is further from a key
@@ -124,10 +126,11 @@ def problem(
             raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one with .to(device)")
     h, s = layout.index("h"), layout.index("s")
     batch, heads, heads_kv, d = q.shape[0], q.shape[h], k.shape[h], q.shape[3]
-    want = _words(layout, "Hk", "Sk")
-    if v.shape != k.shape:
-        raise ValueError(f"v: shape {tuple(v.shape)} is not k's {tuple(k.shape)}; both are {want}")
+    if v.shape[:3] != k.shape[:3]:
+        want = _words(layout, "Hk", "Sk", "Dv")
+        raise ValueError(f"v: shape {tuple(v.shape)} does not fit k's {tuple(k.shape)}; v is {want} with k's B, Hk, Sk")
     if k.shape[0] != batch or k.shape[3] != d:
+        want = _words(layout, "Hk", "Sk")
         raise ValueError(f"k: shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}; k is {want} with q's B and D")
     if heads and (heads_kv == 0 or heads % heads_kv):
         raise ValueError(f"k: {heads_kv} heads do not divide q's {heads}; use Hk with H % Hk == 0 (MHA, GQA, MQA)")
@@ -137,7 +140,12 @@ def problem(
     if constant_time and kinds.sparse:
         raise ValueError("constant_time: given with block_mask, whose kernel branches on scores; omit one of them")
     sizes = batch, heads, heads_kv, q.shape[s], k.shape[s], d
-    return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time, kinds)
+    return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time, kinds, other_head_dim(q, v))
+
+
+def other_head_dim(q: Spec | torch.Tensor, v: Spec | torch.Tensor) -> int:
+    """v's, where it is not q's; else 0."""
+    return 0 if v.shape[-1] == q.shape[-1] else v.shape[-1]
 
 
 def ratio(heads) -> int:
@@ -146,16 +154,16 @@ def ratio(heads) -> int:
     return heads
 
 
-def warmup_problem(head_dim, dtype, layout, causal, constant_time, window) -> Problem:
+def warmup_problem(head_dim, dtype, layout, causal, constant_time, window, head_dim_v=None) -> Problem:
     """A small problem that the kernel for these serves."""
     words(causal, layout, constant_time, window)
-    dtype = TORCH_DTYPES.get(dtype, dtype)
-    x = Spec(torch.Size((1, 1, 1, head_dim)), (head_dim, head_dim, head_dim, 1), dtype, torch.device("cpu"))
-    return problem(x, x, x, causal and not window, layout, constant_time, Kinds(window=window))
+    dtype, dims = TORCH_DTYPES.get(dtype, dtype), (head_dim, head_dim if head_dim_v is None else head_dim_v)
+    x, v = (Spec(torch.Size((1, 1, 1, d)), (d, d, d, 1), dtype, torch.device("cpu")) for d in dims)
+    return problem(x, x, v, causal and not window, layout, constant_time, Kinds(window=window))
 
 
-def _words(layout: str, h: str, s: str) -> str:
-    return f"(B, {h}, {s}, D)" if layout == "bhsd" else f"(B, {s}, {h}, D)"
+def _words(layout: str, h: str, s: str, d: str = "D") -> str:
+    return f"(B, {h}, {s}, {d})" if layout == "bhsd" else f"(B, {s}, {h}, {d})"
 
 
 def _one_tensor(name: str, x: Spec, layout: str) -> None:
@@ -193,8 +201,9 @@ def packed(q: Spec, k: Spec, v: Spec, batch: int) -> None:
             raise TypeError(f"{name}: {x.dtype} does not match q's {q.dtype}; convert one with .to(dtype)")
         if x.device != q.device:
             raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one with .to(device)")
-    if v.shape != k.shape:
-        raise ValueError(f"v: shape {tuple(v.shape)} is not k's {tuple(k.shape)}; both are (total_k, Hk, D)")
+    if v.shape[:2] != k.shape[:2]:
+        what = f"shape {tuple(v.shape)} does not fit k's {tuple(k.shape)}"
+        raise ValueError(f"v: {what}; v is (total_k, Hk, Dv) with k's total_k, Hk")
     (total_q, heads, d), (_, heads_kv, d_k) = q.shape, k.shape
     if d_k != d:
         what = f"shape {tuple(k.shape)} does not fit q's {tuple(q.shape)}"
@@ -358,6 +367,17 @@ def per_head(modifiers: Modifiers, problem: Problem, device: torch.device) -> No
             raise ValueError(f"{name}: requires grad, and flash_fwd has no gradient for it; pass {name}.detach()")
 
 
+def trained_head_dims(q: torch.Tensor, v: torch.Tensor) -> None:
+    """What torch's backward kernels take."""
+    d, d_v = q.shape[-1], v.shape[-1]
+    if d_v != d or d > GRADIENTS_HEAD_DIM_MAX:
+        raise ValueError(
+            f"v: head_dim {d_v} beside q's {d} came with inputs that require grad, and the backward takes equal ones "
+            f"up to {GRADIENTS_HEAD_DIM_MAX}; call under torch.no_grad(), or use "
+            "torch.nn.functional.scaled_dot_product_attention where gradients are needed"
+        )
+
+
 def gradients(q: torch.Tensor, layout: str, modifiers: Modifiers) -> None:
     """The backward's own limits: no modifier but a window; CUDA's grids have at most 65,535 blocks in y and z."""
     for name, x in zip(modifiers._fields[1:], modifiers[1:], strict=True):
@@ -383,14 +403,16 @@ def scale(value) -> float:
     return number
 
 
-def out(o: Spec, q: Spec, layout: str) -> None:
-    """`out` is like q and addresses no element twice."""
+def out(o: Spec, q: Spec, v: Spec, layout: str) -> None:
+    """`out` is like q, with v's head dim, and addresses no element twice."""
     if layout == "thd":
         _one_packed("out", o)
     else:
         _one_tensor("out", o, layout)
-    if o.shape != q.shape:
-        raise ValueError(f"out: shape {tuple(o.shape)} is not q's {tuple(q.shape)}")
+    want = (*q.shape[:-1], v.shape[-1])
+    if tuple(o.shape) != want:
+        whose = "q's with v's head_dim," if other_head_dim(q, v) else "q's"
+        raise ValueError(f"out: shape {tuple(o.shape)} is not {whose} {want}")
     if o.dtype != q.dtype:
         raise TypeError(f"out: {o.dtype} came, q's {q.dtype} is needed")
     if o.device != q.device:

@@ -23,6 +23,7 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
 from .kernels.config import FwdConfig
+from .kernels.flash_fwd_columns_sm90 import SharedRows
 from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
 from .kernels.flash_fwd_diagonal_sm90 import FromDiagonal
 from .kernels.flash_fwd_pack_sm90 import PackedHeads
@@ -96,9 +97,9 @@ def fingerprint() -> str:
 
 def compile(config: FwdConfig, options: str = ""):
     """Compile for sm_90a, on any machine; only one call at a time in a process."""
-    b, h, h_kv, s_q, s_k, d = (cute.sym_int() for _ in range(6))
+    b, h, h_kv, s_q, s_k, d, d_v = (cute.sym_int() for _ in range(7))
 
-    def tensor(heads, seqlen):
+    def tensor(heads, seqlen, d):
         shapes = {"bhsd": (b, heads, seqlen, d), "bshd": (b, seqlen, heads, d), "thd": (seqlen, heads, d)}
         shape = shapes[config.layout]
         strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
@@ -106,7 +107,7 @@ def compile(config: FwdConfig, options: str = ""):
 
     return cute.compile(
         kernel(config)(config),
-        *(tensor(h, s_q), tensor(h_kv, s_k), tensor(h_kv, s_k), tensor(h, s_q)),
+        *(tensor(h, s_q, d), tensor(h_kv, s_k, d), tensor(h_kv, s_k, d_v), tensor(h, s_q, d_v)),
         *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         *chain(*config.signature()),
@@ -118,6 +119,7 @@ def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
     """The class that is compiled for a config."""
     asked = {
         Timeline: config.timeline,
+        SharedRows: config.parts_v > 1,
         Scored: config.score.name,
         Sinks: config.sinks,
         Windowed: config.mask.windowed and not config.sparse,

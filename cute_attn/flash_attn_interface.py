@@ -41,8 +41,8 @@ def flash_attn_func(
     """flash_attn_interface.flash_attn_func, by `flash_fwd`.
 
     Args:
-        q: (B, Sq, H, D) bf16 or fp16, D a multiple of 8 up to 256.
-        k, v: (B, Sk, Hk, D) with Hk dividing H.
+        q: (B, Sq, H, D) bf16 or fp16, D a multiple of 8 up to 512.
+        k, v: (B, Sk, Hk, D) with Hk dividing H; v of D columns, or others, which are then o's.
         softmax_scale: of the scores; default D ** -0.5.
         causal: query i sees the keys up to i + Sk - Sq (aligned to the last key).
         window_size: (left, right) numbers of keys, -1 for no bound; with causal the right one is 0, whatever comes.
@@ -94,7 +94,7 @@ def flash_attn_varlen_func(
     """flash_attn_interface.flash_attn_varlen_func, by `flash_fwd_varlen`: sequences packed one behind the other.
 
     Args:
-        q: (total_q, H, D); k, v: (total_k, Hk, D).
+        q: (total_q, H, D); k, v: (total_k, Hk, D), v as of `flash_attn_func`.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where each sequence begins, and the last one's end.
         max_seqlen_q, max_seqlen_k: of the longest.
         seqused_q, seqused_k: (B,) int32, how much of each sequence counts; None: all of it.
@@ -132,7 +132,7 @@ class Asked(NamedTuple):
 
     def check(self, tensors: dict[str, Tensor | None], attention_chunk: int) -> None:
         ways = dict(
-            qv="torch.cat([q, qv], -1) and torch.cat([k, v], -1) give these scores, with v padded as wide, up to 256",
+            qv="torch.cat([q, qv], -1) and torch.cat([k, v], -1) give these scores, up to a head dim of 512",
             attention_chunk="use window_size, or torch.nn.attention.flex_attention for chunks",
         )
         scaled = "FP8 is not supported; dequantise to bf16: (x.float() * descale).to(torch.bfloat16)"

@@ -182,16 +182,16 @@ def bounds(config: FwdConfig, report: StaticReport) -> Bounds:
     Per SM and cycle: 4096 dense FLOP (H100 white paper), 16 exponentials, 128 bytes of shared memory, 4 instructions
     (CUDA C++ Programming Guide, compute capability 9.0).
     """
-    w, n, d = config.warpgroups, config.tile_n, config.head_dim
+    w, n, d, d_v = config.warpgroups, config.tile_n, config.head_dim, config.columns_v
     instructions = report.steady_loop.instructions
     q_reads = 0 if config.q_in_regs else 64 * w * d
-    mma, mufu = w * n * d / 16, 4.0 * w * n
+    mma, mufu = w * n * (d + d_v) / 32, 4.0 * w * n
     exposed = mufu / w + instructions - HIDDEN_PER_EXP * n / 2  # a thread has n / 2 scores
     return Bounds(
         mma=mma,
         mufu=mufu,
         issue=float(w * instructions),
-        smem=ELEMENT_BYTES * (2 * w * n * d + q_reads + 2 * n * d) / SMEM_BYTES_PER_CLK,
+        smem=ELEMENT_BYTES * (w * n * (d + d_v) + q_reads + n * (d + config.d_v)) / SMEM_BYTES_PER_CLK,
         turn=mma / w + exposed,
     )
 

@@ -22,7 +22,7 @@ except ImportError:
     raise SystemExit('python -m cute_attn.inspect: rich is missing; pip install "cute_attn[bench]"') from None
 
 from . import audit, inspect
-from .bench import WIDTH, asked, out_file, png, positive, sizes
+from .bench import WIDTH, asked, head_dim, out_file, png, positive, sizes
 from .benchmark import machine, static
 from .benchmark.report import print_facts, write_json
 from .checks import DTYPES, LAYOUTS
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", type=sizes, required=True, metavar="B,H,S,D", help="such as 16,16,2048,64")
     add("--kv-heads", type=positive, metavar="N", help="heads of k and v; default H")
     add("--seqlen-k", type=positive, metavar="N", help="rows of k and v; default S")
+    add("--head-dim-v", type=head_dim, metavar="N", help="of v and o; default D")
     add("--causal", action="store_true", help="with the causal mask")
     add("--dtype", choices=tuple(DTYPES.values()), default="bf16", help="default bf16")
     add("--layout", choices=LAYOUTS, default="bshd", help="order of the inputs in memory; default bshd")

@@ -70,7 +70,7 @@ def splits(config: FwdConfig) -> list[FwdConfig]:
 
 def packed(config: FwdConfig, ratio: int) -> FwdConfig:
     """The same tiles and schedule, of packed rows. With redo four warpgroups at d64 would spill, 8 bytes."""
-    return replace(config, pack=pack_of(ratio), redo=config.redo and (config.head_dim, config.tile_m) != (64, 256))
+    return replace(config, pack=pack_of(ratio), redo=config.redo and (config.widest, config.tile_m) != (64, 256))
 
 
 def kernels(always: list[FwdConfig], some: list[FwdConfig], ratio: int) -> list[FwdConfig]:

@@ -1,20 +1,22 @@
 """Problem -> FwdConfig: which kernel runs. What was measured is in `tuned.json`. Pure Python: no GPU, no torch."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
 from . import packing, tuned
-from .kernels.config import DTYPES, LAYOUTS, FwdConfig, SparseBlocks
-from .kernels.mask import UserMask, Window
+from .kernels.config import DTYPES, LAYOUTS, SMEM_BYTES, FwdConfig, SparseBlocks
+from .kernels.mask import Causal, Full, UserMask, Window
 from .kernels.packed_scheduler import Packed, PackedLongest
 from .kernels.score import Alibi, Plain, Softcap, UserScore
-from .kernels.tile_scheduler import DynamicLongest
+from .kernels.tile_scheduler import DynamicLongest, StaticTiles
 from .kernels.user_mod import UserMod
 
-HEAD_DIM_MAX = 256
-HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the kernels; D runs on the next one up
+HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the tables' kernels; D runs on the next one up
+EQUAL_HEAD_DIMS = tuple((d, 0) for d in HEAD_DIMS)
+EVERY_HEAD_DIM = (*HEAD_DIMS, 320, 384, 448, 512)  # and those of kernels that are in no table
 
 
 class Kinds(NamedTuple):
@@ -43,6 +45,11 @@ class Problem(NamedTuple):
     causal: bool = False
     constant_time: bool = False
     kinds: Kinds = Kinds()
+    head_dim_v: int = 0  # of v and o, where it is another than q's and k's
+
+    @property
+    def d_v(self) -> int:
+        return self.head_dim_v or self.head_dim
 
     @property
     def ratio(self) -> int:
@@ -64,8 +71,9 @@ class Problem(NamedTuple):
         return self.batch, self.heads, self.seqlen_q
 
     def flops(self) -> float:
-        """4 B H Sq Sk D: two products' multiplications and additions; halved for causal (FlashAttention's count)."""
-        return 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim / (2 if self.causal else 1)
+        """2 B H Sq Sk (D + Dv): the products' multiplications and additions; halved for causal (FlashAttention's)."""
+        pairs = 2.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k / (2 if self.causal else 1)
+        return pairs * (self.head_dim + self.d_v)
 
 
 MODIFIED = {False: [Kinds(alibi=True)], True: [Kinds(softcap=True), Kinds(softcap=True, alibi=True, sinks=True)]}
@@ -75,8 +83,8 @@ MODIFIED = {False: [Kinds(alibi=True)], True: [Kinds(softcap=True), Kinds(softca
 def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
     """The kernel for a problem, by the table of the GPU of that name; without a name, or a table, by the H200's.
 
-    A head dim that has no kernel of its own runs on the next larger one. Where few queries leave most of a tile empty,
-    the heads that share a K/V head are packed into it.
+    A head dim that has no kernel of its own runs on the next larger one, and so does each of a pair. Where few queries
+    leave most of a tile empty, the heads that share a K/V head are packed into it.
     """
     found = _by_table(problem, gpu)
     if problem.ratio < 2 or problem.empty or not found.packable:
@@ -92,7 +100,7 @@ def _by_table(problem: Problem, gpu: str | None) -> FwdConfig:
     """The kernel for as many heads, and rows of each, as the problem has."""
     if problem.constant_time or problem.kinds != Kinds():
         return _always(problem, gpu)
-    rows = tuned.table(gpu).classes[kernel_head_dim(problem), problem.causal, problem.dtype]
+    rows = _rows(*kernel_dims(problem.head_dim, problem.head_dim_v), problem.dtype, problem.causal, gpu)
     row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
     return replace(row.config, dtype=problem.dtype, layout=problem.layout)
 
@@ -100,18 +108,23 @@ def _by_table(problem: Problem, gpu: str | None) -> FwdConfig:
 def _always(problem: Problem, gpu: str | None) -> FwdConfig:
     """The kernel of the problem's kind that serves any lengths."""
     causal = problem.kinds.window or problem.causal
-    base = config(kernel_head_dim(problem), problem.dtype, problem.layout, causal, gpu)
+    head_dim, head_dim_v = kernel_dims(problem.head_dim, problem.head_dim_v)
+    base = config(head_dim, problem.dtype, problem.layout, causal, gpu, head_dim_v)
     base = modified(base, problem.kinds)
     return constant_time(base) if problem.constant_time else base
 
 
-def kernel_head_dim(problem: Problem) -> int:
-    return next(d for d in HEAD_DIMS if problem.head_dim <= d)
+def kernel_dims(head_dim: int, head_dim_v: int = 0) -> tuple[int, int]:
+    """The (head_dim, head_dim_v) of a kernel for these."""
+    d, d_v = (next(n for n in EVERY_HEAD_DIM if x <= n) for x in (head_dim, head_dim_v or head_dim))
+    return d, 0 if d == d_v else d_v
 
 
-def config(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None = None) -> FwdConfig:
-    """The kernel of a head dim and a mask that serves wherever no other row of the table does."""
-    return _configs(head_dim, dtype, layout, causal, gpu)[-1]
+def config(
+    head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None = None, head_dim_v: int = 0
+) -> FwdConfig:
+    """The kernel of these head dims and a mask that serves wherever no other row of the table does."""
+    return _configs(head_dim, head_dim_v, dtype, layout, causal, gpu)[-1]
 
 
 def constant_time(config: FwdConfig) -> FwdConfig:
@@ -143,10 +156,12 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
 
 def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
     """Of a kernel the one for lists of blocks: tiles of their size or a part of it, drawn, since their work differs."""
-    tile_m, widest = next(m for m in (128, 64) if blocks.block_m % m == 0), 128 if config.head_dim <= 128 else 64
-    tile_n = next(n for n in (widest, 64) if blocks.block_n % n == 0)
-    plain = FwdConfig(config.head_dim, config.dtype, config.layout, config.mask, tile_m, tile_n)
-    return replace(plain, scheduler=DynamicLongest, pingpong=tile_m == 128, sparse=blocks)
+    tile_m = 128 if blocks.block_m % 128 == 0 and config.parts_v == 1 else 64
+    most = config.tile_n if config.widest > HEAD_DIMS[-1] else 128 if config.widest <= 128 else 64
+    tile_n = next(n for n in (most, 64) if blocks.block_n % n == 0)
+    kind = config.head_dim, config.dtype, config.layout, config.mask
+    plain = FwdConfig(*kind, tile_m, tile_n, head_dim_v=config.head_dim_v)
+    return replace(plain, scheduler=DynamicLongest, pingpong=plain.warpgroups > 1, sparse=blocks)
 
 
 def windowed(config: FwdConfig) -> FwdConfig:
@@ -154,13 +169,16 @@ def windowed(config: FwdConfig) -> FwdConfig:
 
     With redo ptxas spills at d64, 12 bytes.
     """
-    return replace(config, mask=Window(), cluster=1, redo=config.redo and config.head_dim != 64)
+    return replace(config, mask=Window(), cluster=1, redo=config.redo and config.widest != 64)
 
 
 @lru_cache(maxsize=256)
-def varlen(head_dim: int, dtype: str, causal: bool, window: bool, gpu: str | None = None) -> FwdConfig:
+def varlen(
+    head_dim: int, dtype: str, causal: bool, window: bool, gpu: str | None = None, head_dim_v: int = 0
+) -> FwdConfig:
     """The kernel for packed sequences: the tiles of the one that serves wherever no other row does, and no clusters."""
-    base = config(next(d for d in HEAD_DIMS if head_dim <= d), dtype, LAYOUTS[0], causal or window, gpu)
+    head_dim, head_dim_v = kernel_dims(head_dim, head_dim_v)
+    base = config(head_dim, dtype, LAYOUTS[0], causal or window, gpu, head_dim_v)
     base = windowed(base) if window else base
     scheduler = PackedLongest if causal or window else Packed
     return replace(base, layout="thd", scheduler=scheduler, cluster=1)
@@ -176,20 +194,24 @@ class Kind(NamedTuple):
     constant_time: bool
     score: str
     sinks: bool
+    head_dim_v: int
 
 
 def kind(config: FwdConfig) -> Kind:
     c = config
-    return Kind(c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks)
+    return Kind(c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks, c.head_dim_v)
 
 
-def shipped(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
+def shipped(
+    gpu: str | None = None, ratio: int = 1, dims: Iterable[tuple[int, int]] = EQUAL_HEAD_DIMS
+) -> list[FwdConfig]:
     """The kernels of each kind, of some lengths only, windowed, constant-time; and with other modifiers one of each.
 
-    With a ratio, of query heads to a K/V head, those that pack them too, for few queries. Modifiers combine: any other
-    kernel is compiled by its first call.
+    With a ratio, of query heads to a K/V head, those that pack them too, for few queries. Modifiers combine, and so do
+    head dims, of which `dims` names others: any other kernel is compiled by its first call.
     """
-    kinds = [_configs(*one, gpu) for one in product(HEAD_DIMS, DTYPES, LAYOUTS, (False, True))]
+    every = product(dims, DTYPES, LAYOUTS, (False, True))
+    kinds = [_configs(d, d_v, dtype, layout, causal, gpu) for (d, d_v), dtype, layout, causal in every]
     always, some = [configs[-1] for configs in kinds], [c for configs in kinds for c in configs[:-1]]
     windows = [windowed(config) for config in always if config.mask.causal]
     plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
@@ -205,7 +227,27 @@ def shipped_varlen(gpu: str | None = None) -> list[FwdConfig]:
     return [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
 
 
-def _configs(head_dim: int, dtype: str, layout: str, causal: bool, gpu: str | None) -> list[FwdConfig]:
+def _configs(head_dim: int, head_dim_v: int, dtype: str, layout: str, causal: bool, gpu: str | None) -> list[FwdConfig]:
     """Of the table's rows, in the order of asking."""
-    rows = tuned.table(gpu).classes[head_dim, causal, dtype]
+    rows = _rows(head_dim, head_dim_v, dtype, causal, gpu)
     return [replace(row.config, dtype=dtype, layout=layout) for row in rows]
+
+
+def _rows(head_dim: int, head_dim_v: int, dtype: str, causal: bool, gpu: str | None) -> tuple[tuned.Row, ...]:
+    """Of the table; of a pair the rows of the wider one, whose tiles have room for both."""
+    widest = max(head_dim, head_dim_v)
+    if widest > HEAD_DIMS[-1]:
+        return (tuned.Row(large(head_dim, head_dim_v, causal)),)
+    rows = tuned.table(gpu).classes[widest, causal, dtype]
+    pairs = (replace(row.config, head_dim=head_dim, head_dim_v=head_dim_v) for row in rows)
+    return tuple(row._replace(config=pair) for row, pair in zip(rows, pairs, strict=True)) if head_dim_v else rows
+
+
+def large(head_dim: int, head_dim_v: int, causal: bool) -> FwdConfig:
+    """Head dims beyond the tables': 64 rows where two warpgroups share O's columns, and blocks of 64 keys or of 32."""
+    d_v = head_dim_v or head_dim
+    tile_m = 64 if d_v > 256 else 128
+    room = SMEM_BYTES - 1024 - 2 * head_dim * tile_m
+    tile_n = 64 if room >= 64 * 4 * (head_dim + d_v) else 32  # of two stages
+    mask, scheduler = (Causal(), DynamicLongest) if causal else (Full(), StaticTiles)
+    return FwdConfig(head_dim, mask=mask, tile_m=tile_m, tile_n=tile_n, scheduler=scheduler, head_dim_v=head_dim_v)

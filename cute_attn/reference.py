@@ -26,18 +26,18 @@ def attention(
 ):
     """softmax(scale q k^T) v over every (query, key) pair that the mask leaves, all in `dtype`.
 
-    q (B, H, Sq, D), k and v (B, Hk, Sk, D) with Hk dividing H; layout "bshd" swaps the two middle dimensions. causal
-    is aligned to the last key, and so is window, (left, right): query i sees the keys from i + Sk - Sq - left to
-    i + Sk - Sq + right, None being no bound. softcap, alibi_slopes, sinks, score_mod and mask_mod as of `flash_fwd`.
-    Returns o like q and lse (B, H, Sq), natural log, both in `dtype`. A row whose every score is -inf, which no visible
-    key implies, gives o = 0 and lse = -inf, or its sink.
+    q (B, H, Sq, D), k (B, Hk, Sk, D) and v (B, Hk, Sk, Dv) with Hk dividing H; layout "bshd" swaps the two middle
+    dimensions. causal is aligned to the last key, and so is window, (left, right): query i sees the keys from
+    i + Sk - Sq - left to i + Sk - Sq + right, None being no bound. softcap, alibi_slopes, sinks, score_mod and mask_mod
+    as of `flash_fwd`. Returns o (B, H, Sq, Dv) and lse (B, H, Sq), natural log, both in `dtype`. A row whose every
+    score is -inf, which no visible key implies, gives o = 0 and lse = -inf, or its sink.
     """
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     batch, heads, seqlen_q, head_dim = q.shape
     seqlen_k, ratio = k.shape[2], heads // max(k.shape[1], 1)
     scale = head_dim**-0.5 if scale is None else scale
-    o = torch.empty(q.shape, dtype=dtype, device=q.device)
+    o = torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
     rows = max(1, CHUNK_BYTES // (max(seqlen_k, 1) * dtype.itemsize))
     for b in range(batch):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, compile, device, reference
+from .api import o_like
 from .checks import Spec
 from .plan import varlen as plan_varlen
 
@@ -32,7 +33,7 @@ def flash_fwd_varlen(
 
     Args:
         q: (total_q, H, D) bf16 or fp16; D, devices and strides as `flash_fwd` takes them.
-        k, v: (total_k, Hk, D) with Hk dividing H.
+        k, v: (total_k, Hk, D) with Hk dividing H, v of D columns or others.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device. Sequence b begins at row cu_seqlens[b] and ends before
             cu_seqlens[b + 1]; it may be empty, and its Sq and Sk may differ. No row of q is in two sequences.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length. Gradients need them; otherwise nothing does.
@@ -40,10 +41,10 @@ def flash_fwd_varlen(
             one's beginning.
         causal, scale, window: as of `flash_fwd`; aligned to the last key of each sequence.
         return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (H, total_q).
-        out: written in place and returned as o; like q, sharing no memory with q, k, v.
+        out: written in place and returned as o; like q, with v's columns, sharing no memory with q, k, v.
 
     Returns:
-        o (total_q, H, D), or (o, lse). A row that sees no key gives o = 0, lse = -inf. Rows of q that are in no
+        o (total_q, H, Dv), or (o, lse). A row that sees no key gives o = 0, lse = -inf. Rows of q that are in no
         sequence, and those beyond seqused_q, are not written, as FlashAttention-3 leaves them: they hold what `out`
         did, and without `out` anything.
 
@@ -51,8 +52,8 @@ def flash_fwd_varlen(
     may change between replays of a CUDA graph, in which only the tensors' sizes are fixed; and they are not checked.
     Sequences that reach beyond q, k or v end with them.
 
-    Differentiable once in q, k and v; lse is not. The backward is torch's FlashAttention-2, and takes max_seqlen_q and
-    max_seqlen_k at their word: rows beyond them get wrong gradients. No seqused, and no `out`.
+    Differentiable once in q, k and v, where D == Dv <= 256; lse is not. The backward is torch's FlashAttention-2, and
+    takes max_seqlen_q and max_seqlen_k at their word: rows beyond them get wrong gradients. No seqused, and no `out`.
 
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
@@ -71,7 +72,7 @@ def flash_fwd_varlen(
         return _by_operator(q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     if out is not None:
         checks.out_memory(out, q, k, v, call.nbytes)
-    o = torch.empty_like(q) if out is None else out
+    o = o_like(q, v) if out is None else out
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if return_lse else None
     if call.gpu is None:
         _on_cpu(q, k, v, lengths, o, lse, causal=causal, scale=scale, window=window)
@@ -103,12 +104,12 @@ CALLS = 4096  # looked up; with one more all are forgotten
 def _call(q, k, v, lengths, hints, out, causal, window) -> Call:
     """Checked, planned and compiled; a look-up where the like has come before.
 
-    As in `api._call` the key leaves out what the compiled call itself holds against q and k.
+    As in `api._call` the key leaves out what the compiled call itself holds against q, k and v.
     """
     cu_q, cu_k, used_q, used_k = lengths
     try:
         key = (
-            *(q.shape, q.stride(), k.shape, k.stride(), v.stride(), None if out is None else out.stride()),
+            *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), None if out is None else out.stride()),
             *(q.dtype, q.get_device(), causal, window, hints, *map(type, hints)),
             *(cu_q.shape, cu_q.stride(), cu_q.dtype, cu_q.get_device()),
             *(cu_k.shape, cu_k.stride(), cu_k.dtype, cu_k.get_device()),
@@ -142,10 +143,11 @@ def _prepared(q, k, v, lengths, hints, out, causal, window) -> Call:
             checks.lengths(name, Spec.of(x), count, q)
     checks.packed(q, k, v, batch)
     if out is not None:
-        checks.out(o, q, "thd")
+        checks.out(o, q, v, "thd")
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
     total_q, heads, head_dim = q.shape
-    config = plan_varlen(head_dim, checks.DTYPES[q.dtype], causal, window, None if gpu is None else gpu.name)
+    kind = head_dim, checks.DTYPES[q.dtype], causal, window
+    config = plan_varlen(*kind, None if gpu is None else gpu.name, checks.other_head_dim(q, v))
     kernel = None if gpu is None or 0 in (batch, total_q, heads) else compile.get(config)
     plain = not any(checks.odd(x.stride) for x in (q, k, v, o)) and k.shape[0] > 0
     return Call(head_dim**-0.5, gpu, kernel, plain, tuple(x.nbytes for x in (q, k, v, o)))
@@ -180,7 +182,7 @@ def _prepared_again(tensors, lengths):
 def _for_tma(q, k, v, o):
     """Views whose sizes of 1 have strides that TMA takes; without keys, k and v of which no sequence has a row."""
     if k.shape[0] == 0:
-        k = v = q[:1, : k.shape[1]]
+        k, v = q[:1, : k.shape[1]], o[:1, : k.shape[1]]
     return [
         x.as_strided(x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), (8, 8, 1), strict=True)])
         for x in (q, k, v, o)

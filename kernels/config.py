@@ -11,13 +11,15 @@ from .score import Alibi, Plain, Softcap, UserScore
 from .tile_scheduler import OneTile, Static, StaticTiles
 
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
+HEAD_DIM_MAX = 512
 DTYPES = ("bf16", "fp16")
 LAYOUTS = ("bhsd", "bshd")
 MODES = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0), "thd": (0, 2, 1)}  # where s, d, h, b stand in q, k, v and o
 PACKS = (1, 2, 4, 8, 16, 32, 64)
 # MMA warpgroups: registers per thread (producer, consumer), together no more than launched with; None: as launched
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
-BUSY_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}  # a producer that reads of its tiles
+# a producer that reads of its tiles, or loads each block in many boxes
+BUSY_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
 
 def _int32(rank: int):
@@ -61,11 +63,15 @@ class FwdConfig:
     sinks: bool = False  # a logit per head joins the denominator: Sinks
     sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
     pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: PackedHeads
+    head_dim_v: int = 0  # columns of V and O, where they are others than Q's and K's
 
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in MODES
-        assert self.head_dim % 32 == 0 and self.head_dim <= 256, "whole swizzle atoms, one WGMMA N"
+        assert self.head_dim % 32 == 0 and self.head_dim <= HEAD_DIM_MAX, "whole swizzle atoms"
+        assert self.head_dim_v != self.head_dim, "one key for a kernel"
+        assert self.columns_v % 32 == 0 and self.columns_v <= 256, "whole swizzle atoms, one WGMMA N"
         assert self.tile_m % 64 == 0 and self.warpgroups in REGISTERS
+        assert self.parts_v == 1 or self.plain_rows, "SharedRows has no other"
         assert self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
         assert self.cluster in (1, 2), "HandOver goes from the first CTA to one other"
         assert self.split == 1 or (self.tile_m, self.cluster, self.scheduler) == (64, 1, OneTile), "one merge per CTA"
@@ -83,21 +89,51 @@ class FwdConfig:
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
     @property
-    def warpgroups(self) -> int:
+    def d_v(self) -> int:
+        """Columns of V and O."""
+        return self.head_dim_v or self.head_dim
+
+    @property
+    def widest(self) -> int:
+        return max(self.head_dim, self.d_v)
+
+    @property
+    def parts_v(self) -> int:
+        """Warpgroups that own the same rows, each with its part of V's and O's columns: SharedRows."""
+        return -(-self.d_v // 256)
+
+    @property
+    def columns_v(self) -> int:
+        """Of V and O, a warpgroup's."""
+        return self.d_v // self.parts_v
+
+    @property
+    def plain_rows(self) -> bool:
+        """A CTA has one block of 64 rows, for itself, and nothing asks for a second look at it."""
+        return (self.tile_m, self.cluster, self.split, self.pack, self.redo) == (64, 1, 1, 1, False)
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 64 query rows in a tile."""
         return self.tile_m // 64
+
+    @property
+    def warpgroups(self) -> int:
+        return self.row_blocks * self.parts_v
 
     @property
     def registers_held(self) -> int:
         """By a thread of the MMA warpgroups: O and a block's scores, float32; P, and Q where it stays, half of that."""
-        d, n = self.head_dim, self.tile_n
-        return d // 2 + n // 2 + n // 4 + (d // 4 if self.q_in_regs else 0)
+        n = self.tile_n
+        return self.columns_v // 2 + n // 2 + n // 4 + (self.head_dim // 4 if self.q_in_regs else 0)
 
     @property
     def registers(self) -> tuple[int, int] | None:
         """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
         if self.warpgroups == 2 and self.registers_held <= 80:
             return None
-        return (BUSY_REGISTERS if self.packed or self.sparse else REGISTERS)[self.warpgroups]
+        busy = self.packed or self.sparse or self.widest > 256
+        return (BUSY_REGISTERS if busy else REGISTERS)[self.warpgroups]
 
     @property
     def cluster_size(self) -> int:
@@ -106,13 +142,13 @@ class FwdConfig:
     @property
     def stages_o(self) -> bool:
         """O goes through shared memory and TMA; where it does not fit beside Q, each thread stores its own part."""
-        return self._smem_bytes(o_tiles=1) <= SMEM_BYTES
+        return self.parts_v == 1 and self._smem_bytes(o_tiles=1) <= SMEM_BYTES
 
     @property
     def packable(self) -> bool:
         """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
         plain = self.score.name in ("", "softcap") and not self.mask.everywhere
-        return plain and not self.packed and self.sparse is None
+        return plain and not self.packed and self.sparse is None and self.widest <= 256
 
     @property
     def from_diagonal(self) -> bool:
@@ -125,12 +161,13 @@ class FwdConfig:
         return self._smem_bytes(o_tiles=1 if self.stages_o else 0)
 
     def _smem_bytes(self, o_tiles: int) -> int:
-        tiles = 2 * self.head_dim * ((self.q_stages + o_tiles) * self.tile_m + 2 * self.stages * self.tile_n)
+        rows, keys = self.tile_m, self.stages * self.tile_n
+        tiles = 2 * self.head_dim * (self.q_stages * rows + keys) + 2 * self.d_v * (o_tiles * rows + keys)
         return tiles + (self.split - 1) * self._part_bytes + 1024  # barriers, the tile slots, and alignment
 
     @property
     def _part_bytes(self) -> int:
-        return 4 * 64 * (self.head_dim + 8)
+        return 4 * 64 * (self.d_v + 8)
 
     @property
     def split_max(self) -> int:
@@ -166,4 +203,5 @@ class FwdConfig:
                 None, (self.mask.name, self.score.name, "sinks" if self.sinks else "", "sparse" if self.sparse else "")
             )
         )
-        return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{kind}_{tile}"
+        dims = f"d{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v else "")
+        return f"flash_fwd_sm90_{self.dtype}_{dims}_{kind}_{tile}"

@@ -23,23 +23,23 @@ class PackedHeads:
     def __init__(self, config: FwdConfig):
         super().__init__(config)
         self.mask = PackedRows(config.mask, config.pack)
-        self.tiler = ((config.pack, ROWS // config.pack), config.head_dim)
+        self.rows = config.pack, ROWS // config.pack
 
-    def _rows_tma(self, op, t: cute.Tensor, mK: cute.Tensor, smem: cute.Layout) -> Tma:
-        (s, d, heads, b), (ds, dd, dh, db), heads_kv = t.shape, t.stride, mK.shape[2]
+    def _rows_tma(self, op, t: cute.Tensor, mK: cute.Tensor, smem: cute.Layout, d: int) -> Tma:
+        (s, columns, heads, b), (ds, dd, dh, db), heads_kv = t.shape, t.stride, mK.shape[2]
         ratio = heads // heads_kv
-        layout = cute.make_layout(((ratio, s), d, heads_kv, b), stride=((dh, ds), dd, dh * ratio, db))
-        return Tma(*cpasync.make_tiled_tma_atom(op, cute.make_tensor(t.iterator, layout), smem, self.tiler))
+        layout = cute.make_layout(((ratio, s), columns, heads_kv, b), stride=((dh, ds), dd, dh * ratio, db))
+        return Tma(*cpasync.make_tiled_tma_atom(op, cute.make_tensor(t.iterator, layout), smem, (self.rows, d)))
 
     def _rows_and_heads(self, mQ: cute.Tensor, mK: cute.Tensor):
         seqlen_q, heads, ratio = super()._rows_and_heads(mQ, mK)
         packs = cute.ceil_div(ratio, self.config.pack)
         return seqlen_q * self.config.pack, heads // ratio * packs, packs
 
-    def _row_blocks(self, t: cute.Tensor, head, sequence) -> cute.Tensor:
+    def _row_blocks(self, t: cute.Tensor, head, sequence, d: int) -> cute.Tensor:
         packs = cute.ceil_div(t.shape[0][0], self.config.pack)
         g = t[None, None, head // packs, sequence]  # ((ratio, s), d)
-        return cute.local_tile(g, self.tiler, ((head % packs, None), 0))  # ((pack, 64 / pack), d, blocks)
+        return cute.local_tile(g, (self.rows, d), ((head % packs, None), 0))  # ((pack, 64 / pack), d, blocks)
 
     def _query(self, row):
         return self.mask.query(row)

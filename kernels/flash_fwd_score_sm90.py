@@ -30,7 +30,7 @@ class Sinks:
         sinks = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=4)
         logits = cute.make_rmem_tensor_like(seen, Float32)
         for r in range(cute.size(seen)):
-            row = tile.m_block * self.config.tile_m + w.frag.wg * ROWS + w.frag.cS[r, 0][0]
+            row = tile.m_block * self.config.tile_m + self._row_block(w.frag.wg) * ROWS + w.frag.cS[r, 0][0]
             _, head = self._whose(row, tile, w.gmem)
             logits[r] = cute.make_tensor(sinks + head, 1)[0] * LOG2_E
         return w.frag.softmax.join(logits, seen), seen

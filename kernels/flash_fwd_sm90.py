@@ -46,9 +46,9 @@ class Gmem(NamedTuple):
 class Smem(NamedTuple):
     q: cute.Tensor  # (64, d, warpgroups * q_stages)
     k: cute.Tensor  # (tile_n, d, stages)
-    v: cute.Tensor  # (tile_n, d, stages)
-    o: cute.Tensor | None  # (64, d, warpgroups)
-    parts: cute.Tensor | None  # (128, d / 2 + 4, split - 1) float32: what the other CTAs of a split have found
+    v: cute.Tensor  # (tile_n, d_v, stages)
+    o: cute.Tensor | None  # (64, d_v, warpgroups)
+    parts: cute.Tensor | None  # (128, d_v / 2 + 4, split - 1) float32: what the other CTAs of a split have found
     tile: cute.Tensor  # (4, 2) the tiles to do: m_block, head, batch, valid; packed: 8, `PackedTile`
     hand_over: HandOver | None  # where a cluster draws its tiles
 
@@ -66,8 +66,9 @@ class Tiling(NamedTuple):
     mma_qk: cute.TiledMma
     mma_pv: cute.TiledMma
     sQ: cute.ComposedLayout  # (64, d, warpgroups * q_stages)
-    sO: cute.ComposedLayout  # (64, d, warpgroups)
-    sKV: cute.ComposedLayout  # (tile_n, d, stages)
+    sO: cute.ComposedLayout  # (64, d_v, warpgroups)
+    sK: cute.ComposedLayout  # (tile_n, d, stages)
+    sV: cute.ComposedLayout  # (tile_n, d_v, stages)
 
 
 class Problem(NamedTuple):
@@ -107,7 +108,7 @@ class Frag(NamedTuple):
     tSrK: cute.Tensor
     tOrV: cute.Tensor
     tOrP: cute.Tensor
-    acc_O: cute.Tensor  # ((2, 2, d / 8), 1, 1)
+    acc_O: cute.Tensor  # ((2, 2, d_v / 8), 1, 1)
     softmax: Softmax
     cS: cute.Tensor  # (rows, cols) coordinates of this thread's S
 
@@ -138,8 +139,8 @@ class FlashFwdSm90:
     @cute.jit
     def __call__(
         self,
-        mQ: cute.Tensor,  # (b, h, s_q, d) or (b, s_q, h, d), as the layout says; mO alike
-        mK: cute.Tensor,  # (b, h_kv, s_k, d) or (b, s_k, h_kv, d); mV alike
+        mQ: cute.Tensor,  # (b, h, s_q, d) or (b, s_q, h, d), as the layout says; mO alike, of d_v
+        mK: cute.Tensor,  # (b, h_kv, s_k, d) or (b, s_k, h_kv, d); mV alike, of d_v
         mV: cute.Tensor,
         mO: cute.Tensor,
         lse: Int64,  # address of (b, h, s_q) float32, row-major; 0: not asked for
@@ -155,14 +156,14 @@ class FlashFwdSm90:
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=MODES[c.layout])) for t in (mQ, mK, mV, mO)
         ]  # (s, d, h, b)
         tiling = self._tiling()
-        q, kv = cute.select(tiling.sQ, mode=[0, 1]), cute.select(tiling.sKV, mode=[0, 1])
+        q, k, v, o = (cute.select(s, mode=[0, 1]) for s in (tiling.sQ, tiling.sK, tiling.sV, tiling.sO))
         g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         shared, tma = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else g2s, self._tma_view
         gmem = Gmem(
-            self._rows_tma(g2s, mQ, mK, q),
-            Tma(*cpasync.make_tiled_tma_atom(shared, tma(mK), kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
-            Tma(*cpasync.make_tiled_tma_atom(shared, tma(mV), kv, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
-            self._rows_tma(s2g, mO, mK, q) if c.stages_o else mO,
+            self._rows_tma(g2s, mQ, mK, q, c.head_dim),
+            Tma(*cpasync.make_tiled_tma_atom(shared, tma(mK), k, (c.tile_n, c.head_dim), num_multicast=c.cluster)),
+            Tma(*cpasync.make_tiled_tma_atom(shared, tma(mV), v, (c.tile_n, c.columns_v), num_multicast=c.cluster)),
+            self._rows_tma(s2g, mO, mK, o, c.d_v) if c.stages_o else mO,
             cute.make_tensor(address(Float32, lse), self._lse_layout(mQ, mQ.shape[0] if lse != 0 else 0)),
             cute.make_tensor(address(Int32, ticket), 1),
         )
@@ -180,15 +181,16 @@ class FlashFwdSm90:
             cluster=(c.cluster_size, 1, 1),
             stream=stream,
             use_pdl=True,
+            min_blocks_per_mp=1 if c.head_dim_v else 0,  # or ptxas ignores setmaxnreg where O has few columns
         )
 
     def _tma_view(self, t: cute.Tensor) -> cute.Tensor:
         """q, k, v or o as TMA sees it."""
         return t
 
-    def _rows_tma(self, op, t: cute.Tensor, mK: cute.Tensor, smem: cute.Layout) -> Tma:
+    def _rows_tma(self, op, t: cute.Tensor, mK: cute.Tensor, smem: cute.Layout, d: int) -> Tma:
         """Of q or o, by 64 rows."""
-        return Tma(*cpasync.make_tiled_tma_atom(op, self._tma_view(t), smem, (ROWS, self.config.head_dim)))
+        return Tma(*cpasync.make_tiled_tma_atom(op, self._tma_view(t), smem, (ROWS, d)))
 
     def _lse_layout(self, mQ: cute.Tensor, rows):
         _, _, heads, batch = mQ.shape
@@ -201,7 +203,7 @@ class FlashFwdSm90:
     def _grid(self, mQ: cute.Tensor, mK: cute.Tensor, sequences) -> Grid:
         c = self.config
         (rows, heads, ratio), seqlen_k, batch = self._rows_and_heads(mQ, mK), mK.shape[0], mQ.shape[3]
-        group = cutlass.max(L2_KV_BYTES // (Int64(seqlen_k) * (4 * c.head_dim)) * ratio, 1)
+        group = cutlass.max(L2_KV_BYTES // (Int64(seqlen_k) * (2 * (c.head_dim + c.d_v))) * ratio, 1)
         m_blocks = cute.ceil_div(rows, c.tile_m * c.cluster)
         return Grid(Int32(m_blocks), Int32(heads), Int32(batch), Int32(group))
 
@@ -221,14 +223,19 @@ class FlashFwdSm90:
             )
 
         q_source = rmem if c.q_in_regs else smem
-        swizzle = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, c.head_dim)
-        atom = warpgroup.make_smem_layout_atom(swizzle, self.dtype)
+
+        def smem(rows, d, slots):
+            swizzle = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, d)
+            atom = warpgroup.make_smem_layout_atom(swizzle, self.dtype)
+            return cute.tile_to_shape(atom, (rows, d, slots), (0, 1, 2))
+
         return Tiling(
             mma(K, c.tile_n, q_source),
-            mma(MN, c.head_dim, rmem),
-            cute.tile_to_shape(atom, (ROWS, c.head_dim, c.warpgroups * c.q_stages), (0, 1, 2)),
-            cute.tile_to_shape(atom, (ROWS, c.head_dim, c.warpgroups), (0, 1, 2)),
-            cute.tile_to_shape(atom, (c.tile_n, c.head_dim, c.stages), (0, 1, 2)),
+            mma(MN, c.columns_v, rmem),
+            smem(ROWS, c.head_dim, c.row_blocks * c.q_stages),
+            smem(ROWS, c.columns_v, c.warpgroups),
+            smem(c.tile_n, c.head_dim, c.stages),
+            smem(c.tile_n, c.columns_v, c.parts_v * c.stages),
         )
 
     @cute.kernel
@@ -266,8 +273,8 @@ class FlashFwdSm90:
         c = self.config
         alloc = SmemAllocator()
         q = alloc.allocate_tensor(self.dtype, tiling.sQ.outer, 1024, tiling.sQ.inner)
-        k = alloc.allocate_tensor(self.dtype, tiling.sKV.outer, 1024, tiling.sKV.inner)
-        v = alloc.allocate_tensor(self.dtype, tiling.sKV.outer, 1024, tiling.sKV.inner)
+        k = alloc.allocate_tensor(self.dtype, tiling.sK.outer, 1024, tiling.sK.inner)
+        v = alloc.allocate_tensor(self.dtype, tiling.sV.outer, 1024, tiling.sV.inner)
         o = alloc.allocate_tensor(self.dtype, tiling.sO.outer, 1024, tiling.sO.inner) if c.stages_o else None
         parts = self._allocate_parts(alloc)
         tile = alloc.allocate_tensor(Int32, cute.make_layout((len(self.kind_of_tile._fields), 2)), 16)
@@ -276,13 +283,13 @@ class FlashFwdSm90:
         def group(n):
             return pipeline.CooperativeGroup(pipeline.Agent.Thread, n)
 
-        def ring(stages, layout, cluster=1):
+        def ring(stages, rows, d, cluster=1):
             return pipeline.PipelineTmaAsync.create(
                 barrier_storage=alloc.allocate_array(Int64, 2 * stages),
                 num_stages=stages,
                 producer_group=group(1),
                 consumer_group=group(4 * c.warpgroups * cluster),
-                tx_count=cute.size_in_bytes(self.dtype, layout),
+                tx_count=rows * d * self.dtype.width // 8,
                 cta_layout_vmnk=cute.make_layout((1, cluster, 1, 1)),
             )
 
@@ -292,8 +299,9 @@ class FlashFwdSm90:
             producer_group=group(1),
             consumer_group=group(WARPGROUP * c.warpgroups),  # each reader arrives for itself: racecheck sees that
         )
-        kv = cute.select(tiling.sKV, mode=[0, 1])
-        pipes = Pipes(ring(c.q_stages, tiling.sO), ring(c.stages, kv, c.cluster), ring(c.stages, kv, c.cluster), tiles)
+        q_ring = ring(c.q_stages, c.tile_m, c.head_dim)
+        kv_rings = (ring(c.stages, c.tile_n, d, c.cluster) for d in (c.head_dim, c.d_v))
+        pipes = Pipes(q_ring, *kv_rings, tiles)
         return Smem(q, k, v, o, parts, tile, hand_over), pipes
 
     def _allocate_parts(self, alloc: SmemAllocator):
@@ -406,18 +414,24 @@ class FlashFwdSm90:
 
     def _load_q(self, load, tile: Tile, q_state):
         """Each warpgroup's rows of a tile."""
-        for wg in range(self.config.warpgroups):
-            load(tile.m_block * self.config.warpgroups + wg, wg + self.config.warpgroups * q_state.index, q_state)
+        blocks = self.config.row_blocks
+        for wg in range(blocks):
+            load(tile.m_block * blocks + wg, wg + blocks * q_state.index, q_state)
 
     def _tma_load(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, head_sequence):
-        """What loads a block of one head's q, k or v into a slot; a cluster's CTAs each load their part of k and v."""
-        c, tma, s, pipe = self.config, getattr(gmem, name), getattr(smem, name), getattr(pipes, name)
-        cluster = 1 if name == "q" else c.cluster
+        """What loads a block of one head's q, k or v into a slot."""
+        c = self.config
         if name == "q":
-            g = self._row_blocks(tma.tensor, *head_sequence)  # (64, d, blocks)
+            g = self._row_blocks(gmem.q.tensor, *head_sequence, c.head_dim)  # (64, d, blocks)
         else:
-            g = self._head(tma.tensor, *head_sequence)  # (s, d)
-            g = cute.local_tile(g, (c.tile_n, c.head_dim), (None, 0))  # (tile_n, d, blocks)
+            g = self._head(getattr(gmem, name).tensor, *head_sequence)  # (s, d)
+            g = cute.local_tile(g, (c.tile_n, c.d_v if name == "v" else c.head_dim), (None, 0))  # (tile_n, d, blocks)
+        return self._tma_copy(gmem, smem, pipes, name, g)
+
+    def _tma_copy(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, g: cute.Tensor):
+        """What loads one of g's blocks into a slot; a cluster's CTAs each load their part of k and v."""
+        tma, s, pipe = getattr(gmem, name), getattr(smem, name), getattr(pipes, name)
+        cluster = 1 if name == "q" else self.config.cluster
         sT, gT = cpasync.tma_partition(
             tma.atom,
             rank() if cluster > 1 else 0,
@@ -433,9 +447,9 @@ class FlashFwdSm90:
 
         return copy
 
-    def _row_blocks(self, t: cute.Tensor, head, sequence) -> cute.Tensor:
+    def _row_blocks(self, t: cute.Tensor, head, sequence, d: int) -> cute.Tensor:
         """(64, d, blocks) of a tile's head, of q or o."""
-        return cute.local_tile(self._head(t, head, sequence), (ROWS, self.config.head_dim), (None, 0))
+        return cute.local_tile(self._head(t, head, sequence), (ROWS, d), (None, 0))
 
     def _query(self, row):
         """Which one a row is of."""
@@ -456,7 +470,7 @@ class FlashFwdSm90:
         while tile.valid:
             w = Warpgroup(gmem, smem, pipes, tiling, self._problem_of(tile, problem), f)
             q_state = nth(done, c.q_stages)
-            row0 = tile.m_block * c.tile_m + f.wg * ROWS
+            row0 = tile.m_block * c.tile_m + self._row_block(f.wg) * ROWS
             blocks = self._blocks(tile, w.problem)
             pipes.q.consumer_wait(q_state)
             if self._query(row0) < w.problem.seqlen_q:
@@ -469,6 +483,10 @@ class FlashFwdSm90:
             tile = hear(smem, pipes, nth(done, 2), self.kind_of_tile)
         self.turns.finish(f.wg)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def _row_block(self, wg):
+        """Which 64 rows of a tile are a warpgroup's."""
+        return wg
 
     def _rows(self, tile: Tile, row0, problem: Problem) -> Rows:
         return Rows(row0, tile.head, tile.batch, ())
@@ -521,12 +539,12 @@ class FlashFwdSm90:
         if c.q_in_regs:
             tSrQ = cute.make_rmem_tensor(thr.partition_shape_A((ROWS, c.head_dim)), self.dtype)
         else:
-            sQ = smem.q if c.q_stages > 1 else smem.q[None, None, wg]
+            sQ = smem.q if c.q_stages > 1 else smem.q[None, None, self._row_block(wg)]
             tSrQ = qk.make_fragment_A(qk.partition_A(sQ))  # (MMA, M, d / 16[, slots])
         tSrK = qk.make_fragment_B(qk.partition_B(smem.k))  # (MMA, N, d / 16, stages)
-        sVt = cute.make_tensor(smem.v.iterator, cute.select(smem.v.layout, mode=[1, 0, 2]))  # (d, tile_n, stages)
+        sVt = cute.make_tensor(smem.v.iterator, cute.select(smem.v.layout, mode=[1, 0, 2]))  # (d_v, tile_n, stages)
         tOrV = pv.make_fragment_B(pv.partition_B(sVt))  # (MMA, N, tile_n / 16, stages)
-        acc_O = cute.make_rmem_tensor(pv.partition_shape_C((ROWS, c.head_dim)), Float32)
+        acc_O = cute.make_rmem_tensor(pv.partition_shape_C((ROWS, c.columns_v)), Float32)
         acc_S = self._acc_S(tiling)
         tOrP = cute.make_rmem_tensor_like(acc_as_A(acc_S), self.dtype)  # ((2, 2, 2), 1, tile_n / 16)
         cS = acc_mn(thr.partition_C(cute.make_identity_tensor((ROWS, c.tile_n))))  # (rows, cols)
@@ -542,7 +560,7 @@ class FlashFwdSm90:
 
     def _slot(self, f: Frag, q_state):
         """Where this warpgroup's part of a Q stage lies."""
-        return f.wg + self.config.warpgroups * q_state.index
+        return self._row_block(f.wg) + self.config.row_blocks * q_state.index
 
     @cute.jit
     def _sign_q(self, w: Warpgroup, q_state):
@@ -550,10 +568,14 @@ class FlashFwdSm90:
         if w.problem.q_sign != 1.0:
             flat = cute.make_layout(ROWS * self.config.head_dim)  # any order serves, swizzled or not
             sQ = cute.make_tensor(w.smem.q[None, None, self._slot(w.frag, q_state)].iterator, flat)
-            for i in cutlass.range(w.frag.thread, cute.size(flat), WARPGROUP, unroll=1):
+            for i in cutlass.range(self._sharer(w.frag), cute.size(flat), WARPGROUP * self.config.parts_v, unroll=1):
                 sQ[i] = (sQ[i].to(Float32) * w.problem.q_sign).to(self.dtype)
             cute.arch.fence_view_async_shared()
             self._warpgroup_sync(w.frag.wg)
+
+    def _sharer(self, f: Frag):
+        """A thread's number among those that own its rows."""
+        return f.thread
 
     def _read_q(self, w: Warpgroup, q_state):
         if self.config.q_in_regs:
@@ -712,7 +734,7 @@ class FlashFwdSm90:
         else:
             self._store(w, rO, tile)
         for r in cutlass.range_constexpr(cute.size(lse)):
-            self._store_lse(w, tile, tile.m_block * c.tile_m + f.wg * ROWS + f.cS[r, 0][0], lse[r])
+            self._store_lse(w, tile, tile.m_block * c.tile_m + self._row_block(f.wg) * ROWS + f.cS[r, 0][0], lse[r])
 
     @cute.jit
     def _store_lse(self, w: Warpgroup, tile: Tile, row, lse):
@@ -731,7 +753,7 @@ class FlashFwdSm90:
         c, f = self.config, w.frag
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(atom, w.tiling.mma_pv).get_slice(f.thread)
-        sO = w.smem.o[None, None, f.wg]  # (64, d)
+        sO = w.smem.o[None, None, f.wg]  # (64, d_v)
         if f.thread // 32 == 0:
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # the tile before has left sO
         self._warpgroup_sync(f.wg)
@@ -739,8 +761,8 @@ class FlashFwdSm90:
         cute.arch.fence_view_async_shared()
         self._warpgroup_sync(f.wg)
         if f.thread // 32 == 0:
-            g = self._row_blocks(w.gmem.o.tensor, tile.head, self._sequences(tile)[0])  # (64, d, blocks)
-            g = g[None, None, tile.m_block * c.warpgroups + f.wg]  # (64, d)
+            g = self._row_blocks(w.gmem.o.tensor, tile.head, self._sequences(tile)[0], c.d_v)  # (64, d_v, blocks)
+            g = g[None, None, tile.m_block * c.warpgroups + f.wg]  # (64, d_v)
             sT, gT = cpasync.tma_partition(
                 w.gmem.o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)
             )
@@ -751,14 +773,14 @@ class FlashFwdSm90:
     def _store(self, w: Warpgroup, rO: cute.Tensor, tile: Tile):
         """From registers, 16 bytes a thread at a time, so that Q's place is free for the next tile's Q."""
         c, f = self.config, w.frag
-        words = cute.recast_tensor(rO, Int32)  # ((1, 2, d / 8), 1, 1)
-        row0 = tile.m_block * c.tile_m + f.wg * ROWS
+        words = cute.recast_tensor(rO, Int32)  # ((1, 2, d_v / 8), 1, 1)
+        row0 = tile.m_block * c.tile_m + self._row_block(f.wg) * ROWS
         for r in cutlass.range_constexpr(2):
             query, head = self._whose(row0 + f.cS[r, 0][0], tile, w.gmem)
-            g = self._head(w.gmem.o, head, self._sequences(tile)[0])  # (s, d)
-            for n in cutlass.range_constexpr(0, c.head_dim // 8, 4):
+            g = self._head(w.gmem.o, head, self._sequences(tile)[0])  # (s, d_v)
+            for n in cutlass.range_constexpr(0, c.columns_v // 8, 4):
                 x = quad_transpose([words[(0, r, n + i), 0, 0] for i in range(4)], f.thread)
-                col = n * 8 + f.thread % 4 * 8
+                col = self._first_column(f.wg) + n * 8 + f.thread % 4 * 8
                 if (query < w.problem.seqlen_q) & (col < w.gmem.o.shape[1]):
                     at = g.iterator + cute.crd2idx((query, col), g.layout)
                     to = cute.make_tensor(cute.make_ptr(Int32, at.toint(), cute.AddressSpace.gmem, assumed_align=16), 4)
@@ -766,6 +788,10 @@ class FlashFwdSm90:
                     for i in cutlass.range_constexpr(4):
                         out[i] = x[i]
                     to.store(out.load())
+
+    def _first_column(self, wg):
+        """Of V and O, a warpgroup's."""
+        return 0
 
     def _warpgroup_sync(self, wg):
         cute.arch.barrier(barrier_id=OWN_BARRIER + wg, number_of_threads=WARPGROUP)

@@ -19,7 +19,7 @@ class FlashFwdSplitSm90(FlashFwdSm90):
 
     def _allocate_parts(self, alloc: SmemAllocator):
         c = self.config
-        shape = (WARPGROUP, c.head_dim // 2 + 4, c.split - 1)  # O, two offsets, two sums of each thread
+        shape = (WARPGROUP, c.d_v // 2 + 4, c.split - 1)  # O, two offsets, two sums of each thread
         return alloc.allocate_tensor(Float32, cute.make_layout(shape), 128)
 
     def _blocks(self, tile: Tile, problem: Problem):

@@ -21,7 +21,7 @@ class Varlen:
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, batch = sequences
         (total_q, _, heads), (total_k, _, heads_kv) = mQ.shape, mK.shape
         q, k = Packing(cu_seqlens_q, seqused_q, Int32(total_q)), Packing(cu_seqlens_k, seqused_k, Int32(total_k))
-        l2_rows = Int32(L2_KV_BYTES // (4 * self.config.head_dim))
+        l2_rows = Int32(L2_KV_BYTES // (2 * (self.config.head_dim + self.config.d_v)))
         return PackedGrid(q, k, Int32(heads), batch, Int32(heads // heads_kv), l2_rows)
 
     def _ctas(self, grid: PackedGrid, room):
@@ -54,9 +54,9 @@ class Varlen:
     @cute.jit
     def _load_q(self, load: cutlass.Constexpr, tile: PackedTile, q_state):
         """In a loop that stays one: unrolled, with five coordinates, ptxas spills at d128 causal."""
-        warpgroups = self.config.warpgroups
-        for wg in cutlass.range(warpgroups, unroll=1):
-            load(tile.m_block * warpgroups + wg, wg + warpgroups * q_state.index, q_state)
+        blocks = self.config.row_blocks
+        for wg in cutlass.range(blocks, unroll=1):
+            load(tile.m_block * blocks + wg, wg + blocks * q_state.index, q_state)
 
     @cute.jit
     def _store_lse(self, w: Warpgroup, tile: PackedTile, row, lse):

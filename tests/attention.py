@@ -12,21 +12,32 @@ from cute_attn.reference import attention
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def inputs(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, dtype=torch.bfloat16, device="cuda", layout="bhsd"):
+def inputs(
+    batch,
+    heads,
+    heads_kv,
+    seqlen_q,
+    seqlen_k,
+    head_dim,
+    dtype=torch.bfloat16,
+    device="cuda",
+    layout="bhsd",
+    head_dim_v=None,
+):
     """Fresh random q, k, v."""
 
-    def one(h, s):
-        shape = (batch, h, s, head_dim) if layout == "bhsd" else (batch, s, h, head_dim)
+    def one(h, s, d=head_dim):
+        shape = (batch, h, s, d) if layout == "bhsd" else (batch, s, h, d)
         return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
 
-    return one(heads, seqlen_q), one(heads_kv, seqlen_k), one(heads_kv, seqlen_k)
+    return one(heads, seqlen_q), one(heads_kv, seqlen_k), one(heads_kv, seqlen_k, head_dim_v or head_dim)
 
 
 def check(q, k, v, *, causal=False, scale=None, layout="bhsd", lse=True, constant_time=False, **call):
     """flash_fwd on a poisoned output, against float64; returns o and lse. call: `out`, and modifiers."""
     out = call.pop("out", None)
     if out is None:
-        out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
+        out = q.new_full((*q.shape[:3], v.shape[3]), torch.nan)
     how = dict(causal=causal, scale=scale, **call)
     o = flash_fwd(q, k, v, layout=layout, return_lse=lse, out=out, constant_time=constant_time, **how)
     o, row_lse = o if lse else (o, None)

@@ -487,7 +487,7 @@ def test_problems_of_the_command_line():
         ("--shape 1,2,3,64,5", "argument --shape"),
         ("--shape 1,0,128,64", "argument --shape"),
         ("--shape 1,2,128,60", "argument --shape: '1,2,128,60': head_dim 60 is not supported; use a multiple of 8"),
-        ("--shape 1,2,128,264", "up to 256"),
+        ("--shape 1,2,128,520", "up to 512"),
         ("--shape 1,6,128,64 --kv-heads 4", "argument --kv-heads: 4 does not divide the 6 heads"),
         ("--kv-heads 0", "argument --kv-heads: '0' is not a positive integer"),
         ("--seqlen-k -5", "argument --seqlen-k"),

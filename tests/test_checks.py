@@ -36,7 +36,7 @@ WRONG = {
     "head_dim 520": (
         lambda: flash_fwd(x(1, 1, 1, 520), K, K),
         ValueError,
-        "q: head_dim 520 .* multiple of 8 up to 256",
+        "q: head_dim 520 .* multiple of 8 up to 512",
     ),
     "head_dim 60": (lambda: flash_fwd(x(1, 1, 1, 60), K, K), ValueError, "q: head_dim 60"),
     "head_dim 0": (lambda: flash_fwd(x(1, 1, 1, 0), K, K), ValueError, "q: head_dim 0"),
@@ -46,7 +46,7 @@ WRONG = {
         r"k: shape \(2, 2, 12, 32\) does not",
     ),
     "k's B": (lambda: flash_fwd(Q, x(1, 2, 12, 64), x(1, 2, 12, 64)), ValueError, "k: shape .* with q's B and D"),
-    "v's shape": (lambda: flash_fwd(Q, K, x(2, 2, 11, 64)), ValueError, r"v: shape \(2, 2, 11, 64\) is not k's"),
+    "v's shape": (lambda: flash_fwd(Q, K, x(2, 2, 11, 64)), ValueError, r"v: shape \(2, 2, 11, 64\) does not fit k's"),
     "heads": (lambda: flash_fwd(Q, x(2, 3, 12, 64), x(2, 3, 12, 64)), ValueError, "k: 3 heads do not divide q's 4"),
     "no heads": (lambda: flash_fwd(Q, x(2, 0, 12, 64), x(2, 0, 12, 64)), ValueError, "k: 0 heads do not divide"),
     "layout": (lambda: flash_fwd(Q, K, K, layout="sbhd"), ValueError, "layout: 'sbhd' is not known; use \"bhsd\""),

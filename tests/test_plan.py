@@ -30,6 +30,7 @@ PROBLEMS = st.builds(
     causal=st.booleans(),
     constant_time=st.booleans(),
     kinds=st.sampled_from([Kinds(), Kinds(window=True)]),
+    head_dim_v=st.just(0),
 )
 
 
@@ -87,7 +88,7 @@ def test_the_config_is_the_compile_key():
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
     others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, redo=True)
     others |= dict(constant_time=True, timeline=True, overlap=False)
-    others |= dict(score=Softcap(), sinks=True, sparse=SparseBlocks(128, 128, True), pack=8)
+    others |= dict(score=Softcap(), sinks=True, sparse=SparseBlocks(128, 128, True), pack=8, head_dim_v=64)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
     bases = {name: few if name == "split" else base for name in others}
@@ -120,6 +121,13 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=64, pack=128),
         dict(head_dim=64, pack=8, score=Alibi()),
         dict(head_dim=64, pack=8, sparse=SparseBlocks(128, 128, True)),
+        dict(head_dim=64, head_dim_v=64),
+        dict(head_dim=64, head_dim_v=520),
+        dict(head_dim=64, head_dim_v=288, tile_m=64),
+        dict(head_dim=64, head_dim_v=512),
+        dict(head_dim=64, head_dim_v=512, tile_m=64, scheduler=OneTile, split=2),
+        dict(head_dim=64, head_dim_v=512, tile_m=64, redo=True),
+        dict(head_dim=64, head_dim_v=512, tile_m=64, pack=8),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import device, reference
+from ..api import o_like
 from ..plan import Problem, plan
 from .contenders import OURS, Contender, Inputs, Prepared, first_line, first_run, make_inputs
 from .timing import ROUNDS, Call, CudaTimer, NoMonitor, Stats, Timer, compare, graph_calls, graphed, host_us
@@ -150,11 +151,11 @@ def _replay(prepared: Prepared, problem: Problem, truth: Truth) -> tuple[Call, t
 
 def _eager_errors(prepared: Prepared, inputs: Inputs, truth: Truth) -> tuple[float, float]:
     """The larger errors of the timed call and, where there is one, of the call that writes in place; both on NaN."""
-    poison = torch.full_like(inputs.q, torch.nan)
+    poison = o_like(inputs.q, inputs.v).fill_(torch.nan)
     del poison  # torch's allocator hands this memory out again: what a call leaves unwritten stays NaN
     errors = [truth.errors(prepared.bhsd(first_run(prepared)))]
     if prepared.into is not None:
-        o = torch.full_like(inputs.q, torch.nan)
+        o = o_like(inputs.q, inputs.v).fill_(torch.nan)
         prepared.into(o)
         errors.append(truth.errors(o))
     return max(e[0] for e in errors), max(e[1] for e in errors)
@@ -197,9 +198,9 @@ def with_ratios(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def shape_word(problem: Problem) -> str:
-    """B,H,S,D; then Hk where it differs, then Sk where it does (with Hk)."""
+    """B,H,S,D, or D/Dv; then Hk where it differs, then Sk where it does (with Hk)."""
     p = problem
-    word = f"{p.batch},{p.heads},{p.seqlen_q},{p.head_dim}"
+    word = f"{p.batch},{p.heads},{p.seqlen_q},{p.head_dim}" + (f"/{p.head_dim_v}" if p.head_dim_v else "")
     if p.heads_kv != p.heads or p.seqlen_k != p.seqlen_q:
         word += f",{p.heads_kv}"
     return word + (f",{p.seqlen_k}" if p.seqlen_k != p.seqlen_q else "")

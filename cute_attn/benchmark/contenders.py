@@ -34,12 +34,12 @@ def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs
     """Random normal; the same for a problem in every run on one kind of device."""
     p, random = problem, torch.Generator(device).manual_seed(seed)
 
-    def normal(heads, seqlen):
-        shape = (p.batch, seqlen, heads, p.head_dim) if p.layout == "bshd" else (p.batch, heads, seqlen, p.head_dim)
+    def normal(heads, seqlen, d=p.head_dim):
+        shape = (p.batch, seqlen, heads, d) if p.layout == "bshd" else (p.batch, heads, seqlen, d)
         x = torch.randn(shape, generator=random, dtype=TORCH_DTYPES[p.dtype], device=device)
         return x.transpose(1, 2) if p.layout == "bshd" else x
 
-    q, k, v = normal(p.heads, p.seqlen_q), normal(p.heads_kv, p.seqlen_k), normal(p.heads_kv, p.seqlen_k)
+    q, k, v = normal(p.heads, p.seqlen_q), normal(p.heads_kv, p.seqlen_k), normal(p.heads_kv, p.seqlen_k, p.d_v)
     return Inputs(q, k, v, problem)
 
 

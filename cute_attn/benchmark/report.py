@@ -85,7 +85,8 @@ def title(record: Record) -> str:
     heads = f"H {r['heads']}" + (f" (K/V {r['heads_kv']})" if r["heads_kv"] != r["heads"] else "")
     seqlen = f"S {r['seqlen_q']}" + (f" (K/V {r['seqlen_k']})" if r["seqlen_k"] != r["seqlen_q"] else "")
     mask = "causal" if r["causal"] else "full"
-    return f"B {r['batch']}, {heads}, {seqlen}, D {r['head_dim']}, {mask}, {r['dtype']}: {r['flops'] / 1e9:.4g} GFLOP"
+    dims = f"D {r['head_dim']}" + (f" (V {r['head_dim_v']})" if r.get("head_dim_v") else "")
+    return f"B {r['batch']}, {heads}, {seqlen}, {dims}, {mask}, {r['dtype']}: {r['flops'] / 1e9:.4g} GFLOP"
 
 
 def print_cell(

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 
 from .. import compile, device
+from ..api import o_like
 from ..kernels.config import FwdConfig
 from ..kernels.flash_fwd_timeline_sm90 import EVENTS, HEAD, SAMPLES
-from ..plan import Problem, config, plan
+from ..plan import Problem, config, kernel_dims, plan
 from .contenders import make_inputs
 
 PRODUCER = 0
@@ -40,7 +41,8 @@ def timeline_config(problem: Problem, gpu: str | None = None) -> FwdConfig:
     """The planned kernel with its clock samples; where the plan splits the keys, its class's kernel for more tiles."""
     p, planned = problem, plan(problem, gpu)
     if planned.split > 1:
-        planned = config(p.head_dim, p.dtype, p.layout, p.causal, gpu)
+        head_dim, head_dim_v = kernel_dims(p.head_dim, p.head_dim_v)
+        planned = config(head_dim, p.dtype, p.layout, p.causal, gpu, head_dim_v)
     return replace(planned, timeline=True)
 
 
@@ -49,7 +51,7 @@ def record(problem: Problem) -> list[list[Sample]]:
     gpu = device.get(torch.cuda.current_device())
     chosen, inputs = timeline_config(problem, gpu.name), make_inputs(problem, torch.device("cuda", gpu.index))
     q, k, v = inputs.bshd() if problem.layout == "bshd" else inputs[:3]
-    o, kernel = torch.empty_like(q), compile.get(chosen)
+    o, kernel = o_like(q, v), compile.get(chosen)
     for _ in range(2):
         notes = torch.zeros(HEAD + 2 * SAMPLES * (1 + chosen.warpgroups), dtype=torch.int32, device=q.device)
         kernel(q, k, v, o, 0, notes.data_ptr(), problem.head_dim**-0.5, gpu.num_sms)

@@ -36,7 +36,7 @@ def flash_fwd_op(
 
 @flash_fwd_op.register_fake
 def _(q, k, v, causal, scale, layout, return_lse, *_):
-    return torch.empty_like(q), _lse_like(q, layout, return_lse)
+    return api.o_like(q, v), _lse_like(q, layout, return_lse)
 
 
 @torch.library.custom_op("cute_attn::flash_fwd_out", mutates_args=("out",))
@@ -201,6 +201,7 @@ def _save(ctx, inputs, output):
     (q, k, v, causal, scale, layout, return_lse, _, *sides), (o, lse) = inputs, output
     if not return_lse:
         raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
+    checks.trained_head_dims(q, v)
     checks.gradients(q, layout, Modifiers(None, *sides[2:]))
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -241,6 +242,7 @@ def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modif
     """What flash_fwd does where torch traces it or differentiates it: one operator in the graph."""
     learns = checks.learns(q, k, v)
     if learns:
+        checks.trained_head_dims(q, v)
         checks.gradients(q, layout, modifiers)
     if out is None:
         how = causal, scale, layout, return_lse or learns, constant_time, *modifiers.flat()

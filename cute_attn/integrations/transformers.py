@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import api
-from ..checks import DTYPES, learns
-from ..plan import HEAD_DIM_MAX
+from ..checks import DTYPES, GRADIENTS_HEAD_DIM_MAX, HEAD_DIM_MAX, learns
 
 NAME = "cute_attn"
 SPARSE = ("indices", "block_indices")  # arguments of models that leave it to all but eager and sdpa to choose the keys
@@ -168,7 +167,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         how["sinks"] = kwargs["s_aux"].float()
     if learns(query, key, value):
         return api.flash_fwd(query, key, value, **how).transpose(1, 2), None
-    o = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    o = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     api.flash_fwd(query, key, value, **how, out=o.transpose(1, 2))
     return o, None
 
@@ -216,8 +215,10 @@ def serves(query, key, value, dropout: float, kwargs: dict[str, Any]) -> bool:
         return False
     if (softcap is not None or sinks is not None) and learns(query, key, value):
         return False  # there is no backward for them
-    head_dim = query.shape[3]
-    fits = head_dim % 8 == 0 and head_dim <= HEAD_DIM_MAX and value.shape[3] == head_dim
+    d, d_v = query.shape[3], value.shape[3]
+    fits = d % 8 == d_v % 8 == 0 and max(d, d_v) <= HEAD_DIM_MAX
+    if learns(query, key, value):
+        fits = fits and d == d_v <= GRADIENTS_HEAD_DIM_MAX
     return fits and query.dtype in DTYPES and query.dtype == key.dtype == value.dtype
 
 

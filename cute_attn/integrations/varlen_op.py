@@ -6,7 +6,7 @@ own kernel fed with our o and lse.
 
 import torch
 
-from .. import checks, reference, varlen
+from .. import api, checks, reference, varlen
 
 
 @torch.library.custom_op("cute_attn::flash_fwd_varlen", mutates_args=())
@@ -44,7 +44,7 @@ def flash_fwd_varlen_op(
 
 @flash_fwd_varlen_op.register_fake
 def _(q, k, v, cu_q, cu_k, used_q, used_k, max_q, max_k, causal, scale, left, right, return_lse):
-    return torch.empty_like(q), _lse_like(q, return_lse)
+    return api.o_like(q, v), _lse_like(q, return_lse)
 
 
 @torch.library.custom_op("cute_attn::flash_fwd_varlen_out", mutates_args=("out",))
@@ -153,6 +153,7 @@ def _save(ctx, inputs, output):
     (q, k, v, cu_q, cu_k, used_q, used_k, max_q, max_k, causal, scale, *window, return_lse), (o, lse) = inputs, output
     if not return_lse:
         raise ValueError("return_lse: False came, and gradients need lse; pass True, as flash_fwd_varlen does")
+    checks.trained_head_dims(q, v)
     checks.packed_gradients(max_q, max_k, used_q, used_k)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -187,6 +188,7 @@ def traced(q, k, v, lengths, hints, causal, scale, window, return_lse, out):
     learns = checks.learns(q, k, v)
     how = *lengths, *hints, causal, scale, *((None, None) if window is None else window)
     if learns:
+        checks.trained_head_dims(q, v)
         checks.packed_gradients(*hints, *lengths[2:])
     if out is None:
         o, lse = torch.ops.cute_attn.flash_fwd_varlen(q, k, v, *how, return_lse or learns)
