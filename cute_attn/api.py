@@ -42,7 +42,16 @@ def flash_fwd(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
-def flash_fwd(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]) -> Any: ...
+def flash_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_row_max: bool = ...,
+    return_max_logit: bool = ...,
+    **options: Unpack[Options],
+) -> Any: ...
 
 
 def flash_fwd(
@@ -64,6 +73,8 @@ def flash_fwd(
     mask_mod=None,
     aux=(),
     block_mask=None,
+    return_row_max=False,
+    return_max_logit=False,
 ):
     """Exact attention, softmax(scale q k^T) v, by one fused kernel (FlashAttention-3, arXiv:2407.08608).
 
@@ -90,18 +101,21 @@ def flash_fwd(
             that they capture, and aux, tensors and numbers, are run-time arguments.
         block_mask: FlexAttention's BlockMask, whose mask_mod then applies, or `cute_attn.BlockLists`: the blocks of
             keys that each block of queries needs; the others cost nothing.
+        return_row_max: also return each row's largest score as the softmax takes it: scaled, capped, biased, after the
+            masks; float32 (B, H, Sq), -inf where a row sees no key. No sink counts.
+        return_max_logit: also return the largest of these of each head, float32 (H,), for QK-clip (arXiv:2507.20534).
 
     Returns:
-        o, like q; or (o, lse). Accumulated in float32, rounded once. A row that sees no key gives o = 0 and lse = -inf,
-        or its sink.
+        o, like q; or a tuple of o[, lse][, row_max][, max_logit]. Accumulated in float32, rounded once. A row that sees
+        no key gives o = 0 and lse = -inf, or its sink.
 
-    Arrays of NumPy, CuPy, JAX and others that speak DLPack are taken too, all of one library, without a copy; o and lse
-    are then of that library. They run eagerly only, outside of `jax.jit`.
+    Arrays of NumPy, CuPy, JAX and others that speak DLPack are taken too, all of one library, without a copy; what
+    comes back is then of that library. They run eagerly only, outside of `jax.jit`.
 
     Runs on torch's current stream of the tensors' device, and may be captured in a CUDA graph after one call. CPU
     tensors are computed by torch in float32 and rounded once.
 
-    Differentiable once in q, k and v, but with no modifier other than a window; lse is not. The backward is torch's:
+    Differentiable once in q, k and v, but with no modifier other than a window; only o is. The backward is torch's:
     cuDNN's where Sq == Sk, the scale is positive and there is no window, else FlashAttention-2's, and that everywhere
     under torch.use_deterministic_algorithms or without torch.backends.cuda.enable_cudnn_sdp. At most 65,535 batches and
     heads; no `out`; a backward through the backward raises, as do the transforms of torch.func.
@@ -109,18 +123,21 @@ def flash_fwd(
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    modifiers = NONE
-    if not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None:
+    modifiers, asked = NONE, (return_lse, return_row_max, return_max_logit)
+    if type(return_row_max) is not bool or type(return_max_logit) is not bool:
+        checks.flags(return_row_max=return_row_max, return_max_logit=return_max_logit)
+    row_max = return_row_max or return_max_logit
+    if row_max or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None:
         causal, window = checks.window(window, causal)
-        modifiers = Modifiers(
-            window, checks.softcap(softcap), alibi_slopes, sinks, *checks.mods(score_mod, mask_mod, aux, block_mask)
-        )
+        mods = checks.mods(score_mod, mask_mod, aux, block_mask)
+        modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, row_max)
     if torch.compiler.is_compiling():
-        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers)
+        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
         from .integrations import dlpack
 
-        how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
+        how = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
+        how |= dict(zip(("return_lse", "return_row_max", "return_max_logit"), asked, strict=True))
         return dlpack.flash_fwd(q, k, v, out=out, **how, **modifiers.by_name())
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
@@ -130,13 +147,15 @@ def flash_fwd(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
         for name, x in zip("qkv", (q, k, v), strict=True):
             checks.tensor(name, x)
-        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers)
+        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if modifiers is not NONE:
         modifiers = checks.fitted(modifiers, problem, q.device)
+        if row_max:
+            modifiers = modifiers._replace(row_max=q.new_full(problem.lse_shape, -torch.inf, dtype=torch.float32))
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
     if gpu is None:
-        return _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out)
+        return _on_cpu(problem, q, k, v, scale, modifiers, asked, out)
     o = torch.empty_like(q) if out is None else out
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32) if return_lse else None
     if kernel is None:
@@ -155,13 +174,22 @@ def flash_fwd(
             _prepared(q, k, v, out, *how)
             checks.addresses(q, k, v, o)
             raise
+    if row_max:
+        return results(o, lse, modifiers.row_max, asked)
     return (o, lse) if return_lse else o
 
 
-def _by_operator(*arguments):
+def results(o, lse, row_max, asked):
+    """o, or a tuple of it and what else was asked for."""
+    return_lse, *of_rows = asked
+    found = o, *((lse,) if return_lse else ()), *(() if row_max is None else reference.maxima(row_max, *of_rows))
+    return found if len(found) > 1 else o
+
+
+def _by_operator(q, k, v, causal, scale, layout, asked, *others):
     from .integrations.torch_op import traced  # which imports this file
 
-    return traced(*arguments)
+    return results(*traced(q, k, v, causal, scale, layout, asked[0], *others), asked)
 
 
 class Call(NamedTuple):
@@ -255,11 +283,11 @@ def _for_tma(x):
     return x.as_strided(x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), (8, 8, 8, 1), strict=True)])
 
 
-def _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out):
+def _on_cpu(problem, q, k, v, scale, modifiers, asked, out):
     how = dict(
         causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers.for_reference()
     )
     with torch.autocast("cpu", enabled=False):
-        o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
+        o, lse, row_max = reference.attention(q.detach(), k.detach(), v.detach(), **how, return_row_max=True)
     o = (torch.empty_like(q) if out is None else out).copy_(o)
-    return (o, lse) if return_lse else o
+    return results(o, lse, row_max, asked)

@@ -1,4 +1,4 @@
-"""What a call asks for beside plain attention: its window, and what changes its scores or their sums."""
+"""What a call asks for beside plain attention: its window, what changes its scores or their sums, their maxima."""
 
 from functools import partial
 from typing import NamedTuple
@@ -20,13 +20,14 @@ class Modifiers(NamedTuple):
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
     block_mask: BlockLists | Sparsity | None = None  # Sparsity: fitted to a problem
+    row_max: bool | Tensor = False  # True: each row's maximum is asked for; a tensor: where it goes
 
     @property
     def kinds(self) -> Kinds:
         score, mask = (None if mod is None else mod.kernel for mod in (self.score_mod, self.mask_mod))
         window, softcap, alibi, sinks = (x is not None for x in self[:4])
         sparse = None if self.block_mask is None else self.block_mask.blocks
-        return Kinds(window, softcap, alibi, sinks, score, mask, sparse)
+        return Kinds(window, softcap, alibi, sinks, score, mask, sparse, self.row_max is not False)
 
     def arguments(self) -> tuple:
         """What the compiled call takes behind the stream: `FwdConfig.signature`."""
@@ -38,6 +39,7 @@ class Modifiers(NamedTuple):
             *(() if slopes is None else (slopes.data_ptr(), slopes.stride(0) if slopes.dim() == 2 else 0)),
             *(() if score is None else score.arguments),
             *(() if sinks is None else (sinks.data_ptr(),)),
+            *(() if self.row_max is False else (self.row_max,)),
             *(self.block_mask.arguments if isinstance(self.block_mask, Sparsity) else ()),
         )
 
@@ -50,9 +52,11 @@ class Modifiers(NamedTuple):
         return named
 
     def by_name(self) -> dict:
-        """As `flash_fwd` takes them: mods as functions, which hold their aux."""
+        """As `flash_fwd` takes them, but for outputs: mods as functions, which hold their aux."""
         mods = dict(score_mod=self.score_mod, mask_mod=self.mask_mod)
-        return self._asdict() | {name: None if mod is None else mod.function for name, mod in mods.items()}
+        named = self._asdict() | {name: None if mod is None else mod.function for name, mod in mods.items()}
+        del named["row_max"]
+        return named
 
     def flat(self) -> tuple:
         """As the torch operators take them."""

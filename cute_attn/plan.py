@@ -27,6 +27,7 @@ class Kinds(NamedTuple):
     score_mod: UserMod | None = None
     mask_mod: UserMod | None = None
     sparse: SparseBlocks | None = None
+    row_max: bool = False
 
 
 class Problem(NamedTuple):
@@ -133,7 +134,16 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
         config = replace(config, cluster=1 if config.scheduler.draws else config.cluster)
     mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
     redo = config.redo and not score.name and not mask.everywhere
-    return replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
+    config = replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
+    return with_maxima(config) if kinds.row_max else config
+
+
+def with_maxima(config: FwdConfig) -> FwdConfig:
+    """Of a kernel the one that writes its rows' maxima too. Three warpgroups that hold much already would spill."""
+    config = replace(config, row_max=True, redo=False)
+    if config.warpgroups < 3 or config.registers_held < 120:
+        return config
+    return replace(config, tile_n=64) if config.tile_n > 64 else replace(config, tile_m=128)
 
 
 def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
@@ -153,18 +163,21 @@ def windowed(config: FwdConfig) -> FwdConfig:
 
 
 @lru_cache(maxsize=256)
-def varlen(head_dim: int, dtype: str, causal: bool, window: bool, gpu: str | None = None) -> FwdConfig:
+def varlen(
+    head_dim: int, dtype: str, causal: bool, window: bool, gpu: str | None = None, row_max: bool = False
+) -> FwdConfig:
     """The kernel for packed sequences: the tiles of the one that serves wherever no other row does, and no clusters."""
     base = config(next(d for d in HEAD_DIMS if head_dim <= d), dtype, LAYOUTS[0], causal or window, gpu)
     base = windowed(base) if window else base
     scheduler = PackedLongest if causal or window else Packed
+    base = with_maxima(base) if row_max else base
     return replace(base, layout="thd", scheduler=scheduler, cluster=1)
 
 
 def kind(config: FwdConfig) -> tuple:
     """What a caller chooses, beside the sizes: they may take one kernel or another of a kind."""
     c = config
-    return c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks
+    return c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks, c.row_max
 
 
 def shipped(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:

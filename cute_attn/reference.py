@@ -23,6 +23,8 @@ def attention(
     mask_mod=None,
     layout="bhsd",
     dtype=torch.float64,
+    return_row_max=False,
+    return_max_logit=False,
 ):
     """softmax(scale q k^T) v over every (query, key) pair that the mask leaves, all in `dtype`.
 
@@ -30,7 +32,8 @@ def attention(
     is aligned to the last key, and so is window, (left, right): query i sees the keys from i + Sk - Sq - left to
     i + Sk - Sq + right, None being no bound. softcap, alibi_slopes, sinks, score_mod and mask_mod as of `flash_fwd`.
     Returns o like q and lse (B, H, Sq), natural log, both in `dtype`. A row whose every score is -inf, which no visible
-    key implies, gives o = 0 and lse = -inf, or its sink.
+    key implies, gives o = 0 and lse = -inf, or its sink. Where asked for, each row's largest score (B, H, Sq) and each
+    head's (H,) follow, no sinks among them, and -inf where there is no score.
     """
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -38,7 +41,7 @@ def attention(
     seqlen_k, ratio = k.shape[2], heads // max(k.shape[1], 1)
     scale = head_dim**-0.5 if scale is None else scale
     o = torch.empty(q.shape, dtype=dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    lse, row_max = (torch.empty(q.shape[:3], dtype=dtype, device=q.device) for _ in range(2))
     rows = max(1, CHUNK_BYTES // (max(seqlen_k, 1) * dtype.itemsize))
     for b in range(batch):
         for h in range(heads):
@@ -49,8 +52,20 @@ def attention(
                 seen = _seen(start, len(queries), seqlen_q, seqlen_k, causal, window, q.device)
                 change = partial(_changed, b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod)
                 sink = None if sinks is None else sinks[h].to(dtype)
-                o[b, h, part], lse[b, h, part] = _rows(queries, keys, values, scale, seen, change, sink)
-    return (o.transpose(1, 2) if layout == "bshd" else o), lse
+                found = _rows(queries, keys, values, scale, seen, change, sink)
+                o[b, h, part], lse[b, h, part], row_max[b, h, part] = found
+    o = o.transpose(1, 2) if layout == "bshd" else o
+    return o, lse, *maxima(row_max, return_row_max, return_max_logit)
+
+
+def maxima(row_max, return_row_max, return_max_logit):
+    """Of row_max (B, H, Sq), or packed (H, total_q), what is asked for: itself, each head's maximum."""
+    others = (0, 2) if row_max.dim() == 3 else (1,)
+    if return_row_max:
+        yield row_max
+    if return_max_logit:
+        heads = row_max.shape[row_max.dim() - 2]
+        yield row_max.amax(others) if row_max.numel() else row_max.new_full((heads,), -torch.inf)
 
 
 def gradients(grad, q, k, v, *, causal=False, scale=None, window=None, layout="bhsd", dtype=torch.float64):
@@ -90,12 +105,12 @@ def parts(cu_seqlens, seqused, total):
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, seqused_q=None, seqused_k=None, **how):
     """`attention` for packed q (total_q, H, D), k and v (total_k, Hk, D): of each sequence its rows, o (s, H, D) and
-    lse (H, s). `how` is causal, scale, window and dtype.
+    lse (H, s), and row_max where asked for. `how` is causal, scale, window, dtype and return_row_max.
     """
     queries, keys = parts(cu_seqlens_q, seqused_q, len(q)), parts(cu_seqlens_k, seqused_k, len(k))
     for a, b in zip(queries, keys, strict=True):
-        o, lse = attention(q[None, a], k[None, b], v[None, b], layout="bshd", **how)
-        yield a, o[0], lse[0]
+        found = attention(q[None, a], k[None, b], v[None, b], layout="bshd", **how)
+        yield a, *(x[0] for x in found)
 
 
 def varlen_gradients(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, **how):
@@ -145,8 +160,8 @@ def _rows(q, k, v, scale, seen, change, sink):
     none = s.new_full((s.shape[0], 1), -torch.inf)
     s = torch.cat((s, none if sink is None else sink.expand_as(none)), dim=1)  # as the score of one more key
     top = s.amax(dim=1, keepdim=True)
-    empty = s[:, :-1].amax(dim=1, keepdim=True) == -torch.inf if s.shape[1] > 1 else none == -torch.inf
+    row_max = s[:, :-1].amax(dim=1, keepdim=True) if s.shape[1] > 1 else none
     p = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0))
     total = p.sum(dim=1, keepdim=True)
-    o = ((p[:, :-1] / total) @ v).masked_fill(empty, 0.0)
-    return o, (top + total.log()).squeeze(1)
+    o = ((p[:, :-1] / total) @ v).masked_fill(row_max == -torch.inf, 0.0)
+    return o, (top + total.log()).squeeze(1), row_max.squeeze(1)

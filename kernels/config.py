@@ -1,9 +1,9 @@
 """Every compile-time choice of a forward kernel; the config is the compile key."""
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
-from cutlass import Int32, Int64, cute
+from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_tensor
 
 from .mask import Causal, Full, UserMask, Window
@@ -20,9 +20,9 @@ REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 PACKED_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}  # a producer that looks for its tiles
 
 
-def _int32(rank: int):
-    """A tensor of any shape and strides, for its type."""
-    return make_fake_tensor(Int32, [cute.sym_int() for _ in range(rank)], [cute.sym_int64() for _ in range(rank)])
+def _tensor(dtype, rank: int):
+    """Of any shape and strides, for its type."""
+    return make_fake_tensor(dtype, [cute.sym_int() for _ in range(rank)], [cute.sym_int64() for _ in range(rank)])
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class FwdConfig:
     score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
     sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
+    row_max: bool = False  # each row's largest score is written too: Maxima
     pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: PackedHeads
 
     def __post_init__(self):
@@ -73,6 +74,7 @@ class FwdConfig:
         assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
         assert not (self.redo and self.score.name), "Scored has no score for the step redone"
+        assert not (self.row_max and (self.redo or self.split > 1)), "Maxima sees each S once, and all of a row's"
         assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "Sparse's own"
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
@@ -138,10 +140,22 @@ class FwdConfig:
 
     def signature(self) -> tuple:
         """What `__call__` takes behind the stream: one value of each argument, for its type."""
-        sinks = (Int64(0),) if self.sinks else ()
-        lists = [_int32(3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
         sequences = (*[Int64(0)] * 4, Int32(0)) if self.packed else ()  # two cu_seqlens, two seqused; how many
-        return self.mask.signature(), self.score.signature(), (*sinks, *lists), sequences
+        return self.mask.signature(), self.score.signature(), (*chain(*self._others().values()),), sequences
+
+    def _others(self) -> dict[str, tuple]:
+        """What the mixins take, by the field that asks for one."""
+        lists = [_tensor(Int32, 3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
+        return dict(
+            sinks=(Int64(0),) if self.sinks else (),
+            row_max=(_tensor(Float32, 2 if self.packed else 3),) if self.row_max else (),  # like lse
+            sparse=tuple(lists),
+        )
+
+    def own(self, field: str, others: tuple) -> tuple:
+        """Of problem.others those of one mixin."""
+        left = iter(others)
+        return {name: tuple(islice(left, len(part))) for name, part in self._others().items()}[field]
 
     def divide(self, extras: tuple) -> list[tuple]:
         """Those arguments by who takes them: mask, score and mixins; and the sequences'."""
@@ -155,9 +169,6 @@ class FwdConfig:
         tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
-        kind = "_".join(
-            filter(
-                None, (self.mask.name, self.score.name, "sinks" if self.sinks else "", "sparse" if self.sparse else "")
-            )
-        )
+        mixins = [name for name in ("sinks", "row_max", "sparse") if getattr(self, name)]
+        kind = "_".join(filter(None, (self.mask.name, self.score.name, *mixins)))
         return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{kind}_{tile}"
