@@ -31,6 +31,9 @@ class Options(TypedDict, total=False):
     mask_mod: Callable | None
     aux: Sequence[Tensor | int | float]
     block_mask: Any
+    dropout_p: float
+    generator: torch.Generator | None
+    rng_state: Tensor | None
 
 
 @overload
@@ -50,6 +53,7 @@ def flash_fwd(
     return_lse: bool = ...,
     return_row_max: bool = ...,
     return_max_logit: bool = ...,
+    return_rng_state: bool = ...,
     **options: Unpack[Options],
 ) -> Any: ...
 
@@ -75,6 +79,10 @@ def flash_fwd(
     block_mask=None,
     return_row_max=False,
     return_max_logit=False,
+    dropout_p=0.0,
+    generator=None,
+    rng_state=None,
+    return_rng_state=False,
 ):
     """Exact attention, softmax(scale q k^T) v, by one fused kernel (FlashAttention-3, arXiv:2407.08608).
 
@@ -104,10 +112,15 @@ def flash_fwd(
         return_row_max: also return each row's largest score as the softmax takes it: scaled, capped, biased, after the
             masks; float32 (B, H, Sq), -inf where a row sees no key. No sink counts.
         return_max_logit: also return the largest of these of each head, float32 (H,), for QK-clip (arXiv:2507.20534).
+        dropout_p: the probability, to 1/65536, with which a weight is left out, after the softmax; the others are
+            divided by 1 - dropout_p. lse is without. 0 is the plain kernel; another value compiles nothing.
+        generator: a torch.Generator of q's device to draw from; None for torch's own. The draw stays on the device.
+        rng_state: (2,) int64 on q's device, seed and offset, in place of a draw: the same weights are left out again.
+        return_rng_state: also return the rng_state used, for `cute_attn.reference.keep_mask`; zeros without dropout.
 
     Returns:
-        o, like q; or a tuple of o[, lse][, row_max][, max_logit]. Accumulated in float32, rounded once. A row that sees
-        no key gives o = 0 and lse = -inf, or its sink.
+        o, like q; or a tuple of o[, lse][, row_max][, max_logit][, rng_state]. Accumulated in float32, rounded once. A
+        row that sees no key gives o = 0 and lse = -inf, or its sink.
 
     Arrays of NumPy, CuPy, JAX and others that speak DLPack are taken too, all of one library, without a copy; what
     comes back is then of that library. They run eagerly only, outside of `jax.jit`.
@@ -123,21 +136,24 @@ def flash_fwd(
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    modifiers, asked = NONE, (return_lse, return_row_max, return_max_logit)
-    if type(return_row_max) is not bool or type(return_max_logit) is not bool:
-        checks.flags(return_row_max=return_row_max, return_max_logit=return_max_logit)
-    row_max = return_row_max or return_max_logit
-    if row_max or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None:
+    modifiers, dropout, asked = NONE, None, (return_lse, return_row_max, return_max_logit, return_rng_state)
+    if type(return_row_max) is not bool or type(return_max_logit) is not bool or type(return_rng_state) is not bool:
+        checks.flags(**dict(zip(ASKED, asked, strict=True)))
+    if type(dropout_p) is not float or dropout_p != 0.0 or generator is not None or rng_state is not None:
+        dropout = checks.dropout(dropout_p, generator, rng_state)
+    more = return_row_max or return_max_logit or dropout is not None
+    if more or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None:
         causal, window = checks.window(window, causal)
         mods = checks.mods(score_mod, mask_mod, aux, block_mask)
-        modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, row_max)
+        row_max = return_row_max or return_max_logit
+        modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, dropout, row_max)
     if torch.compiler.is_compiling():
         return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
         from .integrations import dlpack
 
         how = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
-        how |= dict(zip(("return_lse", "return_row_max", "return_max_logit"), asked, strict=True))
+        how |= dict(zip(ASKED, asked, strict=True))
         return dlpack.flash_fwd(q, k, v, out=out, **how, **modifiers.by_name())
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
@@ -149,9 +165,7 @@ def flash_fwd(
             checks.tensor(name, x)
         return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if modifiers is not NONE:
-        modifiers = checks.fitted(modifiers, problem, q.device)
-        if row_max:
-            modifiers = modifiers._replace(row_max=q.new_full(problem.lse_shape, -torch.inf, dtype=torch.float32))
+        modifiers = checks.fitted(modifiers, problem, q.device).started(q, problem.lse_shape)
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
     if gpu is None:
@@ -174,22 +188,33 @@ def flash_fwd(
             _prepared(q, k, v, out, *how)
             checks.addresses(q, k, v, o)
             raise
-    if row_max:
-        return results(o, lse, modifiers.row_max, asked)
-    return (o, lse) if return_lse else o
+    if modifiers is NONE and not return_rng_state:
+        return (o, lse) if return_lse else o
+    return results(o, lse, modifiers.row_max, modifiers.rng_state, asked)
 
 
-def results(o, lse, row_max, asked):
+ASKED = "return_lse", "return_row_max", "return_max_logit", "return_rng_state"
+
+
+def results(o, lse, row_max, rng_state, asked):
     """o, or a tuple of it and what else was asked for."""
-    return_lse, *of_rows = asked
-    found = o, *((lse,) if return_lse else ()), *(() if row_max is None else reference.maxima(row_max, *of_rows))
-    return found if len(found) > 1 else o
+    return_lse, return_row_max, return_max_logit, return_rng_state = asked
+    found = [o, lse] if return_lse else [o]
+    if return_row_max or return_max_logit:
+        found += reference.maxima(row_max, return_row_max, return_max_logit)
+    if return_rng_state:
+        found.append(o.new_zeros(2, dtype=torch.int64) if rng_state is None else rng_state)
+    return tuple(found) if len(found) > 1 else o
 
 
-def _by_operator(q, k, v, causal, scale, layout, asked, *others):
+def _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers):
     from .integrations.torch_op import traced  # which imports this file
 
-    return results(*traced(q, k, v, causal, scale, layout, asked[0], *others), asked)
+    if checks.learns(q, k, v):
+        checks.gradients(q, layout, modifiers)
+    modifiers = modifiers.drawn(q)
+    found = traced(q, k, v, causal, scale, layout, asked[0], out, constant_time, modifiers)
+    return results(*found, modifiers.rng_state, asked)
 
 
 class Call(NamedTuple):
@@ -290,4 +315,4 @@ def _on_cpu(problem, q, k, v, scale, modifiers, asked, out):
     with torch.autocast("cpu", enabled=False):
         o, lse, row_max = reference.attention(q.detach(), k.detach(), v.detach(), **how, return_row_max=True)
     o = (torch.empty_like(q) if out is None else out).copy_(o)
-    return results(o, lse, row_max, asked)
+    return results(o, lse, row_max, modifiers.rng_state, asked)

@@ -24,6 +24,7 @@ from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
 from .kernels.config import FwdConfig
 from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
+from .kernels.flash_fwd_dropout_sm90 import Dropout
 from .kernels.flash_fwd_maxima_sm90 import Maxima
 from .kernels.flash_fwd_pack_sm90 import PackedHeads
 from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
@@ -120,6 +121,7 @@ def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
         Timeline: config.timeline,
         Scored: config.score.name,
         Sinks: config.sinks,
+        Dropout: config.dropout,
         Maxima: config.row_max,
         Windowed: config.mask.windowed and not config.sparse,
         Sparse: config.sparse,

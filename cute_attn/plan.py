@@ -28,6 +28,7 @@ class Kinds(NamedTuple):
     mask_mod: UserMod | None = None
     sparse: SparseBlocks | None = None
     row_max: bool = False
+    dropout: bool = False
 
 
 class Problem(NamedTuple):
@@ -135,12 +136,22 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
     mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
     redo = config.redo and not score.name and not mask.everywhere
     config = replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
-    return with_maxima(config) if kinds.row_max else config
+    config = with_maxima(config) if kinds.row_max else config
+    return with_dropout(config) if kinds.dropout else config
+
+
+def with_dropout(config: FwdConfig) -> FwdConfig:
+    """Of a kernel the one that leaves out entries of P, whose random bits are for 32 keys at a time."""
+    return roomy(replace(config, dropout=True, redo=False, tile_n=config.tile_n // 32 * 32))
 
 
 def with_maxima(config: FwdConfig) -> FwdConfig:
-    """Of a kernel the one that writes its rows' maxima too. Three warpgroups that hold much already would spill."""
-    config = replace(config, row_max=True, redo=False)
+    """Of a kernel the one that writes its rows' maxima too."""
+    return roomy(replace(config, row_max=True, redo=False))
+
+
+def roomy(config: FwdConfig) -> FwdConfig:
+    """Where more is held than a kernel was tuned for: three warpgroups that hold much already would spill."""
     if config.warpgroups < 3 or config.registers_held < 120:
         return config
     return replace(config, tile_n=64) if config.tile_n > 64 else replace(config, tile_m=128)
@@ -177,7 +188,7 @@ def varlen(
 def kind(config: FwdConfig) -> tuple:
     """What a caller chooses, beside the sizes: they may take one kernel or another of a kind."""
     c = config
-    return c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks, c.row_max
+    return c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks, c.dropout, c.row_max
 
 
 def shipped(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:

@@ -64,7 +64,7 @@ def flash_fwd_varlen(
     if window is not None:
         causal, window = checks.window(window, causal)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    hints, asked = (max_seqlen_q, max_seqlen_k), (return_lse, return_row_max, return_max_logit)
+    hints, asked = (max_seqlen_q, max_seqlen_k), (return_lse, return_row_max, return_max_logit, False)
     if type(return_row_max) is not bool or type(return_max_logit) is not bool:
         checks.flags(return_row_max=return_row_max, return_max_logit=return_max_logit)
     wants_max = return_row_max or return_max_logit
@@ -86,7 +86,7 @@ def flash_fwd_varlen(
         _on_cpu(q, k, v, lengths, o, lse, row_max, causal=causal, scale=scale, window=window)
     elif call.kernel is not None:
         _launch(call, (q, k, v, o), lengths, lse, scale, (*(window or ()), *(() if row_max is None else (row_max,))))
-    return api.results(o, lse, row_max, asked)
+    return api.results(o, lse, row_max, None, asked)
 
 
 def _by_operator(wants_max, *arguments):

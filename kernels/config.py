@@ -60,6 +60,7 @@ class FwdConfig:
     score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
     sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
+    dropout: bool = False  # some entries of P are left out: Dropout
     row_max: bool = False  # each row's largest score is written too: Maxima
     pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: PackedHeads
 
@@ -75,6 +76,7 @@ class FwdConfig:
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
         assert not (self.redo and self.score.name), "Scored has no score for the step redone"
         assert not (self.row_max and (self.redo or self.split > 1)), "Maxima sees each S once, and all of a row's"
+        assert not self.dropout or self.tile_n % 32 == 0, "a call of Philox is for 32 keys of a row"
         assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "Sparse's own"
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
@@ -114,7 +116,7 @@ class FwdConfig:
     def packable(self) -> bool:
         """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
         plain = self.score.name in ("", "softcap") and not self.mask.everywhere
-        return plain and not self.packed and self.sparse is None
+        return plain and not self.packed and self.sparse is None and not self.dropout
 
     @property
     def smem_bytes(self) -> int:
@@ -148,6 +150,9 @@ class FwdConfig:
         lists = [_tensor(Int32, 3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
         return dict(
             sinks=(Int64(0),) if self.sinks else (),
+            dropout=(Int64(0), Int32(0), Float32(0.0))
+            if self.dropout
+            else (),  # seed and offset's address; kept, scale
             row_max=(_tensor(Float32, 2 if self.packed else 3),) if self.row_max else (),  # like lse
             sparse=tuple(lists),
         )
@@ -169,6 +174,6 @@ class FwdConfig:
         tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
-        mixins = [name for name in ("sinks", "row_max", "sparse") if getattr(self, name)]
+        mixins = [name for name in ("sinks", "dropout", "row_max", "sparse") if getattr(self, name)]
         kind = "_".join(filter(None, (self.mask.name, self.score.name, *mixins)))
         return f"flash_fwd_sm90_{self.dtype}_d{self.head_dim}_{kind}_{tile}"

@@ -25,10 +25,13 @@ def flash_fwd_op(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of `cute_attn.flash_fwd`; lse has no elements where it is not asked for, as gradients do."""
     how: api.Options = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
     how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
+    how |= api.Options(dropout_p=dropout_p, rng_state=rng_state)
     with torch.no_grad():
         result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result if return_lse else (result, _lse_like(q, layout, False))
@@ -54,10 +57,13 @@ def flash_fwd_row_max_op(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(o, lse, row_max), as flash_fwd: row_max has no gradient."""
     how: api.Options = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
     how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
+    how |= api.Options(dropout_p=dropout_p, rng_state=rng_state)
     with torch.no_grad():
         o, *lse, row_max = api.flash_fwd(q, k, v, return_lse=return_lse, return_row_max=True, **how)
     return o, lse[0] if return_lse else _lse_like(q, layout, False), row_max
@@ -84,10 +90,13 @@ def flash_fwd_out_op(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """lse of `cute_attn.flash_fwd(..., out=out)`; no elements where it is not asked for."""
     how: api.Options = dict(causal=causal, scale=scale, layout=layout, out=out, constant_time=constant_time)
     how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
+    how |= api.Options(dropout_p=dropout_p, rng_state=rng_state)
     with torch.no_grad():
         result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result[1] if return_lse else _lse_like(q, layout, False)
@@ -230,7 +239,8 @@ def _save(ctx, inputs, output):
     (q, k, v, causal, scale, layout, return_lse, _, *sides), (o, lse, *row_max) = inputs, output
     if not return_lse:
         raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
-    checks.gradients(q, layout, Modifiers(None, *sides[2:]))
+    dropout = checks.dropout(sides[5], None, sides[6])
+    checks.gradients(q, layout, Modifiers(None, *sides[2:5], dropout=dropout))
     ctx.mark_non_differentiable(lse, *row_max)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, o, lse)
@@ -273,8 +283,6 @@ def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modif
     Returns o, lse and row_max, the last None where it is not asked for.
     """
     learns = checks.learns(q, k, v)
-    if learns:
-        checks.gradients(q, layout, modifiers)
     how = causal, scale, layout, return_lse or learns, constant_time, *modifiers.flat()
     if out is None and modifiers.row_max:
         return torch.ops.cute_attn.flash_fwd_row_max(q, k, v, *how)
