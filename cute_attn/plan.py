@@ -151,8 +151,8 @@ def with_maxima(config: FwdConfig) -> FwdConfig:
 
 
 def roomy(config: FwdConfig) -> FwdConfig:
-    """Where more is held than a kernel was tuned for: three warpgroups that hold much already would spill."""
-    if config.warpgroups < 3 or config.registers_held < 120:
+    """Where more is held than a kernel was tuned for: two or three warpgroups that hold much already would spill."""
+    if config.registers_held < {2: 184, 3: 120}.get(config.warpgroups, 256):
         return config
     return replace(config, tile_n=64) if config.tile_n > 64 else replace(config, tile_m=128)
 
