@@ -165,9 +165,11 @@ def flash_fwd(
             checks.tensor(name, x)
         return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if modifiers is not NONE:
-        modifiers = checks.fitted(modifiers, problem, q.device).started(q, problem.lse_shape)
+        modifiers = checks.fitted(modifiers, problem, q.device)
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
+    if more:
+        modifiers = modifiers.started(q, problem)
     if gpu is None:
         return _on_cpu(problem, q, k, v, scale, modifiers, asked, out)
     o = torch.empty_like(q) if out is None else out

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .block_mask import BlockLists, Sparsity
 from .mods import Mod
-from .plan import Kinds
+from .plan import Kinds, Problem
 from .reference import LEVELS, levels_kept
 
 SEEDS = (1 << 63) - 1
@@ -47,10 +47,12 @@ class Modifiers(NamedTuple):
             *(window, softcap, alibi, sinks, score, mask, sparse), self.row_max is not False, self.dropout is not None
         )
 
-    def started(self, q: Tensor, rows: tuple[int, ...]) -> "Modifiers":
-        """With what a call makes: where the maxima of so many rows go, and dropout's random state."""
-        row_max = q.new_full(rows, -torch.inf, dtype=torch.float32) if self.row_max else False
-        return self.drawn(q)._replace(row_max=row_max)
+    def started(self, q: Tensor, problem: Problem) -> "Modifiers":
+        """With what a call makes: where the rows' maxima go, and dropout's random state."""
+        if not self.row_max:
+            return self.drawn(q)
+        row_max = q.new_empty(problem.lse_shape, dtype=torch.float32)
+        return self.drawn(q)._replace(row_max=row_max.fill_(-torch.inf) if problem.empty else row_max)
 
     def drawn(self, q: Tensor) -> "Modifiers":
         """With dropout's random state, drawn on q's device: nothing is read back, and a CUDA graph draws anew."""
