@@ -31,6 +31,9 @@ class Options(TypedDict, total=False):
     mask_mod: Callable | None
     aux: Sequence[Tensor | int | float]
     block_mask: Any
+    dropout_p: float
+    generator: torch.Generator | None
+    rng_state: Tensor | None
 
 
 @overload
@@ -42,7 +45,17 @@ def flash_fwd(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
-def flash_fwd(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]) -> Any: ...
+def flash_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_row_max: bool = ...,
+    return_max_logit: bool = ...,
+    return_rng_state: bool = ...,
+    **options: Unpack[Options],
+) -> Any: ...
 
 
 def flash_fwd(
@@ -64,6 +77,12 @@ def flash_fwd(
     mask_mod=None,
     aux=(),
     block_mask=None,
+    return_row_max=False,
+    return_max_logit=False,
+    dropout_p=0.0,
+    generator=None,
+    rng_state=None,
+    return_rng_state=False,
 ):
     """Exact attention, softmax(scale q k^T) v, by one fused kernel (FlashAttention-3, arXiv:2407.08608).
 
@@ -91,18 +110,27 @@ def flash_fwd(
             that they capture, and aux, tensors and numbers, are run-time arguments.
         block_mask: FlexAttention's BlockMask, whose mask_mod then applies, or `cute_attn.BlockLists`: the blocks of
             keys that each block of queries needs; the others cost nothing.
+        return_row_max: also return each row's largest score as the softmax takes it: scaled, capped, biased, after the
+            masks; float32 (B, H, Sq), -inf where a row sees no key. No sink counts.
+        return_max_logit: also return the largest of these of each head, float32 (H,), for QK-clip (arXiv:2507.20534).
+        dropout_p: the probability, to 1/65536, with which a weight is left out, after the softmax; the others are
+            divided by 1 - dropout_p. lse is without. 0 is the plain kernel; another value compiles nothing.
+        generator: a torch.Generator of q's device to draw from; None for torch's own. The draw stays on the device.
+        rng_state: (2,) int64 on q's device, seed and offset, in place of a draw: the same weights are left out again.
+        return_rng_state: also return the rng_state used, for `cute_attn.reference.keep_mask`; zeros without dropout.
 
     Returns:
-        o (B, H, Sq, Dv), its dimensions in q's order in memory; or (o, lse). Accumulated in float32, rounded once. A
+        o (B, H, Sq, Dv), its dimensions in q's order in memory; or a tuple of o[, lse][, row_max][, max_logit]
+        [, rng_state]. Accumulated in float32, rounded once. A
         row that sees no key gives o = 0 and lse = -inf, or its sink.
 
-    Arrays of NumPy, CuPy, JAX and others that speak DLPack are taken too, all of one library, without a copy; o and lse
-    are then of that library. They run eagerly only, outside of `jax.jit`.
+    Arrays of NumPy, CuPy, JAX and others that speak DLPack are taken too, all of one library, without a copy; what
+    comes back is then of that library. They run eagerly only, outside of `jax.jit`.
 
     Runs on torch's current stream of the tensors' device, and may be captured in a CUDA graph after one call. CPU
     tensors are computed by torch in float32 and rounded once.
 
-    Differentiable once in q, k and v, where D == Dv <= 256, but with no modifier other than a window; lse is not. The
+    Differentiable once in q, k and v, where D == Dv <= 256, but with no modifier other than a window; only o is. The
     backward is torch's: cuDNN's where Sq == Sk, the scale is positive and there is no window, else FlashAttention-2's,
     and that everywhere under torch.use_deterministic_algorithms or without torch.backends.cuda.enable_cudnn_sdp. At
     most 65,535 batches and heads; no `out`; a backward through the backward raises, as do the transforms of torch.func.
@@ -110,18 +138,24 @@ def flash_fwd(
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    modifiers = NONE
-    if not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None:
+    modifiers, dropout, asked = NONE, None, (return_lse, return_row_max, return_max_logit, return_rng_state)
+    if type(return_row_max) is not bool or type(return_max_logit) is not bool or type(return_rng_state) is not bool:
+        checks.flags(**dict(zip(ASKED, asked, strict=True)))
+    if type(dropout_p) is not float or dropout_p != 0.0 or generator is not None or rng_state is not None:
+        dropout = checks.dropout(dropout_p, generator, rng_state)
+    more = return_row_max or return_max_logit or dropout is not None
+    if more or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None:
         causal, window = checks.window(window, causal)
-        modifiers = Modifiers(
-            window, checks.softcap(softcap), alibi_slopes, sinks, *checks.mods(score_mod, mask_mod, aux, block_mask)
-        )
+        mods = checks.mods(score_mod, mask_mod, aux, block_mask)
+        row_max = return_row_max or return_max_logit
+        modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, dropout, row_max)
     if torch.compiler.is_compiling():
-        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers)
+        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
         from .integrations import dlpack
 
-        how = dict(causal=causal, scale=scale, layout=layout, return_lse=return_lse, constant_time=constant_time)
+        how = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
+        how |= dict(zip(ASKED, asked, strict=True))
         return dlpack.flash_fwd(q, k, v, out=out, **how, **modifiers.by_name())
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
@@ -131,13 +165,15 @@ def flash_fwd(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
         for name, x in zip("qkv", (q, k, v), strict=True):
             checks.tensor(name, x)
-        return _by_operator(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers)
+        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if modifiers is not NONE:
         modifiers = checks.fitted(modifiers, problem, q.device)
     if out is not None:
         checks.out_memory(out, q, k, v, nbytes)
+    if more:
+        modifiers = modifiers.started(q, problem)
     if gpu is None:
-        return _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out)
+        return _on_cpu(problem, q, k, v, scale, modifiers, asked, out)
     o = (o_like(q, v) if problem.head_dim_v else torch.empty_like(q)) if out is None else out
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32) if return_lse else None
     if kernel is None:
@@ -156,13 +192,33 @@ def flash_fwd(
             _prepared(q, k, v, out, *how)
             checks.addresses(q, k, v, o)
             raise
-    return (o, lse) if return_lse else o
+    if modifiers is NONE and not return_rng_state:
+        return (o, lse) if return_lse else o
+    return results(o, lse, modifiers.row_max, modifiers.rng_state, asked)
 
 
-def _by_operator(*arguments):
+ASKED = "return_lse", "return_row_max", "return_max_logit", "return_rng_state"
+
+
+def results(o, lse, row_max, rng_state, asked):
+    """o, or a tuple of it and what else was asked for."""
+    return_lse, return_row_max, return_max_logit, return_rng_state = asked
+    found = [o, lse] if return_lse else [o]
+    if return_row_max or return_max_logit:
+        found += reference.maxima(row_max, return_row_max, return_max_logit)
+    if return_rng_state:
+        found.append(o.new_zeros(2, dtype=torch.int64) if rng_state is None else rng_state)
+    return tuple(found) if len(found) > 1 else o
+
+
+def _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers):
     from .integrations.torch_op import traced  # which imports this file
 
-    return traced(*arguments)
+    if checks.learns(q, k, v):
+        checks.gradients(q, layout, modifiers)
+    modifiers = modifiers.drawn(q)
+    found = traced(q, k, v, causal, scale, layout, asked[0], out, constant_time, modifiers)
+    return results(*found, modifiers.rng_state, asked)
 
 
 class Call(NamedTuple):
@@ -265,11 +321,11 @@ def _for_tma(x):
     return x.as_strided(x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), (8, 8, 8, 1), strict=True)])
 
 
-def _on_cpu(problem, q, k, v, scale, modifiers, return_lse, out):
+def _on_cpu(problem, q, k, v, scale, modifiers, asked, out):
     how = dict(
         causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers.for_reference()
     )
     with torch.autocast("cpu", enabled=False):
-        o, lse = reference.attention(q.detach(), k.detach(), v.detach(), **how)
+        o, lse, row_max = reference.attention(q.detach(), k.detach(), v.detach(), **how, return_row_max=True)
     o = (o_like(q, v) if out is None else out).copy_(o)
-    return (o, lse) if return_lse else o
+    return results(o, lse, row_max, modifiers.rng_state, asked)

@@ -8,9 +8,10 @@ import torch
 
 from . import block_mask as block_masks
 from .kernels.config import HEAD_DIM_MAX
-from .modifiers import Modifiers
+from .modifiers import Dropout, Modifiers
 from .mods import Mod, prepare
 from .plan import Kinds, Problem
+from .reference import LEVELS, levels_kept
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 TORCH_DTYPES = {word: dtype for dtype, word in DTYPES.items()}
@@ -304,6 +305,42 @@ def softcap(value) -> Any:
     return number
 
 
+def dropout(p, generator, rng_state) -> Dropout | None:
+    """None where, to 16 bits, nothing is left out."""
+    if isinstance(p, bool) or not isinstance(p, numbers.Real):
+        raise TypeError(f"dropout_p: {p!r} came; a number from 0 to 1 is needed")
+    p = float(p)
+    if not 0 <= p <= 1:  # also NaN
+        raise ValueError(f"dropout_p: {p} came; use a probability, from 0 to 1")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: {type_word(generator)} came; a torch.Generator is needed, or None for torch's own")
+    if generator is not None and rng_state is not None:
+        raise ValueError("generator: given with rng_state, which is used as it is; omit one of them")
+    if generator is not None and torch.compiler.is_compiling():
+        raise TypeError(
+            "generator: it cannot pass the operator that torch.compile sees; draw rng_state from it instead"
+        )
+    return None if levels_kept(p) == LEVELS else Dropout(p, generator, rng_state)
+
+
+def random_state(given: Dropout, device: torch.device) -> None:
+    """What is drawn from, or was drawn, is where q is."""
+    _, generator, state = given
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(
+            f"generator: it is for {generator.device}, but q is on {device}; use torch.Generator({str(device)!r})"
+        )
+    if state is None:
+        return
+    if not isinstance(state, torch.Tensor):
+        raise TypeError(f"rng_state: a torch.Tensor is needed, int64 (2,): seed, offset; {type_word(state)} came")
+    if state.dtype != torch.int64 or state.shape != (2,) or state.stride(0) != 1:
+        what = f"{state.dtype} of shape {tuple(state.shape)} and strides {state.stride()} came"
+        raise ValueError(f"rng_state: {what}; int64 (2,), contiguous, is needed: seed, offset")
+    if state.device != device:
+        raise ValueError(f"rng_state: on {state.device}, but q is on {device}; move it with .to(device)")
+
+
 def mods(score_mod, mask_mod, aux, block_mask) -> tuple[Mod | None, Mod | None, block_masks.BlockLists | None]:
     """(score_mod, mask_mod, lists) taken apart; aux goes to both functions."""
     if not isinstance(aux, (tuple, list)):
@@ -323,6 +360,8 @@ def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modi
     per_head(modifiers, problem, device)
     for name, mod in (("score_mod", modifiers.score_mod), ("mask_mod", modifiers.mask_mod)):
         captured(name, mod, device)
+    if modifiers.dropout is not None:
+        random_state(modifiers.dropout, device)
     lists = modifiers.block_mask
     if not isinstance(lists, block_masks.BlockLists):
         return modifiers
@@ -380,8 +419,13 @@ def trained_head_dims(q: torch.Tensor, v: torch.Tensor) -> None:
 
 def gradients(q: torch.Tensor, layout: str, modifiers: Modifiers) -> None:
     """The backward's own limits: no modifier but a window; CUDA's grids have at most 65,535 blocks in y and z."""
-    for name, x in zip(modifiers._fields[1:], modifiers[1:], strict=True):
-        if x is not None:
+    if modifiers.dropout is not None:
+        raise ValueError(
+            f"dropout_p: {modifiers.dropout.p} came with inputs that require grad, and torch's backward cannot redo "
+            "our mask; call under torch.no_grad(), or use torch.nn.functional.scaled_dot_product_attention"
+        )
+    for name, x in modifiers._asdict().items():
+        if x is not None and name not in ("window", "row_max"):
             raise ValueError(
                 f"{name}: given with inputs that require grad, and its backward is not supported; call under "
                 "torch.no_grad(), or use torch.nn.attention.flex_attention where gradients are needed"

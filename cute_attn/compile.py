@@ -26,6 +26,8 @@ from .kernels.config import FwdConfig
 from .kernels.flash_fwd_columns_sm90 import SharedRows
 from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
 from .kernels.flash_fwd_diagonal_sm90 import FromDiagonal
+from .kernels.flash_fwd_dropout_sm90 import Dropout
+from .kernels.flash_fwd_maxima_sm90 import Maxima
 from .kernels.flash_fwd_pack_sm90 import PackedHeads
 from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
 from .kernels.flash_fwd_score_sm90 import Scored, Sinks
@@ -122,6 +124,8 @@ def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
         SharedRows: config.parts_v > 1,
         Scored: config.score.name,
         Sinks: config.sinks,
+        Dropout: config.dropout,
+        Maxima: config.row_max,
         Windowed: config.mask.windowed and not config.sparse,
         FromDiagonal: config.from_diagonal,
         Sparse: config.sparse,

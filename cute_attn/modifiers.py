@@ -1,13 +1,28 @@
-"""What a call asks for beside plain attention: its window, and what changes its scores or their sums."""
+"""What a call asks for beside plain attention: its window, what changes its scores, their sums or their weights."""
 
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .block_mask import BlockLists, Sparsity
 from .mods import Mod
-from .plan import Kinds
+from .plan import Kinds, Problem
+from .reference import LEVELS, levels_kept
+
+SEEDS = (1 << 63) - 1
+
+
+class Dropout(NamedTuple):
+    p: float
+    generator: torch.Generator | None
+    rng_state: Tensor | None  # (2,) int64, seed and offset; None: to be drawn
+
+    @property
+    def arguments(self) -> tuple:
+        kept = levels_kept(self.p)
+        return self.rng_state.data_ptr(), kept, LEVELS / kept if kept else 0.0  # type: ignore[union-attr]
 
 
 class Modifiers(NamedTuple):
@@ -20,13 +35,35 @@ class Modifiers(NamedTuple):
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
     block_mask: BlockLists | Sparsity | None = None  # Sparsity: fitted to a problem
+    dropout: Dropout | None = None
+    row_max: bool | Tensor = False  # True: each row's maximum is asked for; a tensor: where it goes
 
     @property
     def kinds(self) -> Kinds:
         score, mask = (None if mod is None else mod.kernel for mod in (self.score_mod, self.mask_mod))
         window, softcap, alibi, sinks = (x is not None for x in self[:4])
         sparse = None if self.block_mask is None else self.block_mask.blocks
-        return Kinds(window, softcap, alibi, sinks, score, mask, sparse)
+        return Kinds(
+            *(window, softcap, alibi, sinks, score, mask, sparse), self.row_max is not False, self.dropout is not None
+        )
+
+    def started(self, q: Tensor, problem: Problem) -> "Modifiers":
+        """With what a call makes: where the rows' maxima go, and dropout's random state."""
+        if not self.row_max:
+            return self.drawn(q)
+        row_max = q.new_empty(problem.lse_shape, dtype=torch.float32)
+        return self.drawn(q)._replace(row_max=row_max.fill_(-torch.inf) if problem.empty else row_max)
+
+    def drawn(self, q: Tensor) -> "Modifiers":
+        """With dropout's random state, drawn on q's device: nothing is read back, and a CUDA graph draws anew."""
+        if self.dropout is None or self.dropout.rng_state is not None:
+            return self
+        state = torch.randint(SEEDS, (2,), dtype=torch.int64, device=q.device, generator=self.dropout.generator)
+        return self._replace(dropout=self.dropout._replace(rng_state=state))
+
+    @property
+    def rng_state(self) -> Tensor | None:
+        return None if self.dropout is None else self.dropout.rng_state
 
     def arguments(self) -> tuple:
         """What the compiled call takes behind the stream: `FwdConfig.signature`."""
@@ -38,26 +75,32 @@ class Modifiers(NamedTuple):
             *(() if slopes is None else (slopes.data_ptr(), slopes.stride(0) if slopes.dim() == 2 else 0)),
             *(() if score is None else score.arguments),
             *(() if sinks is None else (sinks.data_ptr(),)),
+            *(() if self.dropout is None else self.dropout.arguments),
+            *(() if self.row_max is False else (self.row_max,)),
             *(self.block_mask.arguments if isinstance(self.block_mask, Sparsity) else ()),
         )
 
     def for_reference(self) -> dict:
         """As `reference.attention` takes them: a block mask is part of mask_mod."""
         named = self.by_name()
-        lists = named.pop("block_mask")
+        lists, _ = named.pop("block_mask"), named.pop("generator", None)
         if isinstance(lists, Sparsity):
             named["mask_mod"] = partial(lists.visible, self.mask_mod)
         return named
 
     def by_name(self) -> dict:
-        """As `flash_fwd` takes them: mods as functions, which hold their aux."""
+        """As `flash_fwd` takes them, but for outputs: mods as functions, which hold their aux."""
         mods = dict(score_mod=self.score_mod, mask_mod=self.mask_mod)
-        return self._asdict() | {name: None if mod is None else mod.function for name, mod in mods.items()}
+        named = self._asdict() | {name: None if mod is None else mod.function for name, mod in mods.items()}
+        del named["row_max"]
+        dropout = named.pop("dropout")
+        return named | ({} if dropout is None else dict(zip(("dropout_p", *dropout._fields[1:]), dropout, strict=True)))
 
     def flat(self) -> tuple:
         """As the torch operators take them."""
         left, right = self.window or (None, None)
-        return left, right, self.softcap, self.alibi_slopes, self.sinks
+        p = 0.0 if self.dropout is None else self.dropout.p
+        return left, right, self.softcap, self.alibi_slopes, self.sinks, p, self.rng_state
 
 
 NONE, UNMODIFIED = Modifiers(), Kinds()

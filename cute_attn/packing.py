@@ -63,7 +63,7 @@ def one_block(config: FwdConfig) -> FwdConfig:
 
 def splits(config: FwdConfig) -> list[FwdConfig]:
     """Of a kernel of one block those that share its keys, the most CTAs first."""
-    if config.constant_time or config.mask.windowed:
+    if config.constant_time or config.mask.windowed or config.row_max:
         return []
     return [replace(config, redo=False, split=n) for n in SPLITS if n <= config.split_max]
 

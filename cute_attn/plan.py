@@ -29,6 +29,8 @@ class Kinds(NamedTuple):
     score_mod: UserMod | None = None
     mask_mod: UserMod | None = None
     sparse: SparseBlocks | None = None
+    row_max: bool = False
+    dropout: bool = False
 
 
 class Problem(NamedTuple):
@@ -151,7 +153,26 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
     redo = config.redo and not score.name and not mask.everywhere
     narrow = mask.everywhere and (config.head_dim, config.tile_m) == (64, 256)
     tile_n = min(config.tile_n, 48) if narrow else config.tile_n
-    return replace(config, tile_n=tile_n, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
+    config = replace(config, tile_n=tile_n, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
+    config = with_maxima(config) if kinds.row_max else config
+    return with_dropout(config) if kinds.dropout else config
+
+
+def with_dropout(config: FwdConfig) -> FwdConfig:
+    """Of a kernel the one that leaves out entries of P, whose random bits are for 32 keys at a time."""
+    return roomy(replace(config, dropout=True, redo=False, tile_n=config.tile_n // 32 * 32))
+
+
+def with_maxima(config: FwdConfig) -> FwdConfig:
+    """Of a kernel the one that writes its rows' maxima too."""
+    return roomy(replace(config, row_max=True, redo=False))
+
+
+def roomy(config: FwdConfig) -> FwdConfig:
+    """Where more is held than a kernel was tuned for: two or three warpgroups that hold much already would spill."""
+    if config.registers_held < {2: 184, 3: 120}.get(config.warpgroups, 256):
+        return config
+    return replace(config, tile_n=64) if config.tile_n > 64 else replace(config, tile_m=128)
 
 
 def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
@@ -174,13 +195,20 @@ def windowed(config: FwdConfig) -> FwdConfig:
 
 @lru_cache(maxsize=256)
 def varlen(
-    head_dim: int, dtype: str, causal: bool, window: bool, gpu: str | None = None, head_dim_v: int = 0
+    head_dim: int,
+    dtype: str,
+    causal: bool,
+    window: bool,
+    gpu: str | None = None,
+    head_dim_v: int = 0,
+    row_max: bool = False,
 ) -> FwdConfig:
     """The kernel for packed sequences: the tiles of the one that serves wherever no other row does, and no clusters."""
     head_dim, head_dim_v = kernel_dims(head_dim, head_dim_v)
     base = config(head_dim, dtype, LAYOUTS[0], causal or window, gpu, head_dim_v)
     base = windowed(base) if window else base
     scheduler = PackedLongest if causal or window else Packed
+    base = with_maxima(base) if row_max else base
     return replace(base, layout="thd", scheduler=scheduler, cluster=1)
 
 
@@ -195,11 +223,16 @@ class Kind(NamedTuple):
     score: str
     sinks: bool
     head_dim_v: int
+    dropout: bool
+    row_max: bool
 
 
 def kind(config: FwdConfig) -> Kind:
     c = config
-    return Kind(c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time, c.score.name, c.sinks, c.head_dim_v)
+    return Kind(
+        *(c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time),
+        *(c.score.name, c.sinks, c.head_dim_v, c.dropout, c.row_max),
+    )
 
 
 def shipped(

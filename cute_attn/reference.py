@@ -6,6 +6,8 @@ from itertools import pairwise, product
 import torch
 
 CHUNK_BYTES = 256 << 20  # of scores held at a time
+LEVELS = 1 << 16  # of the 16 random bits by which an entry is kept or not
+WORD = 0xFFFFFFFF
 
 
 def attention(
@@ -23,14 +25,20 @@ def attention(
     mask_mod=None,
     layout="bhsd",
     dtype=torch.float64,
+    return_row_max=False,
+    return_max_logit=False,
+    dropout_p=0.0,
+    rng_state=None,
 ):
     """softmax(scale q k^T) v over every (query, key) pair that the mask leaves, all in `dtype`.
 
     q (B, H, Sq, D), k (B, Hk, Sk, D) and v (B, Hk, Sk, Dv) with Hk dividing H; layout "bshd" swaps the two middle
     dimensions. causal is aligned to the last key, and so is window, (left, right): query i sees the keys from
     i + Sk - Sq - left to i + Sk - Sq + right, None being no bound. softcap, alibi_slopes, sinks, score_mod and mask_mod
-    as of `flash_fwd`. Returns o (B, H, Sq, Dv) and lse (B, H, Sq), natural log, both in `dtype`. A row whose every
-    score is -inf, which no visible key implies, gives o = 0 and lse = -inf, or its sink.
+    as of `flash_fwd`. With dropout_p weights are left out where `keep_mask` does not hold, and the others scaled up;
+    lse is without. Returns o (B, H, Sq, Dv) and lse (B, H, Sq), natural log, both in `dtype`. A row whose every score
+    is -inf, which no visible key implies, gives o = 0 and lse = -inf, or its sink. Where asked for, each row's largest
+    score (B, H, Sq) and each head's (H,) follow, no sinks among them, and -inf where there is no score.
     """
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -38,7 +46,7 @@ def attention(
     seqlen_k, ratio = k.shape[2], heads // max(k.shape[1], 1)
     scale = head_dim**-0.5 if scale is None else scale
     o = torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    lse, row_max = (torch.empty(q.shape[:3], dtype=dtype, device=q.device) for _ in range(2))
     rows = max(1, CHUNK_BYTES // (max(seqlen_k, 1) * dtype.itemsize))
     for b in range(batch):
         for h in range(heads):
@@ -49,8 +57,68 @@ def attention(
                 seen = _seen(start, len(queries), seqlen_q, seqlen_k, causal, window, q.device)
                 change = partial(_changed, b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod)
                 sink = None if sinks is None else sinks[h].to(dtype)
-                o[b, h, part], lse[b, h, part] = _rows(queries, keys, values, scale, seen, change, sink)
-    return (o.transpose(1, 2) if layout == "bshd" else o), lse
+                thin = None if dropout_p == 0 else partial(_thinned, rng_state, dropout_p, b * heads + h, start)
+                found = _rows(queries, keys, values, scale, seen, change, sink, thin)
+                o[b, h, part], lse[b, h, part], row_max[b, h, part] = found
+    o = o.transpose(1, 2) if layout == "bshd" else o
+    return o, lse, *maxima(row_max, return_row_max, return_max_logit)
+
+
+def maxima(row_max, return_row_max, return_max_logit):
+    """Of row_max (B, H, Sq), or packed (H, total_q), what is asked for: itself, each head's maximum."""
+    others = (0, 2) if row_max.dim() == 3 else (1,)
+    if return_row_max:
+        yield row_max
+    if return_max_logit:
+        heads = row_max.shape[row_max.dim() - 2]
+        yield row_max.amax(others) if row_max.numel() else row_max.new_full((heads,), -torch.inf)
+
+
+def levels_kept(p):
+    """Of LEVELS, those by which dropout of probability p, rounded to 1 / LEVELS, keeps an entry."""
+    return LEVELS - round(p * LEVELS)
+
+
+def keep_mask(rng_state, p, batch, heads, seqlen_q, seqlen_k):
+    """(B, H, Sq, Sk) bool: the weights that dropout of probability p keeps, by rng_state, (2,) int64: seed and offset.
+
+    That of an entry depends on rng_state, p and its own four places alone, and on H.
+    """
+    rows = torch.arange(seqlen_q, device=rng_state.device)
+    every = [_kept(rng_state, p, i, rows, seqlen_k) for i in range(batch * heads)]
+    shape = batch, heads, seqlen_q, seqlen_k
+    return torch.stack(every).view(shape) if every else rows.new_empty(shape, dtype=torch.bool)
+
+
+def philox(counter, key):
+    """Philox4x32-10 (Salmon et al., SC'11): four words of a counter of four and a key of two, ints or int64 tensors."""
+    a, b, c, d = counter
+    k, l = key
+    for _ in range(10):
+        left, right = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = ((right >> 32) & WORD) ^ b ^ k, right & WORD, ((left >> 32) & WORD) ^ d ^ l, left & WORD
+        k, l = (k + 0x9E3779B9) & WORD, (l + 0xBB67AE85) & WORD
+    return a, b, c, d
+
+
+def _kept(rng_state, p, head, rows, seqlen_k):
+    """(rows, Sk) bool, of the head-th of all sequences' heads.
+
+    Of 32 keys 8i + 2t and 8i + 2t + 1 have the two halves of word i of their t-th counter.
+    """
+    seed, offset = ((x & WORD, (x >> 32) & WORD) for x in rng_state)
+    key = philox((*offset, 0, 0), seed)[:2]
+    places = torch.arange(-(-seqlen_k // 32) * 4, device=rows.device)
+    words = torch.stack(torch.broadcast_tensors(*philox((places, rows[:, None], head, 0), key)), dim=-1)
+    bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).view(len(rows), -1, 4, 4, 2)  # which 32, t, i, half
+    return bits.transpose(2, 3).reshape(len(rows), -1)[:, :seqlen_k] < levels_kept(p)
+
+
+def _thinned(rng_state, p, head, start, weights):
+    """Weights (rows, Sk) of the queries from `start` on, after dropout."""
+    rows, kept = torch.arange(start, start + len(weights), device=weights.device), levels_kept(p)
+    scale = LEVELS / kept if kept else 0.0
+    return weights * _kept(rng_state, p, head, rows, weights.shape[1]).to(weights.dtype) * scale
 
 
 def gradients(grad, q, k, v, *, causal=False, scale=None, window=None, layout="bhsd", dtype=torch.float64):
@@ -90,12 +158,12 @@ def parts(cu_seqlens, seqused, total):
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, seqused_q=None, seqused_k=None, **how):
     """`attention` for packed q (total_q, H, D), k and v (total_k, Hk, D): of each sequence its rows, o (s, H, D) and
-    lse (H, s). `how` is causal, scale, window and dtype.
+    lse (H, s), and row_max where asked for. `how` is causal, scale, window, dtype and return_row_max.
     """
     queries, keys = parts(cu_seqlens_q, seqused_q, len(q)), parts(cu_seqlens_k, seqused_k, len(k))
     for a, b in zip(queries, keys, strict=True):
-        o, lse = attention(q[None, a], k[None, b], v[None, b], layout="bshd", **how)
-        yield a, o[0], lse[0]
+        found = attention(q[None, a], k[None, b], v[None, b], layout="bshd", **how)
+        yield a, *(x[0] for x in found)
 
 
 def varlen_gradients(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, **how):
@@ -140,13 +208,14 @@ def _scores(q, k, scale, seen, change=lambda s: s):
     return s if last is None else s.masked_fill_(keys > last, -torch.inf)
 
 
-def _rows(q, k, v, scale, seen, change, sink):
+def _rows(q, k, v, scale, seen, change, sink, thin):
     s = _scores(q, k, scale, seen, change)
     none = s.new_full((s.shape[0], 1), -torch.inf)
     s = torch.cat((s, none if sink is None else sink.expand_as(none)), dim=1)  # as the score of one more key
     top = s.amax(dim=1, keepdim=True)
-    empty = s[:, :-1].amax(dim=1, keepdim=True) == -torch.inf if s.shape[1] > 1 else none == -torch.inf
+    row_max = s[:, :-1].amax(dim=1, keepdim=True) if s.shape[1] > 1 else none
     p = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0))
     total = p.sum(dim=1, keepdim=True)
-    o = ((p[:, :-1] / total) @ v).masked_fill(empty, 0.0)
-    return o, (top + total.log()).squeeze(1)
+    weights = p[:, :-1] / total
+    o = ((weights if thin is None else thin(weights)) @ v).masked_fill(row_max == -torch.inf, 0.0)
+    return o, (top + total.log()).squeeze(1), row_max.squeeze(1)

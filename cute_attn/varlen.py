@@ -6,8 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import checks, compile, device, reference
-from .api import o_like
+from . import api, checks, compile, device, reference
 from .checks import Spec
 from .plan import varlen as plan_varlen
 
@@ -28,6 +27,8 @@ def flash_fwd_varlen(
     window: tuple[int | None, int | None] | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    return_row_max: bool = False,
+    return_max_logit: bool = False,
 ) -> Any:
     """`flash_fwd` for B sequences of any lengths, packed one behind the other (FlashAttention's varlen), in one launch.
 
@@ -42,11 +43,13 @@ def flash_fwd_varlen(
         causal, scale, window: as of `flash_fwd`; aligned to the last key of each sequence.
         return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (H, total_q).
         out: written in place and returned as o; like q, with v's columns, sharing no memory with q, k, v.
+        return_row_max, return_max_logit: as of `flash_fwd`, float32 (H, total_q), -inf in the rows of no sequence too,
+            and (H,). Eager calls without gradients only.
 
     Returns:
-        o (total_q, H, Dv), or (o, lse). A row that sees no key gives o = 0, lse = -inf. Rows of q that are in no
-        sequence, and those beyond seqused_q, are not written, as FlashAttention-3 leaves them: they hold what `out`
-        did, and without `out` anything.
+        o (total_q, H, Dv), or a tuple of o[, lse][, row_max][, max_logit]. A row that sees no key gives o = 0,
+        lse = -inf. Rows of q that are in no sequence, and those beyond seqused_q, are not written, as FlashAttention-3
+        leaves them: they hold what `out` did, and without `out` anything.
 
     Lengths are read by the kernel, never by the host. So they may be the work of what runs before on the stream, and
     may change between replays of a CUDA graph, in which only the tensors' sizes are fixed; and they are not checked.
@@ -61,29 +64,38 @@ def flash_fwd_varlen(
     if window is not None:
         causal, window = checks.window(window, causal)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    hints = max_seqlen_q, max_seqlen_k
+    hints, asked = (max_seqlen_q, max_seqlen_k), (return_lse, return_row_max, return_max_logit, False)
+    if type(return_row_max) is not bool or type(return_max_logit) is not bool:
+        checks.flags(return_row_max=return_row_max, return_max_logit=return_max_logit)
+    wants_max = return_row_max or return_max_logit
     if torch.compiler.is_compiling():
-        return _by_operator(q, k, v, lengths, hints, causal, scale, window, return_lse, out)
+        return _by_operator(wants_max, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     if type(causal) is not bool or type(return_lse) is not bool:
         checks.flags(causal=causal, return_lse=return_lse)
-    call = _call(q, k, v, lengths, hints, out, causal, window is not None)
+    call = _call(q, k, v, lengths, hints, out, causal, window is not None, wants_max)
     scale = call.scale if scale is None else checks.scale(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
-        return _by_operator(q, k, v, lengths, hints, causal, scale, window, return_lse, out)
+        return _by_operator(wants_max, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     if out is not None:
         checks.out_memory(out, q, k, v, call.nbytes)
-    o = o_like(q, v) if out is None else out
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32) if return_lse else None
+    o = api.o_like(q, v) if out is None else out
+    of_rows = q.shape[1], q.shape[0]
+    lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
+    row_max = q.new_full(of_rows, -torch.inf, dtype=torch.float32) if wants_max else None
     if call.gpu is None:
-        _on_cpu(q, k, v, lengths, o, lse, causal=causal, scale=scale, window=window)
+        _on_cpu(q, k, v, lengths, o, lse, row_max, causal=causal, scale=scale, window=window)
     elif call.kernel is not None:
-        _launch(call, (q, k, v, o), lengths, lse, scale, window)
-    return (o, lse) if return_lse else o
+        _launch(call, (q, k, v, o), lengths, lse, scale, (*(window or ()), *(() if row_max is None else (row_max,))))
+    return api.results(o, lse, row_max, None, asked)
 
 
-def _by_operator(*arguments):
+def _by_operator(wants_max, *arguments):
     from .integrations.varlen_op import traced  # which imports this file
 
+    if wants_max:
+        what = "asked for of packed sequences, with inputs that require grad or under torch.compile"
+        way_out = "call under torch.no_grad(), from a function under torch.compiler.disable"
+        raise ValueError(f"return_row_max, return_max_logit: {what}; {way_out}")
     return traced(*arguments)
 
 
@@ -101,7 +113,7 @@ _calls: dict[tuple, Call] = {}
 CALLS = 4096  # looked up; with one more all are forgotten
 
 
-def _call(q, k, v, lengths, hints, out, causal, window) -> Call:
+def _call(q, k, v, lengths, hints, out, causal, window, row_max) -> Call:
     """Checked, planned and compiled; a look-up where the like has come before.
 
     As in `api._call` the key leaves out what the compiled call itself holds against q, k and v.
@@ -110,7 +122,7 @@ def _call(q, k, v, lengths, hints, out, causal, window) -> Call:
     try:
         key = (
             *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), None if out is None else out.stride()),
-            *(q.dtype, q.get_device(), causal, window, hints, *map(type, hints)),
+            *(q.dtype, q.get_device(), causal, window, row_max, hints, *map(type, hints)),
             *(cu_q.shape, cu_q.stride(), cu_q.dtype, cu_q.get_device()),
             *(cu_k.shape, cu_k.stride(), cu_k.dtype, cu_k.get_device()),
             None if used_q is None else (used_q.shape, used_q.stride(), used_q.dtype, used_q.get_device()),
@@ -118,9 +130,9 @@ def _call(q, k, v, lengths, hints, out, causal, window) -> Call:
         )
         call = _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a hint that has no hash
-        return _prepared(q, k, v, lengths, hints, out, causal, window)
+        return _prepared(q, k, v, lengths, hints, out, causal, window, row_max)
     if call is None:
-        call = _prepared(q, k, v, lengths, hints, out, causal, window)
+        call = _prepared(q, k, v, lengths, hints, out, causal, window, row_max)
         if call.kernel is not None:
             if len(_calls) >= CALLS:
                 _calls.clear()
@@ -128,7 +140,7 @@ def _call(q, k, v, lengths, hints, out, causal, window) -> Call:
     return call
 
 
-def _prepared(q, k, v, lengths, hints, out, causal, window) -> Call:
+def _prepared(q, k, v, lengths, hints, out, causal, window, row_max) -> Call:
     names = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
     for name, x in (*zip("qkv", (q, k, v), strict=True), *zip(names, lengths, strict=True), ("out", out)):
         if x is not None or name in ("q", "k", "v", *names[:2]):
@@ -147,13 +159,13 @@ def _prepared(q, k, v, lengths, hints, out, causal, window) -> Call:
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
     total_q, heads, head_dim = q.shape
     kind = head_dim, checks.DTYPES[q.dtype], causal, window
-    config = plan_varlen(*kind, None if gpu is None else gpu.name, checks.other_head_dim(q, v))
+    config = plan_varlen(*kind, None if gpu is None else gpu.name, checks.other_head_dim(q, v), row_max)
     kernel = None if gpu is None or 0 in (batch, total_q, heads) else compile.get(config)
     plain = not any(checks.odd(x.stride) for x in (q, k, v, o)) and k.shape[0] > 0
     return Call(head_dim**-0.5, gpu, kernel, plain, tuple(x.nbytes for x in (q, k, v, o)))
 
 
-def _launch(call: Call, tensors, lengths, lse, scale, window):
+def _launch(call: Call, tensors, lengths, lse, scale, extras):
     cu_q, cu_k, used_q, used_k = lengths
     if not call.plain:
         tensors = _for_tma(*tensors)
@@ -167,7 +179,7 @@ def _launch(call: Call, tensors, lengths, lse, scale, window):
     )
     address = 0 if lse is None else lse.data_ptr()
     try:
-        kernel(*tensors, address, gpu.ticket(), scale, gpu.num_sms, *(window or ()), *sequences)
+        kernel(*tensors, address, gpu.ticket(), scale, gpu.num_sms, *extras, *sequences)
     except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it
         _prepared_again(tensors, lengths)
         raise
@@ -175,7 +187,7 @@ def _launch(call: Call, tensors, lengths, lse, scale, window):
 
 def _prepared_again(tensors, lengths):
     q, k, v, o = tensors
-    _prepared(q, k, v, lengths, (None, None), o, False, False)
+    _prepared(q, k, v, lengths, (None, None), o, False, False, False)
     checks.addresses(q, k, v, o)
 
 
@@ -189,11 +201,13 @@ def _for_tma(q, k, v, o):
     ]
 
 
-def _on_cpu(q, k, v, lengths, o, lse, **how):
+def _on_cpu(q, k, v, lengths, o, lse, row_max, **how):
     cu_q, cu_k, used_q, used_k = lengths
     q, k, v, how["dtype"] = q.detach(), k.detach(), v.detach(), torch.float32
     with torch.autocast("cpu", enabled=False):
-        for rows, part, row_lse in reference.varlen(q, k, v, cu_q, cu_k, seqused_q=used_q, seqused_k=used_k, **how):
+        used = dict(seqused_q=used_q, seqused_k=used_k, return_row_max=True)
+        for rows, part, *found in reference.varlen(q, k, v, cu_q, cu_k, **used, **how):
             o[rows] = part.to(o.dtype)
-            if lse is not None:
-                lse[:, rows] = row_lse
+            for whole, of_rows in zip((lse, row_max), found, strict=True):
+                if whole is not None:
+                    whole[:, rows] = of_rows

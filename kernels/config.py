@@ -1,9 +1,9 @@
 """Every compile-time choice of a forward kernel; the config is the compile key."""
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
-from cutlass import Int32, Int64, cute
+from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_tensor
 
 from .mask import Causal, Full, UserMask, Window
@@ -22,9 +22,9 @@ REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 BUSY_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
 
-def _int32(rank: int):
-    """A tensor of any shape and strides, for its type."""
-    return make_fake_tensor(Int32, [cute.sym_int() for _ in range(rank)], [cute.sym_int64() for _ in range(rank)])
+def _tensor(dtype, rank: int):
+    """Of any shape and strides, for its type."""
+    return make_fake_tensor(dtype, [cute.sym_int() for _ in range(rank)], [cute.sym_int64() for _ in range(rank)])
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class FwdConfig:
     score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator: Sinks
     sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
+    dropout: bool = False  # some entries of P are left out: Dropout
+    row_max: bool = False  # each row's largest score is written too: Maxima
     pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: PackedHeads
     head_dim_v: int = 0  # columns of V and O, where they are others than Q's and K's
 
@@ -79,6 +81,8 @@ class FwdConfig:
         assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
         assert not (self.redo and self.score.name), "Scored has no score for the step redone"
+        assert not (self.row_max and (self.redo or self.split > 1)), "Maxima sees each S once, and all of a row's"
+        assert not self.dropout or self.tile_n % 32 == 0, "a call of Philox is for 32 keys of a row"
         assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "Sparse's own"
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
@@ -148,7 +152,7 @@ class FwdConfig:
     def packable(self) -> bool:
         """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
         plain = self.score.name in ("", "softcap") and not self.mask.everywhere
-        return plain and not self.packed and self.sparse is None and self.widest <= 256
+        return plain and not self.packed and self.sparse is None and not self.dropout and self.widest <= 256
 
     @property
     def from_diagonal(self) -> bool:
@@ -181,10 +185,25 @@ class FwdConfig:
 
     def signature(self) -> tuple:
         """What `__call__` takes behind the stream: one value of each argument, for its type."""
-        sinks = (Int64(0),) if self.sinks else ()
-        lists = [_int32(3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
         sequences = (*[Int64(0)] * 4, Int32(0)) if self.packed else ()  # two cu_seqlens, two seqused; how many
-        return self.mask.signature(), self.score.signature(), (*sinks, *lists), sequences
+        return self.mask.signature(), self.score.signature(), (*chain(*self._others().values()),), sequences
+
+    def _others(self) -> dict[str, tuple]:
+        """What the mixins take, by the field that asks for one."""
+        lists = [_tensor(Int32, 3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
+        return dict(
+            sinks=(Int64(0),) if self.sinks else (),
+            dropout=(Int64(0), Int32(0), Float32(0.0))
+            if self.dropout
+            else (),  # seed and offset's address; kept, scale
+            row_max=(_tensor(Float32, 2 if self.packed else 3),) if self.row_max else (),  # like lse
+            sparse=tuple(lists),
+        )
+
+    def own(self, field: str, others: tuple) -> tuple:
+        """Of problem.others those of one mixin."""
+        left = iter(others)
+        return {name: tuple(islice(left, len(part))) for name, part in self._others().items()}[field]
 
     def divide(self, extras: tuple) -> list[tuple]:
         """Those arguments by who takes them: mask, score and mixins; and the sequences'."""
@@ -198,10 +217,7 @@ class FwdConfig:
         tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
-        kind = "_".join(
-            filter(
-                None, (self.mask.name, self.score.name, "sinks" if self.sinks else "", "sparse" if self.sparse else "")
-            )
-        )
+        mixins = [name for name in ("sinks", "dropout", "row_max", "sparse") if getattr(self, name)]
+        kind = "_".join(filter(None, (self.mask.name, self.score.name, *mixins)))
         dims = f"d{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v else "")
         return f"flash_fwd_sm90_{self.dtype}_{dims}_{kind}_{tile}"

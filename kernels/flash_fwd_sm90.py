@@ -90,6 +90,7 @@ class Rows(NamedTuple):
     head: Int32
     batch: Int32
     score: tuple  # what the score keeps of them
+    draws: tuple = ()  # what dropout does
 
 
 class At(NamedTuple):

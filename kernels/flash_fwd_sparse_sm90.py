@@ -30,6 +30,7 @@ class ListedRows(NamedTuple):
     head: Int32
     batch: Int32
     score: tuple
+    draws: tuple
     cut: Int32
     whole: Int32
 

@@ -25,6 +25,7 @@ class Softmax(NamedTuple):
     rescale: cute.Tensor  # (rows,) what O must be multiplied by
 
     seen: cute.Tensor  # (1,) -1: each of this thread's rows has seen a key; else 0
+    top: cute.Tensor | None = None  # (rows,) each row's largest S, this thread's columns: Maxima
 
     @staticmethod
     def create(scale_log2, num_rows):

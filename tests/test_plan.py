@@ -88,7 +88,8 @@ def test_the_config_is_the_compile_key():
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
     others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, redo=True)
     others |= dict(constant_time=True, timeline=True, overlap=False)
-    others |= dict(score=Softcap(), sinks=True, sparse=SparseBlocks(128, 128, True), pack=8, head_dim_v=64)
+    others |= dict(score=Softcap(), sinks=True, dropout=True, row_max=True, sparse=SparseBlocks(128, 128, True), pack=8)
+    others |= dict(head_dim_v=64)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
     bases = {name: few if name == "split" else base for name in others}

@@ -44,16 +44,17 @@ def bound(ours: torch.Tensor, want: torch.Tensor, theirs: torch.Tensor) -> tuple
     return error.item(), allowed.item()
 
 
-def sdpa(q, k, v, causal, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None):
+def sdpa(q, k, v, causal, scale=None, window=None, softcap=None, alibi_slopes=None, sinks=None, weights=None):
     """torch SDPA in q's dtype, (B, H, S, D); its own choice of backend without a mask, else with an explicit one.
 
-    With what it does not take: the same by hand, float32 but for its operands and for P.
+    With what it does not take: the same by hand, float32 but for its operands and for P. weights (B, H, Sq, Sk)
+    multiply those of the softmax, as dropout does.
     """
     ratio = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(ratio, dim=1) for x in (k, v))
     masked = causal or window is not None
     mask = visible(q.shape[2], k.shape[2], causal, q.device, window) if masked else None
-    if softcap is alibi_slopes is sinks is None:
+    if softcap is alibi_slopes is sinks is weights is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     s = q.float() @ k.float().mT * (q.shape[3] ** -0.5 if scale is None else scale)
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
@@ -63,7 +64,8 @@ def sdpa(q, k, v, causal, scale=None, window=None, softcap=None, alibi_slopes=No
     s = s if mask is None else s.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         s = torch.cat((s, sinks[:, None, None].expand(*s.shape[:3], 1)), dim=3)
-    return s.softmax(dim=3)[..., : k.shape[2]].to(v.dtype) @ v
+    p = s.softmax(dim=3)[..., : k.shape[2]]
+    return (p if weights is None else p * weights).to(v.dtype) @ v
 
 
 def visible(seqlen_q, seqlen_k, causal, device, window=None):

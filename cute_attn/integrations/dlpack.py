@@ -14,8 +14,8 @@ from ..checks import type_word
 IMMUTABLE = ("jax", "jaxlib")
 
 
-def flash_fwd(q, k, v, *, out=None, return_lse=False, **options) -> Any:
-    """As `cute_attn.flash_fwd`; o and lse are arrays of q's library, and o is `out` where that is given.
+def flash_fwd(q, k, v, *, out=None, **options) -> Any:
+    """As `cute_attn.flash_fwd`; what comes back are arrays of q's library, and o is `out` where that is given.
 
     Raises:
         TypeError: the arrays are of several libraries, or cannot be shared as they are; and whatever flash_fwd raises.
@@ -34,11 +34,12 @@ def flash_fwd(q, k, v, *, out=None, return_lse=False, **options) -> Any:
         _writable(out, library)
     q, k, v, *o = (_tensor(name, x) for name, x in given.items())
     options |= {name: _tensor(name, x) for name, x in options.items() if hasattr(x, "__dlpack__")}
-    found = api.flash_fwd(q, k, v, out=o[0] if o else None, return_lse=return_lse, **options)
-    results = [_array(x, given["q"]) for x in (found if return_lse else (found,))]  # its library waits for the kernel
+    found = api.flash_fwd(q, k, v, out=o[0] if o else None, **options)
+    several = isinstance(found, tuple)
+    results = [_array(x, given["q"]) for x in (found if several else (found,))]  # its library waits for the kernel
     if out is not None:
         results[0] = out
-    return tuple(results) if return_lse else results[0]
+    return tuple(results) if several else results[0]
 
 
 def _library(x) -> str:

@@ -80,6 +80,7 @@ def attention(query, key, value, dropout_p=0.0, is_causal=False, return_debug_ma
     """aten::_scaled_dot_product_flash_attention."""
     fits = scale is None or scale > 0 or not checks.learns(query, key, value)  # torch's backward takes no other scale
     fits = fits and query.shape[3] == value.shape[3] <= checks.GRADIENTS_HEAD_DIM_MAX  # as torch's own forward does
+    # Dropout is torch's: its backward draws the mask again from its own Philox state, which ours does not follow.
     if fits and dropout_p == 0 and not return_debug_mask:
         try:
             return ours(query, key, value, is_causal, scale)

@@ -25,10 +25,13 @@ def flash_fwd_op(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of `cute_attn.flash_fwd`; lse has no elements where it is not asked for, as gradients do."""
     how: api.Options = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
     how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
+    how |= api.Options(dropout_p=dropout_p, rng_state=rng_state)
     with torch.no_grad():
         result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result if return_lse else (result, _lse_like(q, layout, False))
@@ -37,6 +40,38 @@ def flash_fwd_op(
 @flash_fwd_op.register_fake
 def _(q, k, v, causal, scale, layout, return_lse, *_):
     return api.o_like(q, v), _lse_like(q, layout, return_lse)
+
+
+@torch.library.custom_op("cute_attn::flash_fwd_row_max", mutates_args=())
+def flash_fwd_row_max_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    layout: str,
+    return_lse: bool,
+    constant_time: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(o, lse, row_max), as flash_fwd: row_max has no gradient."""
+    how: api.Options = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
+    how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
+    how |= api.Options(dropout_p=dropout_p, rng_state=rng_state)
+    with torch.no_grad():
+        o, *lse, row_max = api.flash_fwd(q, k, v, return_lse=return_lse, return_row_max=True, **how)
+    return o, lse[0] if return_lse else _lse_like(q, layout, False), row_max
+
+
+@flash_fwd_row_max_op.register_fake
+def _(q, k, v, causal, scale, layout, return_lse, *_):
+    return api.o_like(q, v), _lse_like(q, layout, return_lse), _lse_like(q, layout, True)
 
 
 @torch.library.custom_op("cute_attn::flash_fwd_out", mutates_args=("out",))
@@ -55,10 +90,13 @@ def flash_fwd_out_op(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """lse of `cute_attn.flash_fwd(..., out=out)`; no elements where it is not asked for."""
     how: api.Options = dict(causal=causal, scale=scale, layout=layout, out=out, constant_time=constant_time)
     how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
+    how |= api.Options(dropout_p=dropout_p, rng_state=rng_state)
     with torch.no_grad():
         result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
     return result[1] if return_lse else _lse_like(q, layout, False)
@@ -198,18 +236,19 @@ def _grad_like(x, layout, order="bshd"):
 
 
 def _save(ctx, inputs, output):
-    (q, k, v, causal, scale, layout, return_lse, _, *sides), (o, lse) = inputs, output
+    (q, k, v, causal, scale, layout, return_lse, _, *sides), (o, lse, *row_max) = inputs, output
     if not return_lse:
         raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
+    dropout = checks.dropout(sides[5], None, sides[6])
     checks.trained_head_dims(q, v)
-    checks.gradients(q, layout, Modifiers(None, *sides[2:]))
-    ctx.mark_non_differentiable(lse)
+    checks.gradients(q, layout, Modifiers(None, *sides[2:5], dropout=dropout))
+    ctx.mark_non_differentiable(lse, *row_max)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, o, lse)
     ctx.options, ctx.others = (causal, scale, layout, *sides[:2]), len(inputs) - 3
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * (3 + ctx.others)
     saved, (causal, scale, layout, *sides) = ctx.saved_tensors, ctx.options  # once: a checkpoint computes them anew
@@ -229,6 +268,7 @@ def _no_backward(ctx, *grads):
 
 
 flash_fwd_op.register_autograd(_backward, setup_context=_save)
+flash_fwd_row_max_op.register_autograd(_backward, setup_context=_save)
 flash_bwd_op.register_autograd(_no_backward)
 cudnn_bwd_op.register_autograd(_no_backward)
 
@@ -239,17 +279,24 @@ def _lse_like(q, layout, asked):
 
 
 def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers):
-    """What flash_fwd does where torch traces it or differentiates it: one operator in the graph."""
+    """What flash_fwd does where torch traces it or differentiates it: one operator in the graph.
+
+    Returns o, lse and row_max, the last None where it is not asked for.
+    """
     learns = checks.learns(q, k, v)
     if learns:
         checks.trained_head_dims(q, v)
         checks.gradients(q, layout, modifiers)
+    how = causal, scale, layout, return_lse or learns, constant_time, *modifiers.flat()
+    if out is None and modifiers.row_max:
+        return torch.ops.cute_attn.flash_fwd_row_max(q, k, v, *how)
     if out is None:
-        how = causal, scale, layout, return_lse or learns, constant_time, *modifiers.flat()
-        o, lse = torch.ops.cute_attn.flash_fwd(q, k, v, *how)
-    elif learns:
+        return *torch.ops.cute_attn.flash_fwd(q, k, v, *how), None
+    if learns:
         raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
-    else:
-        how = causal, scale, layout, return_lse, constant_time, *modifiers.flat()
-        o, lse = out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, *how)
-    return (o, lse) if return_lse else o
+    if modifiers.row_max:
+        raise ValueError(
+            "out: given with return_row_max or return_max_logit under torch.compile, where no operator has both; omit "
+            "one of them"
+        )
+    return out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, *how), None

@@ -209,7 +209,7 @@ def ordered(module, is_causal: bool | None) -> bool:
 def serves(query, key, value, dropout: float, kwargs: dict[str, Any]) -> bool:
     """Whether the kernel computes just this."""
     if dropout or any(kwargs.get(name) is not None for name in BEYOND) or not _on_hopper(query.device):
-        return False
+        return False  # dropout trains, and torch's backward cannot redo our mask
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if sinks is not None and (sinks.shape != query.shape[1:2] or learns(sinks, sinks, sinks)):
         return False
