@@ -1,0 +1,85 @@
+"""Makes CPU tensors a GPU's: `flash_fwd` then takes its whole real path, and what it launches is interpreted."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+from cute_attn import api, checks, compile, device, varlen
+from cute_attn.kernels.config import FwdConfig
+
+from .host import Host
+from .machine import Machine
+from .memory import Global
+from .parse import parse
+from .translate import Kernel
+
+NUM_SMS = 3
+CUDA = torch.device("cuda", 0)
+
+
+class Compiled:
+    """A function that the DSL has compiled, called as the real one, on CPU tensors."""
+
+    def __init__(self, ptx: str, image: bytes, symbol: str = compile.SYMBOL):
+        programs = parse(ptx)
+        self.kernels = {name: Kernel(program) for name, program in programs.items()}
+        self.host = Host(image, symbol, {name: [p.size for p in x.parameters.values()] for name, x in programs.items()})
+        self.seed, self.room = 0, NUM_SMS
+
+    def __call__(self, *arguments):
+        launches = self.host(*arguments)
+        memory = Global(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments if not isinstance(x, float))
+        for launch in launches:
+            machine = Machine(self.kernels[launch.kernel], launch, memory, self.room, self.seed)
+            machine.run()
+
+
+def compiled(build: Callable, symbol: str = compile.SYMBOL) -> Compiled:
+    """Of what `cute.compile` returns; build takes the options that keep the PTX."""
+    with tempfile.TemporaryDirectory() as folder:
+        function = build(f"--keep-ptx --dump-dir {folder}")
+        function.export_to_c(f"{folder}/host.o", symbol)
+        (ptx,) = Path(folder).glob("*.ptx")
+        return Compiled(ptx.read_text(), Path(folder, "host.o").read_bytes(), symbol)
+
+
+@lru_cache(maxsize=256)
+def get(config: FwdConfig) -> Compiled:
+    """In place of `compile.get`."""
+    with compile.lock:
+        return compiled(lambda options: compile.compile(config, options))
+
+
+@contextlib.contextmanager
+def interpreted(config: FwdConfig | None = None, *, num_sms: int = NUM_SMS, seed: int = 0):
+    """Inside, CPU tensors are a GPU's of so many SMs. config: the kernel to run, whatever the plan says.
+
+    A launch that leaves the ticket other than 0 fails.
+    """
+    tickets = torch.zeros(1, dtype=torch.int32)
+    gpu = SimpleNamespace(index=0, name="NVIDIA H200", num_sms=num_sms, ticket=tickets.data_ptr)
+
+    def kernel(wanted: FwdConfig) -> Compiled:
+        found = get(wanted)
+        found.seed, found.room = seed, num_sms
+        return found
+
+    of = checks.Spec.of.__func__
+    with contextlib.ExitStack() as stack:
+        for where, name, what in (
+            (checks.Spec, "of", classmethod(lambda cls, x: of(cls, x)._replace(device=CUDA))),
+            (device, "get", lambda index: gpu),
+            (compile, "get", kernel),
+            (api, "_calls", {}),
+            (varlen, "_calls", {}),
+            *(((api, "plan", lambda *_: config), (varlen, "plan_varlen", lambda *_: config)) if config else ()),
+        ):
+            stack.enter_context(mock.patch.object(where, name, what))
+        yield
+    assert tickets.item() == 0, "a launch left its ticket behind"
