@@ -13,12 +13,11 @@ from .slots import TYPES, Slots
 Step = Callable  # Warp -> None; or why it cannot go on, a str
 
 
-def binary(ufunc: np.ufunc, ufunc_float: np.ufunc | None = None):
+def binary(op: np.ufunc):
     """d = a op b."""
 
     def make(i: Instruction, s: Slots) -> Step:
         kind = i.words[-1]
-        op = ufunc_float if ufunc_float and kind[0] == "f" else ufunc
         d, a, b = (s.of(x, kind) for x in i.operands)
 
         def step(w):
@@ -26,6 +25,18 @@ def binary(ufunc: np.ufunc, ufunc_float: np.ufunc | None = None):
             op(v[a], v[b], out=v[d], where=w.where)
 
         return step
+
+    return make
+
+
+def extremum(with_nan: np.ufunc, without: np.ufunc):
+    """min and max; relu: 0 where that is below 0."""
+
+    def make(i: Instruction, s: Slots) -> Step:
+        op = with_nan if "NaN" in i.words or i.words[-1][0] != "f" else without
+        if "relu" in i.words:
+            return ternary(lambda a, b: np.maximum(op(a, b), 0), lambda kind: (kind,) * 3)(i, s)
+        return binary(op)(i, s)
 
     return make
 
@@ -163,9 +174,8 @@ def prmt(a, b, selector):
 
 def bit_field(a, start, length):
     """bfe of unsigned numbers, and of signed ones."""
-    bits, start, length = 8 * a.itemsize, start & 255, length & 255
-    found = [_field(int(x), int(p), int(n), bits, a.dtype.kind == "i") for x, p, n in zip(a, start, length, strict=True)]
-    return np.array(found).astype(a.dtype)
+    bits, signed, places = 8 * a.itemsize, a.dtype.kind == "i", zip(a, start & 255, length & 255, strict=True)
+    return np.array([_field(int(x), int(p), int(n), bits, signed) for x, p, n in places]).astype(a.dtype)
 
 
 def _field(x: int, start: int, length: int, bits: int, signed: bool) -> int:
@@ -184,6 +194,12 @@ def insert(a, b, start, length):
 
 def clz(a):
     return np.array([8 * a.itemsize - int(x).bit_length() for x in a], np.uint32)
+
+
+def bfind(a):
+    """The highest bit that is not the sign's; -1: none."""
+    bits = [(int(x) if x >= 0 else ~int(x)).bit_length() - 1 for x in a]
+    return np.array(bits, np.int32).view(np.uint32)
 
 
 def _compare(word: str) -> Callable:
@@ -354,18 +370,23 @@ def rounded_f16(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float16).view(np.uint16)
 
 
-HALF = {"bf16": rounded_bf16, "f16": rounded_f16}
+def from_f16(bits: np.ndarray) -> np.ndarray:
+    return bits.view(np.float16).astype(np.float32)
+
+
+HALF: dict[str, Callable] = {"bf16": rounded_bf16, "f16": rounded_f16}
+FROM_HALF: dict[str, Callable] = {"bf16": from_bf16, "f16": from_f16}
 
 
 def cvt(i: Instruction, s: Slots) -> Step:
     to, source = i.words[-2:]
     if to.endswith("x2"):
         return _pack(i, s, HALF[to[:-2]])
-    d, a = s.of(i.operands[0], to), s.of(i.operands[1], source)
+    d, a = s.of(i.operands[0], s.whole(i.operands[0], to)), s.of(i.operands[1], source)
     convert = _conversion(i.words, to, source)
 
     def step(w):
-        w.put(d, convert(w.rows[a]))
+        w.put(d, convert(w.rows[a]).astype(TYPES[to]))
 
     return step
 
@@ -383,10 +404,11 @@ def _pack(i: Instruction, s: Slots, rounded: Callable) -> Step:
 
 
 def _conversion(words: list[str], to: str, source: str) -> Callable:
-    if source == "bf16":
-        return from_bf16 if to == "f32" else _conversion_from_f32(words, to)
-    if to == "bf16":
-        return rounded_bf16
+    if source in FROM_HALF:
+        first, rest = FROM_HALF[source], _conversion(words, to, "f32")
+        return lambda x: rest(first(x))
+    if to in HALF and source == "f32":
+        return HALF[to]
     if source[0] == "f" and to[0] in "us":
         rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[words[1]]
         info = np.iinfo(TYPES[to])
@@ -397,11 +419,6 @@ def _conversion(words: list[str], to: str, source: str) -> Callable:
         low, high = (0, 1) if to[0] == "f" else (np.iinfo(TYPES[to]).min, np.iinfo(TYPES[to]).max)
         return lambda x: np.clip(x, low, high)
     return lambda x: x
-
-
-def _conversion_from_f32(words: list[str], to: str) -> Callable:
-    rest = _conversion(words, to, "f32")
-    return lambda x: rest(from_bf16(x))
 
 
 def tanh(x):
@@ -420,8 +437,8 @@ OPS = {
     "fma": _multiply_add,
     "div": ternary(quotient, lambda kind: (kind,) * 3),
     "rem": ternary(remainder, lambda kind: (kind,) * 3),
-    "min": binary(np.minimum, np.fmin),
-    "max": binary(np.maximum, np.fmax),
+    "min": extremum(np.minimum, np.fmin),
+    "max": extremum(np.maximum, np.fmax),
     "and": binary(np.bitwise_and),
     "or": binary(np.bitwise_or),
     "xor": binary(np.bitwise_xor),
@@ -436,6 +453,8 @@ OPS = {
     "bfe": ternary(bit_field, lambda kind: (kind, kind, "u32", "u32")),
     "bfi": ternary(insert, lambda kind: (kind, kind, kind, "u32", "u32")),
     "clz": ternary(clz, lambda kind: ("u32", kind)),
+    "bfind": ternary(bfind, lambda kind: ("u32", kind)),
+    "copysign": ternary(lambda sign, a: np.copysign(a, sign), lambda kind: (kind,) * 3),
     "popc": ternary(np.bitwise_count, lambda kind: ("u32", kind)),
     "ex2": unary(np.exp2),
     "lg2": unary(np.log2),

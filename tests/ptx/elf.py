@@ -47,7 +47,7 @@ class Object:
         return next(self._value(i) for i, (x, _, section) in enumerate(self._symbols) if x == name and section)
 
     def _read_sections(self) -> list[Section]:
-        (start,), (size, count) = struct.unpack_from("<Q", self._image, 0x28), struct.unpack_from("<HH", self._image, 58)
+        start, size, count = struct.unpack_from("<40xQ10xHH", self._image)
         return [Section(*struct.unpack_from("<IIQQQQIIQQ", self._image, start + size * i)) for i in range(count)]
 
     def _layout(self) -> tuple[dict[int, int], int]:

@@ -40,6 +40,11 @@ class Attribute(ctypes.Structure):  # cudaLaunchAttribute
     _fields_ = (("kind", ctypes.c_uint32), ("padding", ctypes.c_uint32), ("value", ctypes.c_uint32 * 16))
 
 
+NOTHING_TO_DO = (
+    *("_cuKernelGetAttribute", "_cudaDeviceGetAttribute", "_cudaFuncSetAttribute", "_cudaKernelSetAttributeForDevice"),
+    *("_cudaLibraryLoadData", "_cudaSetDevice", "cuda_dialect_init_library_once", "cuda_dialect_unload_library_once"),
+    "TVMFFIEnvGetStream",
+)
 CLUSTER_DIMENSION = 4  # cudaLaunchAttributeClusterDimension
 
 
@@ -60,9 +65,7 @@ class Host:
         self._object = Object(image, self._functions())
         load = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
         load(self._object.address(f"__cute_internal_{symbol}_cuda_load"))(ctypes.addressof(ctypes.c_void_p(1)))
-        call = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(Any), ctypes.c_int32, ctypes.POINTER(Any)
-        )
+        call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(Any), ctypes.c_int32, ctypes.POINTER(Any))
         self._call = call(self._object.address(f"__tvm_ffi_{symbol}"))
 
     def __call__(self, *arguments) -> list[Launch]:
@@ -79,10 +82,7 @@ class Host:
         """Stand-ins of everything that the host code calls. 0: done; there is one device, 0, and one stream."""
         p, i, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
         done = ctypes.CFUNCTYPE(i)(lambda: 0)
-        names = """_cuKernelGetAttribute _cudaDeviceGetAttribute _cudaFuncSetAttribute _cudaKernelSetAttributeForDevice
-        _cudaLibraryLoadData _cudaSetDevice cuda_dialect_init_library_once TVMFFIEnvGetStream
-        cuda_dialect_unload_library_once""".split()
-        return dict.fromkeys(names, done) | {
+        return dict.fromkeys(NOTHING_TO_DO, done) | {
             "_cudaGetDevice": ctypes.CFUNCTYPE(i, ctypes.POINTER(i))(_first_device),
             "_cudaLibraryGetKernel": ctypes.CFUNCTYPE(i, ctypes.POINTER(p), p, text)(self._get_kernel),
             "_cudaLaunchKernelEx": ctypes.CFUNCTYPE(i, ctypes.POINTER(Config), p, ctypes.POINTER(p))(self._launch),

@@ -26,6 +26,7 @@ class Warp:
 
     def __init__(self, cta, index: int):
         self.machine, self.cta, self.index = cta.cluster.machine, cta, index
+        self.number = 1 + cta.index * (cta.threads // LANES) + index
         self.file = File(self.machine.kernel.slots, self._special())
         self.rows = self.file.rows
         self.paths: dict[int, np.ndarray | bool] = {0: True}  # instruction -> lanes; True: all

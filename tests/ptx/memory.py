@@ -81,18 +81,27 @@ def _allocation(start: int, size: int) -> Allocation:
 
 
 class Shared:
-    """A CTA's, poisoned."""
+    """A CTA's, poisoned. What a warp stores is for TMA and WGMMA, the async proxy, after its fence.proxy.async only."""
 
     def __init__(self, size: int):
         self.bytes = np.full(SHARED_BASE + -(-size // 16) * 16, POISON, np.uint8)
+        self._unfenced = np.zeros(len(self.bytes) // 16, np.int32)  # of 16 bytes: the warp that stored there; 0: none
         self._views = {dtype: self.bytes.view(dtype) for dtype in ("u1", "u2", "u4", "u8")}
 
-    def load(self, offsets: np.ndarray, dtype: np.dtype, why: str) -> np.ndarray:
-        return self._views[f"u{dtype.itemsize}"][self._items(offsets, dtype.itemsize, why)].view(dtype)
+    def load(self, offsets: np.ndarray, dtype: np.dtype, why: str, proxy: bool = False) -> np.ndarray:
+        items = self._items(offsets, dtype.itemsize, why)
+        if proxy and (found := self._unfenced[offsets // 16]).any():
+            raise Fault(f"shared memory: {why} reads what warp {found.max() - 1} has stored, without fence.proxy.async")
+        return self._views[f"u{dtype.itemsize}"][items].view(dtype)
 
-    def store(self, offsets: np.ndarray, values: np.ndarray, why: str):
+    def store(self, offsets: np.ndarray, values: np.ndarray, why: str, warp: int = 0):
+        """warp: 1 + the number of the one that stores; 0: the async proxy."""
         view = self._views[f"u{values.itemsize}"]
         view[self._items(offsets, values.itemsize, why)] = values.view(view.dtype)
+        self._unfenced[offsets // 16] = warp
+
+    def fence(self, warp: int):
+        self._unfenced[self._unfenced == warp] = 0
 
     def _items(self, offsets: np.ndarray, size: int, why: str) -> np.ndarray:
         if (offsets % size).any():
@@ -127,7 +136,7 @@ def _space(i: Instruction) -> str:
 def ld(i: Instruction, s: Slots):
     kind, at = i.words[-1], address(i.operands[1], s)
     dtype = np.dtype(TYPES[kind])
-    rows = [s.of(x, kind) for x in _values(i.operands[0])]
+    rows = [s.of(x, s.whole(x, kind)) for x in _values(i.operands[0])]
     load, size = {"param": _load_parameter, "shared": _load_shared, "global": _load_global}[_space(i)], dtype.itemsize
 
     def step(w):
@@ -177,7 +186,7 @@ def _load_shared(w, addresses, dtype, why):
 
 def _store_shared(w, addresses, values, why):
     for cta, offsets, here in w.cta.places(addresses, why):
-        cta.shared.store(offsets, values[here], why)
+        cta.shared.store(offsets, values[here], why, w.number)
 
 
 def atom(i: Instruction, s: Slots):

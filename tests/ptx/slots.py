@@ -8,7 +8,7 @@ from .parse import SINK, Immediate, Program, Register, Special, Symbol
 
 LANES = 32
 TYPES = {
-    **{"pred": "?", "b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2"},
+    **{"pred": "?", "b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "f16": "u2"},
     **{"bf16": "u2", "b32": "u4", "u32": "u4", "s32": "i4", "f32": "f4", "f16x2": "u4", "bf16x2": "u4"},
     **{"b64": "u8", "u64": "u8", "s64": "i8", "f64": "f8"},
 }
@@ -40,6 +40,12 @@ class Slots:
         """An operand's row, read or written as a PTX type."""
         row = self._row(operand, TYPES[kind], part)
         return self.rows.setdefault(row, len(self.rows))
+
+    def whole(self, operand, kind: str) -> str:
+        """The type that fills a register which gets a value of a narrower one."""
+        bits = self.program.bits(operand) if isinstance(operand, Register) else 0
+        narrow = kind[0] in "usb" and kind[1:].isdigit() and int(kind[1:]) < bits
+        return f"{'s' if kind[0] == 's' else 'u'}{bits}" if narrow else kind
 
     def bank_row(self, register: Register) -> int:
         """Where in its bank a register is."""
@@ -86,9 +92,9 @@ class File:
         if row.bank == SPECIAL:
             return special[row.of].astype(dtype)
         if row.bank == CONSTANT:
-            if dtype == bool:
+            if dtype.kind == "b":
                 return np.full(LANES, bool(row.of))
             return np.full(LANES, row.of, f"u{dtype.itemsize}").view(dtype)
         values = self.banks[row.bank][row.of]
         steps = values.itemsize // dtype.itemsize
-        return values if dtype == bool else values.view(dtype)[row.part :: steps] if steps else values.view(dtype)
+        return values.view(dtype)[row.part :: steps]

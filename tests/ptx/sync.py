@@ -225,6 +225,18 @@ def setmaxnreg(i: Instruction, s: Slots):
     return lambda w: None if w.where is True else f"{i.text} waits for the other lanes"
 
 
+def fence(i: Instruction, s: Slots):
+    """Warps see each other's stores at once here; what counts is the fence between stores and the async proxy."""
+    if not i.opcode.startswith("fence.proxy.async"):
+        return lambda w: None
+
+    def step(w):
+        for cta in w.cta.cluster.ctas:
+            cta.shared.fence(w.number)
+
+    return step
+
+
 def _nothing(i: Instruction, s: Slots):
     return lambda w: None
 
@@ -235,7 +247,7 @@ OPS = {
     "barrier": barrier,
     "griddepcontrol": griddepcontrol,
     "setmaxnreg": setmaxnreg,
-    "fence": _nothing,
+    "fence": fence,
     "membar": _nothing,
     "prefetch": _nothing,
     "nanosleep": _nothing,

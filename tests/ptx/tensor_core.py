@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .alu import from_bf16
+from .alu import FROM_HALF
 from .memory import Fault, address
 from .parse import Instruction, Vector
 from .slots import LANES, Slots
@@ -26,11 +26,6 @@ class Layout(NamedTuple):
     leading: int  # bytes
     stride: int  # bytes
     swizzle: int
-
-
-def elements(bits: np.ndarray, kind: str) -> np.ndarray:
-    """bf16 or fp16 bits as float32."""
-    return from_bf16(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
 
 
 @lru_cache(maxsize=256)
@@ -58,7 +53,7 @@ def read(w, descriptor: int, rows: int, transposed: bool, kind: str) -> np.ndarr
         raise NotImplementedError("a matrix descriptor with a base offset")
     layout = Layout(rows, transposed, leading, stride, descriptor >> 62 & 3)
     at = swizzled(start + offsets(layout), ROW_BYTES[layout.swizzle])
-    return elements(w.cta.shared.load(at, np.dtype("u2"), f"wgmma of descriptor {descriptor:#x}"), kind)
+    return FROM_HALF[kind](w.cta.shared.load(at, np.dtype("u2"), f"wgmma of descriptor {descriptor:#x}", proxy=True))
 
 
 @lru_cache
@@ -78,7 +73,7 @@ def fragment(words: np.ndarray, kind: str) -> np.ndarray:
     else:
         found = np.empty((16, 8), np.uint16)
         found[lane % 4 * 2 + h + j * 8, lane // 4 + 0 * h] = halves
-    return elements(found, kind)
+    return FROM_HALF[kind](found)
 
 
 class Accumulator:
@@ -248,7 +243,7 @@ def stmatrix(i: Instruction, s: Slots):
         for n, row in enumerate(rows):
             matrix = w.rows[row].view(np.uint16).reshape(8, 8)
             matrix = np.ascontiguousarray(matrix.T if transposed else matrix)
-            w.cta.shared.store(_matrix_places(addresses, n), matrix, i.text)
+            w.cta.shared.store(_matrix_places(addresses, n), matrix, i.text, w.number)
 
     return _aligned(step, i)
 

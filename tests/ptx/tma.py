@@ -90,7 +90,7 @@ def load(machine, d: Descriptor, start: tuple[int, ...], cta, at: int):
 def store(machine, d: Descriptor, start: tuple[int, ...], cta, at: int):
     """The part of a box that lies in the tensor."""
     b = box(d, start)
-    values = cta.shared.load(places(d, at, len(b.inside), b.row_bytes), np.dtype("u2"), "a TMA store")
+    values = cta.shared.load(places(d, at, len(b.inside), b.row_bytes), np.dtype("u2"), "a TMA store", proxy=True)
     values = np.ascontiguousarray(values).view(np.uint8)[b.inside, : b.width]
     for row, first in zip(values, b.addresses, strict=True):
         a = machine.memory.find(int(first), int(first) + b.width - 1, "a TMA store")
@@ -142,7 +142,7 @@ def _tensor(operand, s: Slots):
 
 
 def _load(i: Instruction, s: Slots):
-    """.shared: into this CTA; .multicast::cluster: to the same place in each CTA of the mask, and its mbarrier there."""
+    """Into this CTA; .multicast::cluster: to the same place in each CTA of the mask, and its mbarrier there."""
     to, tensor, barrier, *rest = i.operands
     at, of, bar_at = address(to, s), _tensor(tensor, s), address(barrier, s)
     mask = s.of(rest[0], "u16") if "multicast::cluster" in i.words else None
@@ -231,4 +231,3 @@ def _delivery(cta, to: int, bar: int, values: np.ndarray, why: str):
 
 
 OPS = {"cp": cp, "st_async": st_async}
-
