@@ -195,7 +195,7 @@ def plain():
     return config, get(config), inputs(1, 2, 1, 113, 203, 64, device="cpu")
 
 
-def caught(plain, changed, seeds=4) -> str:
+def caught(plain, changed, seeds=8) -> str:
     """What is said of a kernel that was changed; "" where no order of the warps shows it."""
     config, _, tensors = plain
     for seed in range(seeds):

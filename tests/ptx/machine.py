@@ -1,4 +1,8 @@
-"""CTAs, clusters and warps, and what runs next: any warp that can go on, or a transfer on its way, by chance."""
+"""CTAs, clusters and warps, and what runs next.
+
+Warps and the transfers on their way have priorities by chance: the highest goes on, a warp for some while, and may then
+get another one (PCT: Burckhardt et al., ASPLOS 2010). So some transfers arrive at once, and others when all warps wait.
+"""
 
 import random
 from collections import defaultdict
@@ -14,6 +18,7 @@ from .tma import BulkGroups, Transfer
 from .translate import Jump, Kernel, full
 
 TURNS = (1, 3, 20, 1 << 30)  # how many blocks of instructions a warp gets, one of these by chance
+CHANGE = 0.2  # how often a warp's priority changes after that
 BLOCKS_MAX = 20_000_000  # of a launch: more is a loop without an end
 
 
@@ -33,6 +38,7 @@ class Warp:
         self.where: np.ndarray | bool = True
         self.waits_for, self.cluster_target, self.why = None, 0, ""
         self.wgmmas, self.bulk_groups = Wgmmas(self), BulkGroups()
+        self.priority = self.machine.random.random()
 
     @property
     def ended(self) -> bool:
@@ -179,7 +185,7 @@ class Machine:
 
     def __init__(self, kernel: Kernel, launch: Launch, memory: Global, room: int = 1 << 30, seed: int = 0):
         self.kernel, self.launch, self.memory = kernel, launch, memory
-        self.room, self._random, self.blocks = max(room // launch.cluster, 1), random.Random(seed), 0
+        self.room, self.random, self.blocks = max(room // launch.cluster, 1), random.Random(seed), 0
         self.parameters = self._packed(launch.parameters)
         self.flying: list[Transfer] = []
         self._waiting = [*range(launch.grid // launch.cluster)][::-1]
@@ -193,9 +199,10 @@ class Machine:
                 self._one_turn()
 
     def chance(self) -> bool:
-        return self._random.random() < 0.5
+        return self.random.random() < 0.5
 
     def fly(self, transfer: Transfer):
+        transfer.priority = self.random.random()
         self.flying.append(transfer)
 
     def something_happened(self):
@@ -220,17 +227,20 @@ class Machine:
             self._ready += Cluster(self, index).warps()
 
     def _one_turn(self):
-        count = len(self._ready) + len(self.flying)
-        if not count:
+        first = max((*self._ready, *self.flying), key=lambda x: x.priority, default=None)
+        if first is None:
             raise Deadlock("\n".join(["deadlock; these wait:", *map(_where, self._blocked)]))
-        pick = self._random.randrange(count)
-        if pick >= len(self._ready):
-            transfer = self.flying.pop(pick - len(self._ready))
-            transfer.go()
+        if isinstance(first, Transfer):
+            self.flying.remove(first)
+            first.go()
             self.something_happened()
             return
-        warp = self._ready[pick]
-        for _ in range(self._random.choice(TURNS)):
+        self._run(first)
+        if self.random.random() < CHANGE:
+            first.priority = self.random.random()
+
+    def _run(self, warp: Warp):
+        for _ in range(self.random.choice(TURNS)):
             self.blocks += 1
             if self.blocks > BLOCKS_MAX:
                 raise Deadlock(f"{BLOCKS_MAX} blocks of instructions, and no end")

@@ -109,7 +109,7 @@ class Transfer:
     """On its way: to one CTA, or from one."""
 
     def __init__(self, go, cta, name: str):
-        self.go, self.cta, self.name = go, cta, name
+        self.go, self.cta, self.name, self.priority = go, cta, name, 0.0
 
 
 def cp(i: Instruction, s: Slots):
