@@ -249,7 +249,7 @@ def test_deadlocks(code):
         run(code)
 
 
-UNKNOWN = ["add.sat.s32 %r9, %r1, %r1;", "max.ftz.f32 %r9, %r1, %r1;", "brev.b32 %r9, %r1;", "cvt.rz.bf16.f32 %rs1, %r1;"]
+UNKNOWN = ["add.sat.s32 %r9, %r1, %r1;", "max.ftz.f32 %r9, %r1, 0;", "brev.b32 %r9, %r1;", "cvt.rz.f32.s32 %r9, %r1;"]
 
 
 @pytest.mark.parametrize("code", UNKNOWN)

@@ -5,8 +5,11 @@
         flash_fwd(q, k, v, causal=True)
     with interpreted(config, num_sms=2, seed=1):  # this FwdConfig, whatever the plan says
         flash_fwd(q, k, v)
+    cases.run(config, 113, 203, seed=1)       # the like, on random tensors, against float64
     kernel = compiled(lambda options: cute.compile(function, *arguments, options=f"{options} --enable-tvm-ffi ..."))
     kernel(*arguments)                        # any other function of the DSL, on CPU tensors
+
+`cd tests; python -m ptx NAME ...` does so for every shipped kernel of such a name, some ten seconds each.
 
 What runs: the host code that was compiled, in this process (`elf`, `host`), so grid, strides and TMA descriptors are
 the real ones; then each warp of each CTA (`machine`), 32 lanes at a time with NumPy (`translate`, `alu`, `memory`,
