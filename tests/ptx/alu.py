@@ -196,6 +196,10 @@ def clz(a):
     return np.array([8 * a.itemsize - int(x).bit_length() for x in a], np.uint32)
 
 
+def popc(a):
+    return np.array([int(x).bit_count() for x in a], np.uint32)
+
+
 def bfind(a):
     """The highest bit that is not the sign's; -1: none."""
     bits = [(int(x) if x >= 0 else ~int(x)).bit_length() - 1 for x in a]
@@ -455,7 +459,7 @@ OPS = {
     "clz": ternary(clz, lambda kind: ("u32", kind)),
     "bfind": ternary(bfind, lambda kind: ("u32", kind)),
     "copysign": ternary(lambda sign, a: np.copysign(a, sign), lambda kind: (kind,) * 3),
-    "popc": ternary(np.bitwise_count, lambda kind: ("u32", kind)),
+    "popc": ternary(popc, lambda kind: ("u32", kind)),
     "ex2": unary(np.exp2),
     "lg2": unary(np.log2),
     "rcp": unary(np.reciprocal),

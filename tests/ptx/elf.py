@@ -8,6 +8,8 @@ import mmap
 import struct
 from typing import NamedTuple
 
+X86_64 = 62  # EM_X86_64
+ANY_ACCESS = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
 LOADED, NO_BITS = 2, 8  # SHF_ALLOC, SHT_NOBITS
 SYMBOLS, RELOCATIONS = 2, 4  # SHT_SYMTAB, SHT_RELA
 ABSOLUTE, PC_32, PLT_32, PC_64, GOT_OFFSET, GOT_PC, GOT_ENTRY = 1, 2, 4, 24, 25, 29, 27  # R_X86_64_*
@@ -31,10 +33,12 @@ class Object:
 
     def __init__(self, image: bytes, functions: dict):
         self._image, self._functions = image, functions
+        if struct.unpack_from("<18xH", image) != (X86_64,):
+            raise NotImplementedError("host code for another machine than x86-64")
         self._sections = self._read_sections()
         self._places, size = self._layout()
         self._symbols = self._read_symbols()
-        self._memory = mmap.mmap(-1, size + 8 * len(self._symbols), prot=7)
+        self._memory = mmap.mmap(-1, size + 8 * len(self._symbols), prot=ANY_ACCESS)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._got = size
         self._fill()
@@ -74,7 +78,7 @@ class Object:
         name, value, section = self._symbols[i]
         if section:
             return self._base + self._places[section] + value
-        return self._base + self._got if name in ("", "_GLOBAL_OFFSET_TABLE_") else self._extern(name)
+        return self._base + self._got if name == "_GLOBAL_OFFSET_TABLE_" else self._extern(name)
 
     def _extern(self, name: str) -> int:
         if name not in self._functions:
@@ -97,8 +101,8 @@ class Object:
             place = self._places[section.info] + offset
             got = self._base + self._got
             if kind == GOT_ENTRY:
+                self._value(symbol)  # raises where it has no stand-in
                 value = 8 * symbol + addend
-                self._extern(self._symbols[symbol][0]) if not self._symbols[symbol][2] else None
             elif kind == GOT_PC:
                 value = got - self._base - place + addend
             else:

@@ -33,13 +33,10 @@ class Global:
     def __init__(self, addresses: Iterable[int]):
         wanted = sorted(a for a in addresses if a)
         found = {}
-        for x in gc.get_objects():
-            if issubclass(type(x), torch.Tensor) and x.device.type == "cpu" and x.layout == torch.strided:
-                storage = x.untyped_storage()
-                start, size = storage.data_ptr(), storage.nbytes()
-                at = bisect.bisect_left(wanted, start)
-                if size and at < len(wanted) and wanted[at] < start + size:
-                    found[start] = max(size, found.get(start, 0))
+        for start, size in map(_storage, filter(_is_tensor, gc.get_objects())):
+            at = bisect.bisect_left(wanted, start)
+            if at < len(wanted) and wanted[at] < start + size:
+                found[start] = max(size, found.get(start, 0))
         self.allocations = [_allocation(start, found[start]) for start in sorted(found)]
         self._starts = [a.start for a in self.allocations]
 
@@ -74,6 +71,18 @@ class Global:
         raw, span = values.view(np.uint8).reshape(len(values), -1), np.arange(values.itemsize)
         for memory, offsets, here in self.bytes_at(addresses, values.itemsize, why):
             memory[offsets[:, None] + span] = raw[here]
+
+
+def _is_tensor(x) -> bool:
+    return issubclass(type(x), torch.Tensor)  # isinstance would ask an object for its __class__
+
+
+def _storage(x: torch.Tensor) -> tuple[int, int]:
+    """Address and bytes; no bytes where it has none in this machine's memory."""
+    try:
+        return (x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) if x.device.type == "cpu" else (0, 0)
+    except (RuntimeError, NotImplementedError):  # sparse ones, and those that torch traces with
+        return 0, 0
 
 
 def _allocation(start: int, size: int) -> Allocation:
