@@ -40,7 +40,8 @@ def outcome(config, asked) -> str:
     shapes = [tuple(map(int, shape.split("x"))) for shape in asked.shape]
     try:
         for n, (seqlen_q, seqlen_k) in enumerate(shapes * asked.seeds):
-            run(config, seqlen_q, seqlen_k, seed=n, num_sms=asked.sms)
+            scale = 40.0 if n % 2 else None  # scores that overtake the rows' offsets, and so run the rarer code
+            run(config, seqlen_q, seqlen_k, seed=n, num_sms=asked.sms, scale=scale)
     except (AssertionError, NotImplementedError) as e:
         return f"{type(e).__name__} at {seqlen_q} x {seqlen_k}, seed {n}: {e}"
     return f"right, {time.perf_counter() - start:.1f} s"

@@ -65,6 +65,7 @@ class Warp:
         """Of the lanes there, up to a jump, a label, or where they wait; where that is."""
         kernel, self.where, self.why = self.machine.kernel, self.paths.pop(at), ""
         end = kernel.ends[at]
+        kernel.ran.add(at)
         for n in range(at, end):
             why = kernel.steps[n](self)
             if why:

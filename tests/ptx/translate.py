@@ -64,7 +64,13 @@ class Kernel:
         self.slots = Slots(self.program)
         self.steps = [self._translate(x) for x in self.program.code]
         self.ends = self._block_ends()
+        self.ran: set[int] = set()  # where blocks of instructions began that some warp has run
         self.waits_for_stream = any(x.opcode.startswith("griddepcontrol") for x in self.program.code)
+
+    def never_ran(self) -> list[str]:
+        """The instructions that no launch so far has come to."""
+        reached = {n for first in self.ran for n in range(first, self.ends[first] + 1)}
+        return [x.text for n, x in enumerate(self.program.code) if n not in reached]
 
     def _translate(self, i: Instruction) -> Callable | Jump:
         words = i.words
