@@ -9,8 +9,8 @@
     kernel = compiled(lambda options: cute.compile(function, *arguments, options=f"{options} --enable-tvm-ffi ..."))
     kernel(*arguments)                        # any other function of the DSL, on CPU tensors
 
-`cd tests; python -m ptx NAME ...` does so for every shipped kernel of such a name, some ten seconds each. What a kernel's
-launches have not come to, `kernel.kernels[name].never_ran()` says.
+`cd tests; python -m ptx NAME ...` does so for every shipped kernel of such a name, some ten seconds each.
+`kernel.kernels[name].never_ran()` has the instructions that no launch of a kernel has come to.
 
 What runs: the host code that was compiled, in this process (`elf`, `host`), so grid, strides and TMA descriptors are
 the real ones; then each warp of each CTA (`machine`), 32 lanes at a time with NumPy (`translate`, `alu`, `memory`,
