@@ -1,0 +1,95 @@
+"""Makes CPU tensors a GPU's: `flash_fwd` then takes its whole real path, and what it launches is interpreted."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+from cute_attn import api, checks, compile, device, varlen
+from cute_attn.kernels.config import FwdConfig
+
+from .host import Host
+from .machine import Machine
+from .memory import Global
+from .parse import parse
+from .translate import Kernel
+
+NUM_SMS = 3
+CUDA = torch.device("cuda", 0)
+
+
+class Compiled:
+    """A function that the DSL has compiled, called as the real one, on CPU tensors."""
+
+    def __init__(self, ptx: str, image: bytes, symbol: str = compile.SYMBOL):
+        self.ptx, self.image, self.symbol = ptx, image, symbol
+        programs = parse(ptx)
+        self.kernels = {name: Kernel(program) for name, program in programs.items()}
+        self.host = Host(image, symbol, {name: [p.size for p in x.parameters.values()] for name, x in programs.items()})
+        self.seed, self.room = 0, NUM_SMS
+
+    def __call__(self, *arguments):
+        launches = self.host(*arguments)
+        addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments if not isinstance(x, float)]
+        memory = Global(addresses)
+        for launch in launches:
+            Machine(self.kernels[launch.kernel], launch, memory, self.room, self.seed).run()
+
+    def changed(self, line: int, text: str) -> "Compiled":
+        """With another text in place of a line of the PTX."""
+        lines = self.ptx.splitlines()
+        return Compiled("\n".join([*lines[:line], text, *lines[line + 1 :]]), self.image, self.symbol)
+
+
+def compiled(build: Callable, symbol: str = compile.SYMBOL) -> Compiled:
+    """Of what `cute.compile` returns; build takes the options that keep the PTX."""
+    with tempfile.TemporaryDirectory() as folder:
+        function = build(f"--keep-ptx --dump-dir {folder}")
+        function.export_to_c(f"{folder}/host.o", symbol)
+        (ptx,) = Path(folder).glob("*.ptx")
+        return Compiled(ptx.read_text(), Path(folder, "host.o").read_bytes(), symbol)
+
+
+@lru_cache(maxsize=256)
+def get(config: FwdConfig) -> Compiled:
+    """In place of `compile.get`."""
+    with compile.lock:
+        return compiled(lambda options: compile.compile(config, options))
+
+
+@contextlib.contextmanager
+def interpreted(
+    config: FwdConfig | None = None, kernel: Compiled | None = None, *, num_sms: int = NUM_SMS, seed: int = 0
+):
+    """Inside, CPU tensors are a GPU's of so many SMs; gives the list of configs that the calls have asked for.
+
+    config: what to run, whatever the plan says; kernel: in place of what it is compiled to. seed: of every chance.
+    """
+    asked: list[FwdConfig] = []
+    tickets = torch.zeros(1, dtype=torch.int32)
+    gpu = SimpleNamespace(index=0, name="NVIDIA H200", num_sms=num_sms, ticket=tickets.data_ptr)
+
+    def found(wanted: FwdConfig) -> Compiled:
+        asked.append(wanted)
+        one = kernel or get(wanted)
+        one.seed, one.room = seed, num_sms
+        return one
+
+    of = checks.Spec.of.__func__
+    with contextlib.ExitStack() as stack:
+        for where, name, what in (
+            (checks.Spec, "of", classmethod(lambda cls, x: of(cls, x)._replace(device=CUDA))),
+            (device, "get", lambda index: gpu),
+            (compile, "get", found),
+            (api, "_calls", {}),
+            (varlen, "_calls", {}),
+            *(((api, "plan", lambda *_: config), (varlen, "plan_varlen", lambda *_: config)) if config else ()),
+        ):
+            stack.enter_context(mock.patch.object(where, name, what))
+        yield asked
+    assert tickets.item() == 0, "a launch left its ticket behind"

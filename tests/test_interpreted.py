@@ -1,0 +1,245 @@
+"""The kernels themselves, without a GPU: `ptx` interprets what the DSL compiles. Against float64, as on a GPU."""
+
+import platform
+
+import pytest
+import torch
+from attention import check, close_lse, inputs
+from ptx import Deadlock, Fault, get, interpreted
+from ptx.cases import SEQUENCES, run
+from test_mods import held_to_the_bound, mask_mods, score_mods
+from test_varlen import check as check_varlen
+from test_varlen import packed
+from torch.nn.attention.flex_attention import create_block_mask
+
+from cute_attn import flash_fwd, plan
+from cute_attn.kernels.config import FwdConfig
+from cute_attn.plan import Problem
+from cute_attn.reference import attention
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the host code is loaded by hand, for x86-64 only"),
+]
+LONG = 4096
+
+
+def planned(head_dim, causal=False, batch=4, heads=16, seqlen_q=LONG, seqlen_k=LONG, heads_kv=None, **how) -> FwdConfig:
+    """The kernel of a problem that is too large to be interpreted."""
+    sizes = batch, heads, heads_kv or heads, seqlen_q, seqlen_k, head_dim
+    return plan.plan(Problem(*sizes, causal=causal, **how))
+
+
+KINDS = {
+    "d64 full, redo": planned(64),
+    "d64 causal, drawn": planned(64, True),
+    "d64 fp16": planned(64, dtype="fp16"),
+    "d96 causal": planned(96, True),
+    "d128 full, long, cluster, Q in registers": planned(128, batch=16, heads=32),
+    "d128 causal, drawn by a cluster": planned(128, True),
+    "d128 bshd": planned(128, seqlen_q=1024, seqlen_k=1024, layout="bshd"),
+    "d256 full, O from registers": planned(256),
+    "d256 causal": planned(256, True),
+    "one tile per CTA": planned(64, batch=1, heads=8, seqlen_q=1024, seqlen_k=256),
+    "keys split over a cluster": planned(128, batch=1, heads=4, seqlen_q=512),
+    "keys split, causal": planned(64, True, batch=1, heads=4, seqlen_q=512, seqlen_k=2048),
+    "constant time": planned(64, constant_time=True),
+    "constant time, causal": planned(128, True, constant_time=True),
+    "without overlap": FwdConfig(64, overlap=False),
+}
+
+
+def launches(config: FwdConfig) -> list[tuple]:
+    """One row; ends within a tile; causal rows that see no key; scores that overtake the rows' offsets all the time."""
+    return [(1, 1, None), (113, 203, None), *([(130, 65, None)] if config.mask.causal else []), (70, 265, 40.0)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_right(kind):
+    """And nine tenths of the instructions are run: the rest is for negative scales, or jumps back to a wait."""
+    config = KINDS[kind]
+    for seed, (seqlen_q, seqlen_k, scale) in enumerate(launches(config)):
+        run(config, seqlen_q, seqlen_k, seed=seed, scale=scale)
+    (kernel,) = get(config).kernels.values()
+    assert len(kernel.never_ran()) < 0.1 * len(kernel.steps)
+
+
+def test_every_choice_of_a_schedule_is_there():
+    configs = KINDS.values()
+    assert any(c.cluster > 1 and c.scheduler.draws for c in configs)
+    assert any(c.cluster > 1 and not c.scheduler.draws for c in configs)
+    assert {c.warpgroups for c in configs} == {1, 2, 3, 4}
+    for choice in ("redo", "q_in_regs", "constant_time", "stages_o", "overlap", "pingpong"):
+        assert {bool(getattr(c, choice)) for c in configs} == {False, True}, choice
+    for choice in ("q_stages", "split"):
+        assert {getattr(c, choice) > 1 for c in configs} == {False, True}, choice
+
+
+MODIFIED = {
+    "window": dict(window=(40, 10)),
+    "window, constant time": dict(window=(40, None), constant_time=True),
+    "softcap, causal": dict(softcap=5.0, causal=True),
+    "alibi": dict(alibi_slopes=torch.tensor([0.3, 0.01])),
+    "softcap, alibi, sinks, causal": dict(
+        softcap=5.0, alibi_slopes=torch.tensor([[0.3, 0.01]]), sinks=torch.tensor([1.0, -2.0]), causal=True
+    ),
+}
+
+
+@pytest.mark.parametrize("how", MODIFIED.values(), ids=MODIFIED)
+def test_modifiers(how):
+    for seqlen_q, seqlen_k in ((1, 1), (113, 203), (130, 65)):
+        with interpreted() as asked:
+            check(*inputs(1, 2, 2, seqlen_q, seqlen_k, 64, device="cpu"), **how)
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("seqlen_q", "heads"), [(1, 8), (3, 6)])
+def test_packed_heads(seqlen_q, heads):
+    """Of six heads, two of a query's eight rows are nobody's."""
+    with interpreted() as asked:
+        check(*inputs(1, heads, 1, seqlen_q, 203, 128, device="cpu"), causal=seqlen_q > 1)
+    assert asked[0].pack == 8
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "slack", "mask"),
+    [(64, 0, {}), (128, 2, dict(causal=True)), (64, 2, dict(window=(30, 5)))],
+    ids=["full", "causal", "window"],
+)
+def test_packed_sequences(head_dim, slack, mask):
+    """What lies between the sequences is NaN, and stays as it was."""
+    with interpreted() as asked:
+        check_varlen(*packed(SEQUENCES, 2, 1, head_dim, where="cpu", slack=slack), **mask)
+    assert asked[0].packed
+
+
+@pytest.mark.parametrize("name", ["by_table", "many"])
+def test_score_mods(name):
+    with interpreted():
+        held_to_the_bound(*inputs(2, 4, 2, 65, 130, 64, device="cpu"), score_mod=score_mods("cpu")[name])
+
+
+def test_mask_mods():
+    with interpreted():
+        held_to_the_bound(*inputs(2, 4, 2, 65, 130, 64, device="cpu"), mask_mod=mask_mods("cpu")["padded"])
+
+
+def test_block_masks():
+    def documents(b, h, q_idx, kv_idx):
+        return (q_idx >= kv_idx) & (q_idx // 100 == kv_idx // 100)
+
+    blocks = create_block_mask(documents, 1, 2, 300, 300, device="cpu", BLOCK_SIZE=128)
+    with interpreted() as asked:
+        held_to_the_bound(*inputs(1, 2, 2, 300, 300, 64, device="cpu"), block_mask=blocks, dense=documents)
+    assert asked[0].sparse
+
+
+SCALED = pytest.mark.parametrize("kind", ["d64 full, redo", "d128 full, long, cluster, Q in registers"])
+
+
+@SCALED
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales(kind, scale):
+    run(KINDS[kind], 70, 65, scale=scale)
+
+
+@pytest.mark.parametrize("num_sms", [1, 2])
+def test_many_tiles_for_each_cta(num_sms):
+    """Rings, tickets and phases go round."""
+    for seed, kind in enumerate(["d64 causal, drawn", "d128 causal, drawn by a cluster"]):
+        config = KINDS[kind]
+        q, k, v = inputs(2, 2, 1, 260, 70, config.head_dim, device="cpu")
+        with interpreted(config, num_sms=max(num_sms, config.cluster), seed=seed):
+            check(q, k, v, causal=True)
+
+
+def test_without_lse_and_with_strides():
+    config = KINDS["d64 full, redo"]
+    q, k, v = inputs(2, 3, 1, 70, 260, config.head_dim, device="cpu")
+    with interpreted(config):
+        check(q[:, :, 3:], k.expand(2, 3, 260, 64)[:, :, ::2], v.expand(2, 3, 260, 64)[:, :, 130:], lse=False)
+
+
+def line_of(text: str, what: str, number: int = 0) -> int:
+    """The number-th line that begins with these words."""
+    return [n for n, line in enumerate(text.splitlines()) if line.strip().startswith(what)][number]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    config = FwdConfig(64)
+    return config, get(config), inputs(1, 2, 1, 113, 203, 64, device="cpu")
+
+
+def caught(plain, changed, seeds=8) -> str:
+    """What is said of a kernel that was changed; "" where no order of the warps shows it."""
+    config, _, tensors = plain
+    for seed in range(seeds):
+        try:
+            with interpreted(config, changed, seed=seed):
+                check(*tensors)
+        except AssertionError as e:
+            return f"{type(e).__name__}: {e}"
+    return ""
+
+
+def test_a_missing_wait_for_a_load_is_found(plain):
+    ptx = plain[1].ptx
+    first_of_mma = line_of(ptx, "wgmma.fence")
+    waits = [n for n in range(first_of_mma) if ptx.splitlines()[n].strip().startswith("mbarrier.try_wait")]
+    assert caught(plain, plain[1].changed(waits[-1], "setp.eq.b32 P1, 0, 0;"))
+
+
+def test_a_wrong_phase_is_found(plain):
+    line = line_of(plain[1].ptx, "mbarrier.try_wait")
+    words = plain[1].ptx.splitlines()[line].split(",")
+    words[2] = " 0"  # the producer's first wait, for places that are empty from the start
+    assert "Deadlock" in caught(plain, plain[1].changed(line, ",".join(words)))
+
+
+def test_a_deadlock_says_who_waits_where(plain):
+    changed = plain[1].changed(line_of(plain[1].ptx, "mbarrier.arrive.expect_tx"), "")
+    with interpreted(plain[0], changed), pytest.raises(Deadlock, match=r"CTA 0, warp 4, at .*parity 0; 0 phases ended"):
+        check(*plain[2])
+
+
+def test_a_missing_wait_for_a_product_is_found(plain):
+    config, kernel, tensors = plain
+    with interpreted(config, kernel.changed(line_of(kernel.ptx, "wgmma.wait_group"), "")):
+        assert flash_fwd(*tensors).isnan().any()
+
+
+def test_a_missing_fence_before_a_tma_store_is_found(plain):
+    changed = plain[1].changed(line_of(plain[1].ptx, "fence.proxy.async", -1), "")
+    assert "without fence.proxy.async" in caught(plain, changed)
+
+
+def test_no_access_beyond_a_tensor(plain):
+    _, kernel, (q, k, v) = plain
+    o, lse = torch.empty_like(q), torch.empty(2 * 113 - 1)
+    with pytest.raises(Fault, match=r"global memory: st\.global.* in no tensor of the launch"):
+        kernel(q, k, v, o, lse.data_ptr(), 0, 0.125, 3)
+
+
+def test_the_host_code_checks_its_arguments(plain):
+    _, kernel, (q, k, v) = plain
+    with pytest.raises(RuntimeError, match="expected to match"):
+        kernel(q, k, k[:, :, 1:], torch.empty_like(q), 0, 0, 0.125, 3)
+    with pytest.raises(RuntimeError, match="float16"):
+        kernel(q, k, v.half(), torch.empty_like(q), 0, 0, 0.125, 3)
+
+
+def test_the_order_of_the_warps_does_not_matter():
+    """To the last bit."""
+    config = KINDS["d64 causal, drawn"]
+    q, k, v = inputs(1, 2, 1, 130, 203, 64, device="cpu")
+    found = []
+    for seed in range(3):
+        with interpreted(config, seed=seed):
+            found.append(flash_fwd(q, k, v, causal=True, return_lse=True))
+    want, want_lse = attention(q, k, v, causal=True)
+    close_lse(found[0][1], want_lse)
+    assert want.shape == found[0][0].shape
+    for o, lse in found[1:]:
+        assert torch.equal(o, found[0][0]) and torch.equal(lse, found[0][1])
