@@ -267,13 +267,20 @@ def _configs(head_dim: int, head_dim_v: int, dtype: str, layout: str, causal: bo
 
 
 def _rows(head_dim: int, head_dim_v: int, dtype: str, causal: bool, gpu: str | None) -> tuple[tuned.Row, ...]:
-    """Of the table; of a pair the rows of the wider one, whose tiles have room for both."""
+    """Of the table; of a pair the rows of the wider one, whose tiles have room for both.
+
+    With redo ptxas spills at 96 beside 128, 4 bytes.
+    """
     widest = max(head_dim, head_dim_v)
     if widest > HEAD_DIMS[-1]:
         return (tuned.Row(large(head_dim, head_dim_v, causal)),)
     rows = tuned.table(gpu).classes[widest, causal, dtype]
-    pairs = (replace(row.config, head_dim=head_dim, head_dim_v=head_dim_v) for row in rows)
-    return tuple(row._replace(config=pair) for row, pair in zip(rows, pairs, strict=True)) if head_dim_v else rows
+    return tuple(row._replace(config=_pair(row.config, head_dim, head_dim_v)) for row in rows) if head_dim_v else rows
+
+
+def _pair(config: FwdConfig, head_dim: int, head_dim_v: int) -> FwdConfig:
+    redo = config.redo and head_dim_v < head_dim
+    return replace(config, head_dim=head_dim, head_dim_v=head_dim_v, redo=redo)
 
 
 def large(head_dim: int, head_dim_v: int, causal: bool) -> FwdConfig:

@@ -182,7 +182,7 @@ class FlashFwdSm90:
             cluster=(c.cluster_size, 1, 1),
             stream=stream,
             use_pdl=True,
-            min_blocks_per_mp=1 if c.head_dim_v else 0,  # or ptxas ignores setmaxnreg where O has few columns
+            min_blocks_per_mp=1 if c.d_v < c.head_dim else 0,  # or ptxas ignores setmaxnreg: O has few columns
         )
 
     def _tma_view(self, t: cute.Tensor) -> cute.Tensor:
