@@ -121,8 +121,8 @@ def flash_fwd(
 
     Returns:
         o (B, H, Sq, Dv), its dimensions in q's order in memory; or a tuple of o[, lse][, row_max][, max_logit]
-        [, rng_state]. Accumulated in float32, rounded once. A
-        row that sees no key gives o = 0 and lse = -inf, or its sink.
+        [, rng_state]. Accumulated in float32, rounded once. A row that sees no key gives o = 0 and lse = -inf, or its
+        sink.
 
     Arrays of NumPy, CuPy, JAX and others that speak DLPack are taken too, all of one library, without a copy; what
     comes back is then of that library. They run eagerly only, outside of `jax.jit`.

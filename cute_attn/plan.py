@@ -151,7 +151,7 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
         config = replace(config, cluster=1 if config.scheduler.draws else config.cluster)
     mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
     redo = config.redo and not score.name and not mask.everywhere
-    narrow = mask.everywhere and (config.head_dim, config.tile_m) == (64, 256)
+    narrow = mask.everywhere and (config.widest, config.tile_m) == (64, 256)
     tile_n = min(config.tile_n, 48) if narrow else config.tile_n
     config = replace(config, tile_n=tile_n, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
     config = with_maxima(config) if kinds.row_max else config

@@ -7,12 +7,14 @@ import torch
 from attention import check, close_lse, inputs
 from ptx import Deadlock, Fault, get, interpreted
 from ptx.cases import SEQUENCES, run
+from test_dropout import check as check_dropout
+from test_maxima import check as check_maxima
 from test_mods import held_to_the_bound, mask_mods, score_mods
 from test_varlen import check as check_varlen
 from test_varlen import packed
 from torch.nn.attention.flex_attention import create_block_mask
 
-from cute_attn import flash_fwd, plan
+from cute_attn import BlockLists, flash_fwd, plan
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.plan import Problem
 from cute_attn.reference import attention
@@ -133,6 +135,74 @@ def test_block_masks():
     with interpreted() as asked:
         held_to_the_bound(*inputs(1, 2, 2, 300, 300, 64, device="cpu"), block_mask=blocks, dense=documents)
     assert asked[0].sparse
+
+
+@pytest.mark.parametrize(("head_dim", "seqlen_q", "seqlen_k"), [(64, 300, 330), (128, 400, 520)])
+def test_alibi_begins_at_the_diagonal(head_dim, seqlen_q, seqlen_k):
+    """Down to the first block, and on from the last, which ends within; of both of a cluster."""
+    slopes = torch.tensor([0.3, -0.05])
+    with interpreted() as asked:
+        check(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu"), alibi_slopes=slopes, softcap=5.0)
+    assert asked[0].from_diagonal and asked[0].cluster == (2 if head_dim == 128 else 1)
+
+
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, (128, 128)), (256, (64, 64))])
+@pytest.mark.parametrize("whole", [False, True], ids=["cut", "cut and whole"])
+def test_lists_of_blocks(head_dim, block_size, whole):
+    """Of each head its own, some of them empty; causal applies too."""
+    m, n = block_size
+    q, k, v = inputs(1, 2, 1, 300, 430, head_dim, device="cpu")
+    which = torch.randint(0, 3 if whole else 2, (1, 2, -(-300 // m), -(-430 // n)))  # 0: in no list
+    which[0, 0, 1] = 0
+    orders = [(which == i).int().argsort(dim=-1, descending=True, stable=True).int() for i in (1, 2)]
+    counts = [(which == i).sum(-1).int() for i in (1, 2)]
+    lists = BlockLists(counts[0], orders[0], *((counts[1], orders[1]) if whole else ()), block_size=block_size)
+    dense = lambda b, h, q_idx, kv_idx: which[b, h, q_idx // m, kv_idx // n] > 0  # noqa: E731
+    with interpreted() as asked:
+        held_to_the_bound(q, k, v, causal=True, block_mask=lists, dense=dense)
+    assert asked[0].sparse.whole == whole
+
+
+DIMS = pytest.mark.parametrize("dims", [(192, 128), (64, 256), (40, 72), (512, 512), (64, 320)], ids=str)
+
+
+@DIMS
+@pytest.mark.parametrize("mask", [{}, dict(causal=True), dict(window=(40, 10))], ids=["full", "causal", "window"])
+def test_head_dims(dims, mask):
+    """v's own, and those of which two warpgroups share the rows."""
+    head_dim, head_dim_v = dims
+    for seqlen_q, seqlen_k in ((1, 1), (70, 130)):
+        with interpreted() as asked:
+            check(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu", head_dim_v=head_dim_v), **mask)
+        assert (asked[0].parts_v > 1) == (head_dim_v > 256)
+
+
+BESIDE = {
+    "alone": {},
+    "causal": dict(causal=True),
+    "window": dict(window=(40, 10)),
+    "all": dict(causal=True, softcap=5.0, alibi_slopes=torch.tensor([0.3, 0.01]), sinks=torch.tensor([1.0, -2.0])),
+    "constant time": dict(constant_time=True),
+}
+EACH = pytest.mark.parametrize("how", BESIDE.values(), ids=BESIDE)
+
+
+@EACH
+def test_dropout(how):
+    for head_dim, (seqlen_q, seqlen_k) in ((64, (1, 1)), (64, (113, 203)), (128, (130, 65))):
+        rng_state = torch.tensor([2**40 + 7, 12], dtype=torch.int64)
+        with interpreted() as asked:
+            q, k, v = inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu")
+            check_dropout(q, k, v, 0.3, rng_state=rng_state, **how)
+        assert asked[0].dropout
+
+
+@EACH
+def test_maxima(how):
+    for head_dim, (seqlen_q, seqlen_k) in ((64, (1, 1)), (64, (113, 203)), (128, (130, 65))):
+        with interpreted() as asked:
+            check_maxima(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu"), **how)
+        assert asked[0].row_max
 
 
 SCALED = pytest.mark.parametrize("kind", ["d64 full, redo", "d128 full, long, cluster, Q in registers"])

@@ -23,7 +23,8 @@ def run(config: FwdConfig, seqlen_q=113, seqlen_k=203, *, batch=1, heads_kv=1, s
         else:
             heads = heads_kv * (config.pack if config.pack > 1 else 2)
             sizes = batch, heads, heads_kv, seqlen_q, seqlen_k, config.head_dim
-            tensors = inputs(*sizes, dtype=DTYPES[config.dtype], device="cpu", layout=config.layout)
+            how_made = dict(dtype=DTYPES[config.dtype], layout=config.layout, head_dim_v=config.head_dim_v or None)
+            tensors = inputs(*sizes, device="cpu", **how_made)
             check(*tensors, **asked(config, heads) | how)
     assert launched == [config]
 
