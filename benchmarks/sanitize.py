@@ -90,7 +90,7 @@ def run_packed(head_dim: int, dtype: str, mask: str) -> FwdConfig:
     causal, window = mask == "causal", WINDOW if mask == "window" else None
     out = torch.full_like(q, torch.nan)
     whole(*flash_fwd_varlen(q, k, v, *starts, causal=causal, window=window, return_lse=True, out=out))
-    return varlen(head_dim, dtype, causal, window is not None)
+    return varlen(head_dim, dtype, causal, Kinds(window=window is not None))
 
 
 def run_lists(head_dim: int) -> FwdConfig:

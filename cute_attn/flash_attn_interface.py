@@ -104,7 +104,7 @@ def flash_attn_varlen_func(
         o (total_q, H, D); or (o, lse), lse float32 (H, total_q).
 
     Raises:
-        NotImplementedError: as `flash_attn_func`, and a softcap.
+        NotImplementedError: as `flash_attn_func`.
         TypeError, ValueError: as `flash_fwd_varlen`.
     """
     asked = Asked(q, k, v, causal, window_size, softcap, deterministic)
@@ -113,10 +113,8 @@ def flash_attn_varlen_func(
     lengths: dict[str, Any] = dict(
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k
     )
-    how: dict[str, Any] = dict(causal=causal, scale=softmax_scale, window=asked.window(), return_lse=return_attn_probs)
-    if softcap:
-        raise NotImplementedError(f"softcap: {softcap} came; packed sequences have none; call flash_attn_func for each")
-    return varlen.flash_fwd_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **lengths, **how)
+    how: dict[str, Any] = dict(causal=causal, scale=softmax_scale, window=asked.window(), softcap=softcap or None)
+    return varlen.flash_fwd_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=return_attn_probs, **lengths, **how)
 
 
 class Asked(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .block_mask import BlockLists, Sparsity
 from .mods import Mod
+from .plan import UNMODIFIED as UNMODIFIED
 from .plan import Kinds, Problem
 from .reference import LEVELS, levels_kept
 
@@ -103,4 +104,4 @@ class Modifiers(NamedTuple):
         return left, right, self.softcap, self.alibi_slopes, self.sinks, p, self.rng_state
 
 
-NONE, UNMODIFIED = Modifiers(), Kinds()
+NONE = Modifiers()

@@ -33,6 +33,9 @@ class Kinds(NamedTuple):
     dropout: bool = False
 
 
+UNMODIFIED = Kinds()
+
+
 class Problem(NamedTuple):
     """What is asked of one call: sizes, element type ("bf16" or "fp16"), mode order and mask."""
 
@@ -46,7 +49,7 @@ class Problem(NamedTuple):
     layout: str = "bhsd"
     causal: bool = False
     constant_time: bool = False
-    kinds: Kinds = Kinds()
+    kinds: Kinds = UNMODIFIED
     head_dim_v: int = 0  # of v and o, where it is another than q's and k's
 
     @property
@@ -100,7 +103,7 @@ def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
 
 def _by_table(problem: Problem, gpu: str | None) -> FwdConfig:
     """The kernel for as many heads, and rows of each, as the problem has."""
-    if problem.constant_time or problem.kinds != Kinds():
+    if problem.constant_time or problem.kinds != UNMODIFIED:
         return _always(problem, gpu)
     rows = _rows(*kernel_dims(problem.head_dim, problem.head_dim_v), problem.dtype, problem.causal, gpu)
     row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
@@ -195,21 +198,17 @@ def windowed(config: FwdConfig) -> FwdConfig:
 
 @lru_cache(maxsize=256)
 def varlen(
-    head_dim: int,
-    dtype: str,
-    causal: bool,
-    window: bool,
-    gpu: str | None = None,
-    head_dim_v: int = 0,
-    row_max: bool = False,
+    head_dim: int, dtype: str, causal: bool, kinds: Kinds = UNMODIFIED, gpu: str | None = None, head_dim_v: int = 0
 ) -> FwdConfig:
-    """The kernel for packed sequences: the tiles of the one that serves wherever no other row does, and no clusters."""
+    """The kernel for packed sequences: the tiles of the one that serves wherever no other row does, and no clusters.
+
+    With wider blocks and a mask_mod ptxas spills at d96 and d192, 4 to 8 bytes.
+    """
     head_dim, head_dim_v = kernel_dims(head_dim, head_dim_v)
-    base = config(head_dim, dtype, LAYOUTS[0], causal or window, gpu, head_dim_v)
-    base = windowed(base) if window else base
-    scheduler = PackedLongest if causal or window else Packed
-    base = with_maxima(base) if row_max else base
-    return replace(base, layout="thd", scheduler=scheduler, cluster=1)
+    longest = causal or kinds.window
+    base = modified(config(head_dim, dtype, LAYOUTS[0], longest, gpu, head_dim_v), kinds)
+    tile_n = min(base.tile_n, 64) if kinds.mask_mod else base.tile_n
+    return replace(base, layout="thd", scheduler=PackedLongest if longest else Packed, cluster=1, tile_n=tile_n)
 
 
 class Kind(NamedTuple):
@@ -256,7 +255,7 @@ def shipped(
 
 def shipped_varlen(gpu: str | None = None) -> list[FwdConfig]:
     """Every kernel that some call with packed sequences can reach."""
-    masks = (False, False), (True, False), (False, True)
+    masks = (False, UNMODIFIED), (True, UNMODIFIED), (False, Kinds(window=True))
     return [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
 
 

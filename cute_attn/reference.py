@@ -158,12 +158,23 @@ def parts(cu_seqlens, seqused, total):
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, seqused_q=None, seqused_k=None, **how):
     """`attention` for packed q (total_q, H, D), k and v (total_k, Hk, D): of each sequence its rows, o (s, H, D) and
-    lse (H, s), and row_max where asked for. `how` is causal, scale, window, dtype and return_row_max.
+    lse (H, s), and row_max where asked for. `how` is `attention`'s, but for layout and dropout; b is which sequence.
     """
     queries, keys = parts(cu_seqlens_q, seqused_q, len(q)), parts(cu_seqlens_k, seqused_k, len(k))
-    for a, b in zip(queries, keys, strict=True):
-        found = attention(q[None, a], k[None, b], v[None, b], layout="bshd", **how)
+    for n, (a, b) in enumerate(zip(queries, keys, strict=True)):
+        found = attention(q[None, a], k[None, b], v[None, b], layout="bshd", **_of_sequence(n, **how))
         yield a, *(x[0] for x in found)
+
+
+def _of_sequence(n, alibi_slopes=None, score_mod=None, mask_mod=None, **how):
+    """For `attention` of the n-th sequence alone, which is the 0-th there."""
+    if alibi_slopes is not None:
+        how["alibi_slopes"] = alibi_slopes if alibi_slopes.dim() == 1 else alibi_slopes[n]
+    if score_mod is not None:
+        how["score_mod"] = lambda s, b, h, q_idx, kv_idx: score_mod(s, b + n, h, q_idx, kv_idx)
+    if mask_mod is not None:
+        how["mask_mod"] = lambda b, h, q_idx, kv_idx: mask_mod(b + n, h, q_idx, kv_idx)
+    return how
 
 
 def varlen_gradients(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, **how):

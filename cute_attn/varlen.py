@@ -1,6 +1,6 @@
 """Packed sequences of any lengths, which only the device knows: check -> plan -> compile -> allocate -> launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import api, checks, compile, device, reference
 from .checks import Spec
+from .modifiers import NONE, UNMODIFIED, Modifiers
+from .plan import Problem
 from .plan import varlen as plan_varlen
 
 
@@ -27,6 +29,12 @@ def flash_fwd_varlen(
     window: tuple[int | None, int | None] | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux: Sequence[Tensor | int | float] = (),
     return_row_max: bool = False,
     return_max_logit: bool = False,
 ) -> Any:
@@ -41,6 +49,8 @@ def flash_fwd_varlen(
         seqused_q, seqused_k: (B,) int32 on q's device, the length of each sequence in place of the distance to the next
             one's beginning.
         causal, scale, window: as of `flash_fwd`; aligned to the last key of each sequence.
+        softcap, alibi_slopes, sinks, score_mod, mask_mod, aux: as of `flash_fwd`, with places counted within a
+            sequence; b, and the first dimension of alibi_slopes (B, H), say which. Eager calls without gradients only.
         return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (H, total_q).
         out: written in place and returned as o; like q, with v's columns, sharing no memory with q, k, v.
         return_row_max, return_max_logit: as of `flash_fwd`, float32 (H, total_q), -inf in the rows of no sequence too,
@@ -61,41 +71,49 @@ def flash_fwd_varlen(
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    if window is not None:
-        causal, window = checks.window(window, causal)
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    hints, asked = (max_seqlen_q, max_seqlen_k), (return_lse, return_row_max, return_max_logit, False)
+    modifiers, asked = NONE, (return_lse, return_row_max, return_max_logit, False)
     if type(return_row_max) is not bool or type(return_max_logit) is not bool:
         checks.flags(return_row_max=return_row_max, return_max_logit=return_max_logit)
-    wants_max = return_row_max or return_max_logit
+    row_max = return_row_max or return_max_logit
+    if row_max or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None:
+        causal, window = checks.window(window, causal)
+        mods = checks.mods(score_mod, mask_mod, aux, None)
+        modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, row_max=row_max)
+    lengths, hints = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), (max_seqlen_q, max_seqlen_k)
     if torch.compiler.is_compiling():
-        return _by_operator(wants_max, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
+        return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     if type(causal) is not bool or type(return_lse) is not bool:
         checks.flags(causal=causal, return_lse=return_lse)
-    call = _call(q, k, v, lengths, hints, out, causal, window is not None, wants_max)
+    call = _call(q, k, v, lengths, hints, out, causal, UNMODIFIED if modifiers is NONE else modifiers.kinds)
     scale = call.scale if scale is None else checks.scale(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
-        return _by_operator(wants_max, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
+        return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     if out is not None:
         checks.out_memory(out, q, k, v, call.nbytes)
     o = api.o_like(q, v) if out is None else out
     of_rows = q.shape[1], q.shape[0]
     lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
-    row_max = q.new_full(of_rows, -torch.inf, dtype=torch.float32) if wants_max else None
+    if modifiers is not NONE:
+        sizes = cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2]
+        modifiers = checks.fitted(modifiers, Problem(*sizes), q.device)
+        if row_max:
+            modifiers = modifiers._replace(row_max=q.new_full(of_rows, -torch.inf, dtype=torch.float32))
     if call.gpu is None:
-        _on_cpu(q, k, v, lengths, o, lse, row_max, causal=causal, scale=scale, window=window)
+        _on_cpu(q, k, v, lengths, o, lse, causal, scale, modifiers)
     elif call.kernel is not None:
-        _launch(call, (q, k, v, o), lengths, lse, scale, (*(window or ()), *(() if row_max is None else (row_max,))))
-    return api.results(o, lse, row_max, None, asked)
+        _launch(call, (q, k, v, o), lengths, lse, scale, () if modifiers is NONE else modifiers.arguments())
+    return api.results(o, lse, modifiers.row_max, None, asked)
 
 
-def _by_operator(wants_max, *arguments):
+def _by_operator(modifiers, *arguments):
     from .integrations.varlen_op import traced  # which imports this file
 
-    if wants_max:
+    given = [name for name, x in modifiers._asdict().items() if name != "window" and x is not None and x is not False]
+    if given:
+        names = ", ".join(given).replace("row_max", "return_row_max, return_max_logit")
         what = "asked for of packed sequences, with inputs that require grad or under torch.compile"
         way_out = "call under torch.no_grad(), from a function under torch.compiler.disable"
-        raise ValueError(f"return_row_max, return_max_logit: {what}; {way_out}")
+        raise ValueError(f"{names}: {what}; {way_out}")
     return traced(*arguments)
 
 
@@ -113,7 +131,7 @@ _calls: dict[tuple, Call] = {}
 CALLS = 4096  # looked up; with one more all are forgotten
 
 
-def _call(q, k, v, lengths, hints, out, causal, window, row_max) -> Call:
+def _call(q, k, v, lengths, hints, out, causal, kinds) -> Call:
     """Checked, planned and compiled; a look-up where the like has come before.
 
     As in `api._call` the key leaves out what the compiled call itself holds against q, k and v.
@@ -122,7 +140,7 @@ def _call(q, k, v, lengths, hints, out, causal, window, row_max) -> Call:
     try:
         key = (
             *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), None if out is None else out.stride()),
-            *(q.dtype, q.get_device(), causal, window, row_max, hints, *map(type, hints)),
+            *(q.dtype, q.get_device(), causal, kinds, hints, *map(type, hints)),
             *(cu_q.shape, cu_q.stride(), cu_q.dtype, cu_q.get_device()),
             *(cu_k.shape, cu_k.stride(), cu_k.dtype, cu_k.get_device()),
             None if used_q is None else (used_q.shape, used_q.stride(), used_q.dtype, used_q.get_device()),
@@ -130,9 +148,9 @@ def _call(q, k, v, lengths, hints, out, causal, window, row_max) -> Call:
         )
         call = _calls.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a hint that has no hash
-        return _prepared(q, k, v, lengths, hints, out, causal, window, row_max)
+        return _prepared(q, k, v, lengths, hints, out, causal, kinds)
     if call is None:
-        call = _prepared(q, k, v, lengths, hints, out, causal, window, row_max)
+        call = _prepared(q, k, v, lengths, hints, out, causal, kinds)
         if call.kernel is not None:
             if len(_calls) >= CALLS:
                 _calls.clear()
@@ -140,7 +158,7 @@ def _call(q, k, v, lengths, hints, out, causal, window, row_max) -> Call:
     return call
 
 
-def _prepared(q, k, v, lengths, hints, out, causal, window, row_max) -> Call:
+def _prepared(q, k, v, lengths, hints, out, causal, kinds) -> Call:
     names = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
     for name, x in (*zip("qkv", (q, k, v), strict=True), *zip(names, lengths, strict=True), ("out", out)):
         if x is not None or name in ("q", "k", "v", *names[:2]):
@@ -158,8 +176,8 @@ def _prepared(q, k, v, lengths, hints, out, causal, window, row_max) -> Call:
         checks.out(o, q, v, "thd")
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
     total_q, heads, head_dim = q.shape
-    kind = head_dim, checks.DTYPES[q.dtype], causal, window
-    config = plan_varlen(*kind, None if gpu is None else gpu.name, checks.other_head_dim(q, v), row_max)
+    kind = head_dim, checks.DTYPES[q.dtype], causal, kinds
+    config = plan_varlen(*kind, None if gpu is None else gpu.name, checks.other_head_dim(q, v))
     kernel = None if gpu is None or 0 in (batch, total_q, heads) else compile.get(config)
     plain = not any(checks.odd(x.stride) for x in (q, k, v, o)) and k.shape[0] > 0
     return Call(head_dim**-0.5, gpu, kernel, plain, tuple(x.nbytes for x in (q, k, v, o)))
@@ -187,7 +205,7 @@ def _launch(call: Call, tensors, lengths, lse, scale, extras):
 
 def _prepared_again(tensors, lengths):
     q, k, v, o = tensors
-    _prepared(q, k, v, lengths, (None, None), o, False, False, False)
+    _prepared(q, k, v, lengths, (None, None), o, False, UNMODIFIED)
     checks.addresses(q, k, v, o)
 
 
@@ -201,9 +219,11 @@ def _for_tma(q, k, v, o):
     ]
 
 
-def _on_cpu(q, k, v, lengths, o, lse, row_max, **how):
+def _on_cpu(q, k, v, lengths, o, lse, causal, scale, modifiers):
     cu_q, cu_k, used_q, used_k = lengths
-    q, k, v, how["dtype"] = q.detach(), k.detach(), v.detach(), torch.float32
+    q, k, v = q.detach(), k.detach(), v.detach()
+    how = dict(causal=causal, scale=scale, dtype=torch.float32, **modifiers.for_reference())
+    row_max = None if modifiers.row_max is False else modifiers.row_max
     with torch.autocast("cpu", enabled=False):
         used = dict(seqused_q=used_q, seqused_k=used_k, return_row_max=True)
         for rows, part, *found in reference.varlen(q, k, v, cu_q, cu_k, **used, **how):

@@ -287,7 +287,7 @@ def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time,
     for asked, have in zip(dims, (found.head_dim, found.d_v), strict=True):
         assert 0 <= have - asked < (32 if asked <= 256 else 64)
     assert (found.parts_v, found.columns_v) == ((1, found.d_v) if found.d_v <= 256 else (2, found.d_v // 2))
-    packed = plan.varlen(dims[0], "fp16", causal, False, head_dim_v=dims[1])
+    packed = plan.varlen(dims[0], "fp16", causal, head_dim_v=dims[1])
     assert (packed.head_dim, packed.d_v) == (found.head_dim, found.d_v) and packed.packed
 
 
@@ -360,7 +360,7 @@ def test_machine_code_with_more(dims, how):
 
 @pairs([(192, 128), (64, 256), (512, 512)])
 def test_machine_code_of_packed_sequences(dims):
-    assert inspect.report(plan.varlen(dims[0], "bf16", True, False, head_dim_v=dims[1])).problems() == []
+    assert inspect.report(plan.varlen(dims[0], "bf16", True, head_dim_v=dims[1])).problems() == []
 
 
 def test_both_halves_load_v_and_one_of_them_stores_lse():

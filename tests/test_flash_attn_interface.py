@@ -114,11 +114,6 @@ def test_what_is_not_supported_raises_by_name(function, wrong, error, message, a
     assert not asked
 
 
-def test_the_softcap_of_packed_sequences_raises_by_name():
-    with pytest.raises(NotImplementedError, match=r"softcap: 5\.0 came; packed sequences have none"):
-        flash_attn_varlen_func(*bshd(), None, None, 1, 1, softcap=5.0)
-
-
 def test_deterministic_gradients_need_torchs_mode(one_thread):
     q, k, v = (x.requires_grad_() for x in bshd())
     with pytest.raises(ValueError, match="deterministic: True came with gradients"):

@@ -12,6 +12,9 @@ from test_maxima import check as check_maxima
 from test_mods import held_to_the_bound, mask_mods, score_mods
 from test_varlen import check as check_varlen
 from test_varlen import packed
+from test_varlen_modifiers import cases as modifiers_of_packed
+from test_varlen_modifiers import check as check_more
+from test_varlen_modifiers import functions as functions_of_packed
 from torch.nn.attention.flex_attention import create_block_mask
 
 from cute_attn import BlockLists, flash_fwd, plan
@@ -114,6 +117,16 @@ def test_packed_sequences(head_dim, slack, mask):
     with interpreted() as asked:
         check_varlen(*packed(SEQUENCES, 2, 1, head_dim, where="cpu", slack=slack), **mask)
     assert asked[0].packed
+
+
+@pytest.mark.parametrize("name", ["alibi", "all", "both, window"])
+def test_packed_sequences_with_more(name):
+    """Without their maxima, and with them; ALiBi alone begins at each sequence's own diagonal."""
+    how = {**modifiers_of_packed("cpu"), **functions_of_packed("cpu")}[name]
+    with interpreted() as asked:
+        check_more(*packed(SEQUENCES, 4, 2, 64, where="cpu", slack=2), **how)
+    assert [config.row_max for config in asked] == [True, False]
+    assert asked[0].from_diagonal == (name == "alibi")
 
 
 @pytest.mark.parametrize("name", ["by_table", "many"])

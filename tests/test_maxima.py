@@ -215,7 +215,7 @@ def test_healthy_with_the_rest():
     blocks = SparseBlocks(128, 128, True)
     kinds = dict(softcap=True, sinks=True), dict(window=True), dict(sparse=blocks), dict(alibi=True)
     configs = [plan.modified(plan.config(128, "bf16", "bhsd", True), Kinds(row_max=True, **kind)) for kind in kinds]
-    configs += [plan.constant_time(configs[0]), plan.varlen(128, "bf16", True, False, row_max=True)]
+    configs += [plan.constant_time(configs[0]), plan.varlen(128, "bf16", True, Kinds(row_max=True))]
     configs += [plan.plan(Problem(4, 32, 4, 1, 8192, 128, kinds=Kinds(row_max=True)))]
     assert configs[-1].pack == 8 and all(config.row_max and config.split == 1 for config in configs)
     assert [config.name for config in configs if inspect.report(config).problems()] == []

@@ -17,6 +17,7 @@ from cute_attn.integrations import varlen_op
 from cute_attn.kernels import packed_scheduler, seqlen
 from cute_attn.kernels.packed_scheduler import Lane, Packed, PackedGrid, PackedLongest
 from cute_attn.kernels.seqlen import Packing, Part
+from cute_attn.plan import Kinds
 
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 HEAD_DIMS = (8, 32, 64, 72, 96, 128, 160, 192, 224, 256)
@@ -225,12 +226,12 @@ def test_ragged_addresses(start, length, row, rows16):
 def test_planned():
     """The tiles that are tuned for the mask, without clusters; one kernel for every window."""
     for d, causal in product((64, 100, 256), (False, True)):
-        config = plan.varlen(d, "fp16", causal, False)
+        config = plan.varlen(d, "fp16", causal)
         base = plan.config(-(-d // 32) * 32, "fp16", "bhsd", causal)
         assert (config.tile_m, config.tile_n, config.redo) == (base.tile_m, base.tile_n, base.redo)
         assert config.scheduler is (PackedLongest if causal else Packed)
         assert config.packed and config.cluster == 1 and config.dtype == "fp16"
-    assert plan.varlen(64, "bf16", True, True).mask.windowed
+    assert plan.varlen(64, "bf16", True, Kinds(window=True)).mask.windowed
     assert len(set(plan.shipped_varlen())) == 48
     assert not any(config.packed for config in plan.shipped())
 
@@ -249,7 +250,7 @@ def test_machine_code(config):
 
 
 def test_five_dimensions():
-    text = inspect.ptx(plan.varlen(64, "bf16", False, False))
+    text = inspect.ptx(plan.varlen(64, "bf16", False))
     assert "cp.async.bulk.tensor.5d.shared" in text and "cp.async.bulk.tensor.5d.global" in text
     assert "cp.async.bulk.tensor.4d" not in text
 
