@@ -193,9 +193,7 @@ class FwdConfig:
         lists = [_tensor(Int32, 3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
         return dict(
             sinks=(Int64(0),) if self.sinks else (),
-            dropout=(Int64(0), Int32(0), Float32(0.0))
-            if self.dropout
-            else (),  # seed and offset's address; kept, scale
+            dropout=(Int64(0), Int32(0), Float32(0.0)) if self.dropout else (),  # address of seed, offset; kept, scale
             row_max=(_tensor(Float32, 2 if self.packed else 3),) if self.row_max else (),  # like lse
             sparse=tuple(lists),
         )
