@@ -85,7 +85,7 @@ def test_every_row_of_every_head_is_one_tile_s(ratio, pack):
     assert all(0 <= head < heads_kv * ratio for _, head in found)
     mine = [(query, head) for query, head in found if query < seqlen_q]
     assert sorted(mine) == [(i, h) for i in range(seqlen_q) for h in range(heads_kv * ratio)]
-    assert kernel.tiler == ((pack, 64 // pack), 64)
+    assert kernel.rows == (pack, 64 // pack)
     for row, head in product(rows, range(heads_kv * packs)):
         block, at = divmod(row, 64)
         query, of_pack = block * (64 // pack) + at // pack, head % packs * pack + at % pack  # by the box's two columns
