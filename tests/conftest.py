@@ -1,7 +1,13 @@
 """GPU tests run where there is a Hopper GPU, and say why they did not run elsewhere."""
 
+import platform
+
 import pytest
 import torch
+
+interpreter = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="the host code is loaded by hand, for x86-64 only"
+)
 
 
 def why_no_hopper() -> str:

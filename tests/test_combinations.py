@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from attention import bound, close_lse, inputs
+from conftest import interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ptx import interpreted
@@ -125,6 +126,7 @@ def test_together_on_the_cpu(case):
     right(case, "cpu")
 
 
+@interpreter
 @settings(max_examples=6, derandomize=True, **ALIKE)
 @given(case=cases(longest=150))
 def test_together_interpreted(case):

@@ -1,10 +1,9 @@
 """The kernels themselves, without a GPU: `ptx` interprets what the DSL compiles. Against float64, as on a GPU."""
 
-import platform
-
 import pytest
 import torch
 from attention import check, close_lse, inputs
+from conftest import interpreter
 from ptx import Deadlock, Fault, get, interpreted
 from ptx.cases import SEQUENCES, run
 from test_dropout import check as check_dropout
@@ -22,10 +21,7 @@ from cute_attn.kernels.config import FwdConfig
 from cute_attn.plan import Problem
 from cute_attn.reference import attention
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the host code is loaded by hand, for x86-64 only"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), interpreter]
 LONG = 4096
 
 
