@@ -2,7 +2,7 @@
 
 import dataclasses
 from itertools import accumulate, product
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +111,13 @@ def check(q, k, v, how, *, lse=True, scale=None, **mask):
 LANES = np.arange(32)
 
 
+def as_written(jitted):
+    """The function under cute.jit, which rewrites its code in place when a kernel is compiled."""
+    function = jitted.__wrapped__
+    code = getattr(function, "_original_code", function.__code__)
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+
+
 @pytest.fixture
 def warp(monkeypatch):
     """packed_scheduler on plain numbers: what a warp's lanes hold, and what it does together, by numpy."""
@@ -139,7 +146,7 @@ def warp(monkeypatch):
         top=top,
         running_sum=np.cumsum,
         turn=lambda own, bits: np.where(own.bit == top(bits), own.tiles, 0),
-        **{name: getattr(packed_scheduler, name).__wrapped__ for name in ("seek", "_decode")},
+        **{name: as_written(getattr(packed_scheduler, name)) for name in ("seek", "_decode")},
     )
     for name, value in names.items():
         monkeypatch.setattr(packed_scheduler, name, value)
@@ -152,7 +159,7 @@ def grid(sizes, heads, ratio, l2_rows):
 
 def order(scheduler, g, tile_m, ctas=1, draws=None):
     """The tiles in the order of their numbers; CTAs take turns in drawing, as `draws` says."""
-    first = Packed.first.__wrapped__
+    first = as_written(Packed.first)
     places = [first(i, g, tile_m) for i in range(ctas)]
     found, drawn = {}, ctas
     tiles = places[0].tiles
