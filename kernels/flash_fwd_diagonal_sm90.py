@@ -33,11 +33,7 @@ class FromDiagonal:
         """The last block, which alone the mask may cut, may come at any step."""
         c, f, n_blocks = self.config, w.frag, blocks[1]
         order = self._downwards(rows.row0 // c.tile_m, n_blocks, w.problem)
-        f.softmax.reset()
-        f.acc_O.fill(0.0)
-        self._sign_q(w, q_state)
-        self._read_q(w, q_state)
-        release_if(c.q_in_regs, w.pipes.q, q_state)
+        self._begin_rows(w, q_state)
         kv_state = self._first(w, q_state, kv_state, At(rows, order(n_blocks - 1)))
         self._settle(f)
         for n in cutlass.range(1, n_blocks, unroll=1):

@@ -501,11 +501,7 @@ class FlashFwdSm90:
         """
         c, f = self.config, w.frag
         own = self._own_blocks(w, rows.row0, blocks)
-        f.softmax.reset()
-        f.acc_O.fill(0.0)
-        self._sign_q(w, q_state)
-        self._read_q(w, q_state)
-        release_if(c.q_in_regs, w.pipes.q, q_state)
+        self._begin_rows(w, q_state)
         for _ in cutlass.range(blocks[1] - own.end, unroll=1):
             kv_state = self._pass_over(w, kv_state)
         kv_state = self._first(w, q_state, kv_state, At(rows, own.end - 1))
@@ -518,6 +514,14 @@ class FlashFwdSm90:
         release_if(not c.q_in_regs, w.pipes.q, q_state)
         self._last(w, kv_state)
         return kv_state
+
+    def _begin_rows(self, w: Warpgroup, q_state):
+        """Nothing summed yet, and Q as the tile's steps take it."""
+        w.frag.softmax.reset()
+        w.frag.acc_O.fill(0.0)
+        self._sign_q(w, q_state)
+        self._read_q(w, q_state)
+        release_if(self.config.q_in_regs, w.pipes.q, q_state)
 
     def _own_blocks(self, w: Warpgroup, row0, blocks):
         """The blocks that these 64 rows need, of those that the CTA multiplies."""

@@ -7,7 +7,6 @@ from cutlass import Boolean, Int32, cute
 
 from . import mask as mask_ops
 from .flash_fwd_sm90 import ROWS, Problem, Warpgroup, release_if
-from .layout import acc_mn, scale_rows
 from .mask import UserMask
 from .tile_scheduler import Tile
 
@@ -129,12 +128,8 @@ class Sparse:
         Where a block lies is read a step ahead.
         """
         f, lists = w.frag, self._lists(rows.row0, rows, w.problem)
-        f.softmax.reset()
+        self._begin_rows(w, q_state)
         f.softmax.settle()
-        f.acc_O.fill(0.0)
-        self._sign_q(w, q_state)
-        self._read_q(w, q_state)
-        release_if(self.config.q_in_regs, w.pipes.q, q_state)
         at = SparseAt(rows, *self._place(lists, blocks[1] - 1, w.problem))
         n_block, cut = self._place(lists, cutlass.max(blocks[1] - 2, 0), w.problem)
         kv_state = self._first(w, q_state, kv_state, at)
@@ -148,28 +143,21 @@ class Sparse:
 
     @cute.jit
     def _begin_softmax(self, w: Warpgroup, S, at: SparseAt):
-        if self._exponents(w, S, at):
+        self._mask(w, S, at)
+        if w.frag.softmax.exponents(S):
             w.frag.softmax.raise_offsets(S, self.slack)
         w.frag.softmax.exp(S)
 
-    @cute.jit
-    def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at: SparseAt, edge: cutlass.Constexpr):
-        f, S = w.frag, acc_mn(acc_S)  # (rows, cols)
-        w.pipes.k.consumer_release(k_state)
-        self._score(w, S, at)
-        if self._exponents(w, S, at):
-            f.softmax.raise_offsets(S, self.slack)
-            self._wait_for_pv(w)
-            scale_rows(f.acc_O, f.softmax.rescale)
-        f.softmax.exp(S)
-        self._wait_for_pv(w)
+    def _masked_softmax(self, w: Warpgroup, S, at: SparseAt):
+        self._mask(w, S, at)
+        self._exponentials(w, S)
 
     @cute.jit
-    def _exponents(self, w: Warpgroup, S, at: SparseAt):
+    def _mask(self, w: Warpgroup, S, at: SparseAt):
+        """Where it may cut: by its base in blocks that the lists call whole too."""
         c, f = self.config, w.frag
         base = c.mask.base if isinstance(c.mask, UserMask) else c.mask
         if at.cut | mask_ops.cuts(base, at.rows.row0, ROWS, at.n_block, c.tile_n, w.problem):
             mask_ops.apply(base, S, f.cS, at.rows.row0, at.n_block * c.tile_n, w.problem)
         if at.cut:
             c.mask.hide(S, f.cS, at, c.tile_n, w.problem)
-        return f.softmax.exponents(S)

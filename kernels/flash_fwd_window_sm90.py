@@ -19,11 +19,7 @@ class Windowed:
         own = self._own_blocks(w, rows.row0, blocks)
         whole_end = cutlass.max(own.whole_end, own.first)
         left_end = cutlass.min(cutlass.max(own.whole_first, own.first), whole_end)  # of those cut on the left
-        f.softmax.reset()
-        f.acc_O.fill(0.0)
-        self._sign_q(w, q_state)
-        self._read_q(w, q_state)
-        release_if(c.q_in_regs, w.pipes.q, q_state)
+        self._begin_rows(w, q_state)
         for _ in cutlass.range(blocks[1] - own.end, unroll=1):
             kv_state = self._pass_over(w, kv_state)
         kv_state = self._first(w, q_state, kv_state, At(rows, own.end - 1))

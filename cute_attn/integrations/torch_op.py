@@ -281,17 +281,18 @@ def _lse_like(q, layout, asked):
 def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers):
     """What flash_fwd does where torch traces it or differentiates it: one operator in the graph.
 
-    Returns o, lse and row_max, the last None where it is not asked for.
+    Returns o, lse, row_max and rng_state, each of the last two None where there is none.
     """
     learns = checks.learns(q, k, v)
     if learns:
         checks.trained_head_dims(q, v)
         checks.gradients(q, layout, modifiers)
-    how = causal, scale, layout, return_lse or learns, constant_time, *modifiers.flat()
+    modifiers = modifiers.drawn(q)
+    state, how = modifiers.rng_state, (causal, scale, layout, return_lse or learns, constant_time, *modifiers.flat())
     if out is None and modifiers.row_max:
-        return torch.ops.cute_attn.flash_fwd_row_max(q, k, v, *how)
+        return *torch.ops.cute_attn.flash_fwd_row_max(q, k, v, *how), state
     if out is None:
-        return *torch.ops.cute_attn.flash_fwd(q, k, v, *how), None
+        return *torch.ops.cute_attn.flash_fwd(q, k, v, *how), None, state
     if learns:
         raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
     if modifiers.row_max:
@@ -299,4 +300,4 @@ def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modif
             "out: given with return_row_max or return_max_logit under torch.compile, where no operator has both; omit "
             "one of them"
         )
-    return out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, *how), None
+    return out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, *how), None, state
