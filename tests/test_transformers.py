@@ -1,12 +1,14 @@
 """Models of Hugging Face transformers from small random configurations, on the CPU, beside their own sdpa attention."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
 
-from cute_attn import api, reference
+from cute_attn import api, block_mask, checks, reference
 from cute_attn.integrations import transformers as room
+from cute_attn.integrations import transformers_masks
 
 transformers = pytest.importorskip("transformers", reason='transformers is missing: pip install "cute_attn[test]"')
 
@@ -114,10 +116,12 @@ def test_generation_with_a_static_cache(family, calls):
 
 
 @families
-def test_left_padding_is_sdpas(family, calls):
+def test_generation_with_left_padding(family, calls):
+    """In a step the two query heads of a K/V head are two queries of it."""
     ours, theirs = pair(family)
     mine, other = (generate(model, PROMPT, attention_mask=PADDED) for model in (ours, theirs))
-    assert torch.equal(mine, other) and not calls
+    same_choices(ours, theirs, mine, other, attention_mask=PADDED)
+    assert calls == [(37, 37, True)] * 2 + [(2, n, False) for n in range(38, 37 + 256) for _ in range(2)]
 
 
 def test_chunks_of_a_prompt(calls):
@@ -217,30 +221,28 @@ def test_sliding_windows(family, calls, monkeypatch):
 
 @sliding
 def test_sliding_windows_that_are_not_ours(family, calls, monkeypatch):
-    """Padding, float32 and dropout: sdpa's attention, and it is not without the window."""
-    ours, theirs = sliding_pair(family, monkeypatch)
-    padded = [logits(model, PROMPT, attention_mask=PADDED)[PADDED.bool()] for model in (ours, theirs)]
-    assert torch.equal(*padded) and not calls
+    """Float32: sdpa's attention, and it is not without the window, nor without the padding."""
     ours, theirs = sliding_pair(family, monkeypatch, torch.float32)
     torch.testing.assert_close(logits(ours, PROMPT), logits(theirs, PROMPT))
+    assert torch.equal(*(logits(model, PROMPT, attention_mask=PADDED) for model in (ours, theirs)))
     assert not calls
 
 
 def test_what_slides():
     from transformers import masking_utils as masks
 
-    assert room.slides(masks.causal_mask_function, None)
-    assert not room.slides(masks.bidirectional_mask_function, None)
-    assert not room.slides(lambda *places: masks.causal_mask_function(*places), None)
+    assert transformers_masks.slides(masks.causal_mask_function, None)
+    assert not transformers_masks.slides(masks.bidirectional_mask_function, None)
+    assert not transformers_masks.slides(lambda *places: masks.causal_mask_function(*places), None)
     for size in (1, 2, 7, 4096):
         function = masks.sliding_window_causal_mask_function(size)
-        assert room.slides(function, size)
-        assert not room.slides(function, None) and not room.slides(function, size + 1)
-        assert not room.slides(masks.causal_mask_function, size)
-        assert not room.slides(masks.sliding_window_bidirectional_mask_function(size), size)
-        assert not room.slides(masks.and_masks(function, masks.causal_mask_function), size)
+        assert transformers_masks.slides(function, size)
+        assert not transformers_masks.slides(function, None) and not transformers_masks.slides(function, size + 1)
+        assert not transformers_masks.slides(masks.causal_mask_function, size)
+        assert not transformers_masks.slides(masks.sliding_window_bidirectional_mask_function(size), size)
+        assert not transformers_masks.slides(masks.and_masks(function, masks.causal_mask_function), size)
         chunk = masks.chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.int64))
-        assert not room.slides(chunk, size)
+        assert not transformers_masks.slides(chunk, size)
 
 
 MIXED = dict(layer_types=["full_attention", "sliding_attention"], sliding_window=16)
@@ -295,12 +297,22 @@ def exact(monkeypatch, one_thread):
 
     def flash_fwd(q, k, v, *, out=None, **how):
         seen.append((q.shape[2], k.shape[2], how))
-        o, _ = reference.attention(q, k, v, dtype=torch.float32, **how)
+        o, _ = reference.attention(q, k, v, dtype=torch.float32, **with_lists(how, q, k))
         return o if out is None else out.copy_(o)
 
     monkeypatch.setattr(api, "flash_fwd", flash_fwd)
     monkeypatch.setitem(room.DTYPES, torch.float32, "fp32")
     return seen
+
+
+def with_lists(how, q, k):
+    """flash_fwd's options, with lists of blocks as part of mask_mod."""
+    how = dict(how)
+    _, mod, lists = checks.mods(None, how.get("mask_mod"), (), how.pop("block_mask", None))
+    if lists is None:
+        return how
+    lists = block_mask.fit(lists, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    return how | dict(mask_mod=partial(lists.visible, mod))
 
 
 def prefilled(calls, family, keys=37):
@@ -330,17 +342,19 @@ def test_a_family_sees_the_pairs_that_transformers_sees(family, exact, monkeypat
 
 
 @every_family
-def test_a_familys_padding_is_transformers_own(family, exact, monkeypatch):
-    """Left padding; of a sliding window's steps those are ours that have left the padding behind."""
+def test_a_familys_padding(family, exact, monkeypatch):
+    """Left padding: equal tokens, with a growing cache, a static one (of which the steps are not ours), in chunks."""
     ours, theirs = family_pair(family, monkeypatch)
-    for how in ({}, dict(cache_implementation="static", disable_compile=True)):
+    for how in ({}, dict(cache_implementation="static", disable_compile=True), dict(prefill_chunk_size=10)):
         exact.clear()
         mine, other = (
             model.generate(PROMPT, attention_mask=PADDED, do_sample=False, min_new_tokens=20, max_new_tokens=20, **how)
             for model in (ours, theirs)
         )
         assert torch.equal(mine, other)
-        assert {call[:2] for call in exact} <= ({(1, 16)} if not how else set())
+        assert len(exact) == (2 if "disable_compile" in how else 2 * 20 if not how else 2 * (4 + 19))
+        assert any("mask_mod" in how for _, _, how in exact)
+        assert "prefill_chunk_size" in how or family == "olmoe" or prefilled(exact, family)
 
 
 @pytest.mark.parametrize("family", ["mistral", *EAGER])
@@ -413,12 +427,12 @@ def test_when_a_mask_is_needed_or_none_at_all():
     assert type(lazy(first=torch.tensor(3), keys=20)[0]) is torch.Tensor
     assert type(lazy(allow_is_causal_skip=False)[0]) is torch.Tensor
     real = torch.ones(2, 8, dtype=torch.bool)
-    assert type(lazy(attention_mask=real)[0]) is room.CausalMask
+    assert lazy(attention_mask=real)[0].among is None
     assert type(lazy(attention_mask=real[:, :7])[0]) is torch.Tensor, "it does not reach the last query"
     real[1, 0] = False
-    assert type(lazy(attention_mask=real)[0]) is torch.Tensor
+    assert torch.equal(lazy(attention_mask=real)[0].among.real, real)
     last = lazy(attention_mask=real, queries=2, first=6, keys=7, kv_offset=1)[0]
-    assert type(last) is room.CausalMask and last.keys == 7, "the padding is not among these keys"
+    assert last.among is None and last.keys == 7, "the padding is not among these keys"
 
 
 def test_a_mask_that_does_not_fit_the_keys_is_not_taken_for_one_that_does(exact):

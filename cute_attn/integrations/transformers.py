@@ -1,28 +1,33 @@
 """Hugging Face transformers: `register()`, then `attn_implementation="cute_attn"`.
 
-The kernel computes what it takes: causal or full attention, causal sliding windows, softcaps and attention sinks, where
-no key is padding, that is training, prefill (in one or in chunks), and decoding with a cache that grows. Whatever else
-comes (padded batches, decoding with a static cache, dropout, other types) goes to transformers' own attention, which
-computes it as it would have without us: sdpa's, or the model's eager one for softcaps and sinks, which sdpa has not.
+The kernel computes what it takes: causal or full attention, causal sliding windows, softcaps and attention sinks, that
+is training, prefill (in one or in chunks), and decoding with a cache that grows; without gradients in padded batches
+too, and packed sequences with and without. Right padding alone is left to causality, with gradients too: real tokens
+get what they get of sdpa attention, padding tokens see padding, which counts only for a loss that counts them. Whatever
+else comes (left padding with gradients, decoding with a static cache, dropout, other types) goes to transformers' own
+attention, which computes it as it would have without us: sdpa's, or the model's eager one for softcaps and sinks, which
+sdpa has not.
 
-What counts is the mask alone, as with sdpa: of a model's `sliding_window=` argument nothing follows.
+What counts is the mask alone, as with sdpa: of a model's `sliding_window=` argument nothing follows. But where
+FlashAttentionKwargs (`cu_seq_lens_q` and so on) come they are followed, as by transformers' flash attention.
 """
 
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from inspect import isfunction
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import api
+from .. import api, varlen
 from ..checks import DTYPES, GRADIENTS_HEAD_DIM_MAX, HEAD_DIM_MAX, learns
+from .transformers_masks import BLOCK, CausalMask, Packing, Padding, Sequences, mask
 
 NAME = "cute_attn"
 SPARSE = ("indices", "block_indices")  # arguments of models that leave it to all but eager and sdpa to choose the keys
 EAGER = ("softcap", "s_aux", "sinks")  # that sdpa attention has not: a cap, a logit per head, a logit per query
 BEYOND = ("position_bias", "cache", "sinks")  # the kernel
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # FlashAttentionKwargs
 
 
 def register() -> str:
@@ -38,115 +43,6 @@ def register() -> str:
     return NAME
 
 
-class CausalMask(torch.Tensor):
-    """The causal mask of `keys` keys, in a sliding window or without one, that is not made until somebody looks.
-
-    To a model it is the (B, 1, Sq, Sk) bool tensor that sdpa attention gets: it may ask for its shape, type or device,
-    keep it in a dict, or hand it on. Any operation on it (a slice, a padding, a sum) has transformers make that tensor,
-    and goes on with it, so what comes out is never taken for the whole mask. `attention` reads `keys` and `window`.
-    """
-
-    make: Callable[[], Any]  # the tensor, once
-    keys: int  # those up to the last query's own; behind them are places that a static cache has not filled yet
-    window: int | None  # each query's own key and those before it; None: all of them
-
-    @staticmethod
-    def __new__(cls, make: Callable[[], Any], shape, device, keys, window):
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        self.make, self.keys, self.window = lru_cache(make), keys, window
-        return self
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        kwargs, bits = kwargs or {}, (None, torch.bool)
-        if operation is torch.ops.aten._to_copy.default and kwargs.get("device") and kwargs.get("dtype") in bits:
-            (self,) = args  # on its way to another GPU, where one has the first layers and another the next
-            return cls(lambda: operation(self.make(), **kwargs), self.shape, kwargs["device"], self.keys, self.window)
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda x: x.make(), (args, kwargs))
-        return operation(*args, **kwargs)
-
-    def __repr__(self):
-        return f"CausalMask({tuple(self.shape)}, keys={self.keys}, window={self.window})"
-
-
-def mask(*, mask_function=None, local_size=None, **how) -> torch.Tensor | None:
-    """transformers' mask function: None where causality says it all, a CausalMask where that does, else sdpa's mask."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    how |= dict(mask_function=mask_function or causal_mask_function, local_size=local_size)
-    at = None if torch.compiler.is_compiling() or torch.jit.is_tracing() else place(**how)
-    if at is None:
-        return sdpa_mask(**how)
-    window = local_size if local_size is not None and local_size < at.keys else None
-    if window is None and at.keys == how["kv_length"] and at.queries in (1, at.keys):
-        return None
-    shape = how["batch_size"], 1, at.queries, how["kv_length"]
-    return CausalMask(lambda: sdpa_mask(**how | dict(allow_is_causal_skip=False)), shape, at.device, at.keys, window)
-
-
-class Place(NamedTuple):
-    """Of `queries` queries, the last aligned to the last of `keys` keys; none of these is padding."""
-
-    queries: int
-    keys: int
-    device: torch.device | str
-
-
-def place(
-    *, kv_length, kv_offset=0, mask_function, attention_mask=None, local_size, allow_is_causal_skip=True, **how
-) -> Place | None:
-    """What a mask function's arguments say, where they say no more than causality or a causal sliding window.
-
-    They do where transformers lets sdpa's mask function leave a mask out: not for packed sequences, images and such,
-    nor for decoding with a static cache, whose length is on the GPU and is not read in every step.
-    """
-    if not allow_is_causal_skip or not slides(mask_function, local_size):
-        return None
-    queries, first, device = _queries(**how)
-    if isinstance(first, torch.Tensor):
-        first = 0 if _holds(first == 0) else -1
-    keys = first + queries - kv_offset
-    if not kv_offset <= first <= first + queries <= kv_offset + kv_length:
-        return None
-    if attention_mask is not None:
-        real = attention_mask[:, kv_offset : first + queries]
-        if real.shape[1] < keys or not _holds(real.all()):
-            return None
-    return Place(queries, keys, device)
-
-
-def _queries(q_length=None, q_offset=0, device="cpu", cache_position=None, **_):
-    """How many, the first one's place (a tensor with a static cache), the device; transformers 4 gives every place."""
-    if cache_position is None:
-        return q_length, q_offset, device
-    return len(cache_position), int(cache_position[0]), cache_position.device
-
-
-def _holds(fact: torch.Tensor) -> bool:
-    """Read from the GPU, as sdpa's mask function does; what cannot be read is not taken to hold."""
-    readable = type(fact) is torch.Tensor and not fact.is_meta
-    return readable and not (fact.is_cuda and torch.cuda.is_current_stream_capturing()) and bool(fact)
-
-
-def slides(mask_function, size: int | None) -> bool:
-    """Whether a mask function is transformers' own of causality (size None) or of a causal sliding window."""
-    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
-
-    return same(mask_function, causal_mask_function if size is None else sliding_window_causal_mask_function(size))
-
-
-def same(ours, theirs) -> bool:
-    """Whether two functions are one: the same code, over the same numbers and functions."""
-    if isinstance(ours, tuple) and isinstance(theirs, tuple):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    if not isfunction(ours) or not isfunction(theirs):
-        return type(ours) is type(theirs) is int and ours == theirs
-    held = (tuple(cell.cell_contents for cell in x.__closure__ or ()) for x in (ours, theirs))
-    return ours.__code__ is theirs.__code__ and same(*held)
-
-
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
     """transformers' attention function: query (B, H, Sq, D), key and value (B, Hk, Sk, D) -> (o (B, Sq, H, D), None).
 
@@ -158,37 +54,77 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     for name in SPARSE:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f'{name}: sparse attention is not supported; use attn_implementation="eager"')
-    seen = visible(module, query, key, attention_mask, is_causal)
-    if seen is None or not serves(query, key, value, dropout, kwargs):
+    told = sequences(query, kwargs)
+    seen = visible(module, query, key, attention_mask, is_causal, told)
+    if seen is None or not (serves(query, key, value, dropout, kwargs) and goes(seen, query, key, value, kwargs)):
+        if seen is not None and seen.among is told is not None:  # of which sdpa attention would know nothing
+            attention_mask = told.mask(query.shape[2], key.shape[2], *seen[1:3])
         return others(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
-    key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
-    how = dict(causal=seen.causal, scale=scaling, window=seen.window, softcap=kwargs.get("softcap"))
+    how: dict[str, Any] = dict(causal=seen.causal, scale=scaling, window=seen.window, softcap=kwargs.get("softcap"))
     if kwargs.get("s_aux") is not None:
         how["sinks"] = kwargs["s_aux"].float()
+    if isinstance(seen.among, Sequences):
+        return packed(query, key, value, seen.among, how), None
+    key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
     if learns(query, key, value):
         return api.flash_fwd(query, key, value, **how).transpose(1, 2), None
     o = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    api.flash_fwd(query, key, value, **how, out=o.transpose(1, 2))
+    if isinstance(seen.among, Padding):
+        padded(query, key, value, o.transpose(1, 2), seen.among, how)
+    else:
+        api.flash_fwd(query, key, value, **how, out=o.transpose(1, 2))
     return o, None
 
 
+def padded(query, key, value, out, padding: Padding, how: dict[str, Any]):
+    """A query's heads that share a K/V head are queries of one head where nothing else tells them apart.
+
+    So a decoding step reads the cache once for all of them.
+    """
+    heads_kv, ratio = key.shape[1], query.shape[1] // key.shape[1]
+    if query.shape[2] == 1 and ratio <= BLOCK and how["window"] is None and "sinks" not in how:
+        query, out = (x.squeeze(2).unflatten(1, (heads_kv, ratio)) for x in (query, out))
+    api.flash_fwd(query, key, value, **how, **padding.options, out=out)
+
+
+def packed(query, key, value, lengths: Sequences, how: dict[str, Any]) -> torch.Tensor:
+    """o (1, S, H, D) of one row's sequences; rows of none are 0 without gradients, and nobody's with them."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if learns(query, key, value):
+        how |= dict(max_seqlen_q=int(lengths.longest_queries), max_seqlen_k=int(lengths.longest_keys))
+        return varlen.flash_fwd_varlen(q, k, v, lengths.queries, lengths.keys, **how)[None]
+    o = q.new_zeros(*q.shape[:2], v.shape[2])
+    varlen.flash_fwd_varlen(q, k, v, lengths.queries, lengths.keys, **how, out=o)
+    return o[None]
+
+
 class Visible(NamedTuple):
-    """What the kernel is asked for: the first `keys` keys, and of those what causality and a window leave."""
+    """What the kernel is asked for: the first `keys` keys, and of those what causality, a window, and `among` leave."""
 
     keys: int
     causal: bool
     window: tuple[int, int] | None = None
+    among: Padding | Sequences | None = None
 
 
-def visible(module, query, key, mask, is_causal) -> Visible | None:
-    """By the mask; None where it is a tensor of its own, or does not fit these keys."""
+def sequences(query, kwargs: dict[str, Any]) -> Sequences | None:
+    """Those of one row, where all of FlashAttentionKwargs tell of them."""
+    given: list[Any] = [kwargs.get(name) for name in PACKED]
+    if len(query) != 1 or any(x is None for x in given):
+        return None
+    return Sequences(*(x.to(query.device, torch.int32) for x in given[:2]), *given[2:])
+
+
+def visible(module, query, key, mask, is_causal, told: Sequences | None = None) -> Visible | None:
+    """By the mask, and what was told of sequences; None where the mask is a tensor of its own, or does not fit."""
     queries, keys = query.shape[2], key.shape[2]
     if isinstance(mask, CausalMask):
-        window = None if mask.window is None else (mask.window - 1, 0)
-        return Visible(mask.keys, queries > 1, window) if mask.shape[2:] == (queries, keys) else None
+        return _by_mask(mask, told) if mask.shape == (len(query), 1, queries, keys) else None
     if mask is not None:
         return None
     causal = queries > 1 and ordered(module, is_causal)
+    if told is not None:
+        return Visible(keys, causal, among=told)
     if causal and keys < queries:
         return None
     if causal and keys > queries:
@@ -199,6 +135,26 @@ def visible(module, query, key, mask, is_causal) -> Visible | None:
             )
         keys = queries  # an empty static cache, of which the rest is not filled yet
     return Visible(keys, causal)
+
+
+def _by_mask(mask: CausalMask, told: Sequences | None) -> Visible | None:
+    """Padding comes before what was told, as in transformers' flash attention, and that before what is to be read."""
+    window = None if mask.window is None else (mask.window - 1, 0)
+    among = mask.among if isinstance(mask.among, Padding) else told
+    if among is None and isinstance(mask.among, Packing):
+        among = None if torch.compiler.is_compiling() else mask.among.sequences
+        if among is None:
+            return None
+    return Visible(mask.keys, mask.shape[2] > 1, window, among)
+
+
+def goes(seen: Visible, query, key, value, kwargs: dict[str, Any]) -> bool:
+    """Whether the kernel has padding, or packed sequences, together with the rest."""
+    compiling = torch.compiler.is_compiling()
+    if isinstance(seen.among, Padding):
+        return not compiling and not learns(query, key, value)
+    modified = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    return seen.among is None or not (compiling and modified)
 
 
 def ordered(module, is_causal: bool | None) -> bool:
