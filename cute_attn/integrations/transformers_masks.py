@@ -127,6 +127,10 @@ class Packing:
     def to(self, device) -> "Packing":
         return Packing(self.which.to(device), None if self.positions is None else self.positions.to(device))
 
+    @property
+    def shapes(self) -> set[tuple[int, ...]]:
+        return {tuple(x.shape) for x in (self.which, self.positions) if x is not None}
+
     @cached_property
     def sequences(self) -> Sequences | None:
         """None where they are not contiguous, positions do not count up by 1 in each, or nothing can be read."""
@@ -217,7 +221,8 @@ def packed_place(
         return None
     queries, first, device = _queries(**how)
     whole = type(first) is int and first == kv_offset == 0 and queries == kv_length
-    if not whole or batch_size != 1 or found.which.shape != (1, queries):
+    of_one_row = batch_size == 1 and found.shapes == {(1, queries)}
+    if not whole or not of_one_row:
         return None
     return Place(queries, queries, device, packing=found)
 
@@ -270,10 +275,10 @@ def same(ours, theirs) -> bool:
     """Whether two functions are one: the same code, over the same numbers, tensors and functions."""
     if isinstance(ours, tuple) and isinstance(theirs, tuple):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(ours, torch.Tensor):
+        return ours is theirs
     if not isfunction(ours) or not isfunction(theirs):
-        return (
-            ours is theirs if isinstance(ours, torch.Tensor) else type(ours) is type(theirs) is int and ours == theirs
-        )
+        return type(ours) is type(theirs) is int and ours == theirs
     return ours.__code__ is theirs.__code__ and same(_held(ours), _held(theirs))
 
 
