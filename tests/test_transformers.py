@@ -369,14 +369,20 @@ def test_a_familys_gradients(family, reentrant, exact, monkeypatch):
     assert bool(exact) == (family not in EAGER or first_without_gradients)
 
 
+def needs_lengths():
+    from transformers.masking_utils import sdpa_mask
+
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        pytest.skip(f"transformers {transformers.__version__} gives cache positions")
+
+
 def lazy(size=5, queries=8, first=0, keys=None, **more):
     """Our mask, and sdpa's."""
     from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
     how = dict(batch_size=2, q_length=queries, kv_length=keys or first + queries, q_offset=first, **more)
     how |= dict(mask_function=sliding_window_causal_mask_function(size), local_size=size)
-    if "q_length" not in inspect.signature(sdpa_mask).parameters:
-        pytest.skip(f"transformers {transformers.__version__} gives cache positions")
+    needs_lengths()
     return room.mask(**how), sdpa_mask(**how)
 
 

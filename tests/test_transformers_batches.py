@@ -10,7 +10,7 @@ from cute_attn.integrations import transformers as room
 from cute_attn.integrations import transformers_masks as masks
 
 transformers = pytest.importorskip("transformers", reason='transformers is missing: pip install "cute_attn[test]"')
-from test_transformers import EAGER, FAMILIES, family_pair, logits, same_choices, with_lists  # noqa: E402
+from test_transformers import EAGER, FAMILIES, family_pair, logits, needs_lengths, same_choices, with_lists  # noqa: E402
 
 SOME = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss"]
 families = pytest.mark.parametrize("family", SOME)
@@ -178,6 +178,7 @@ def causal_mask(real, queries, size=None):
     """Ours, and sdpa's."""
     from transformers.masking_utils import sdpa_mask
 
+    needs_lengths()
     keys = real.shape[1]
     how = dict(batch_size=len(real), q_length=queries, kv_length=keys, q_offset=keys - queries, attention_mask=real)
     how |= dict(mask_function=masks.causality(size), local_size=size)
@@ -256,7 +257,7 @@ def test_gradients_with_right_padding(family, checkpointing, exact, monkeypatch)
     """Of a loss that leaves padding out: equal, by causality alone. Softcaps and sinks are the model's own."""
     ours, theirs = family_pair(family, monkeypatch)
     if checkpointing:
-        ours.gradient_checkpointing_enable()
+        ours.gradient_checkpointing_enable(dict(use_reentrant=False))
     inputs = dict(input_ids=TOKENS, attention_mask=RIGHT.long(), labels=TOKENS.where(RIGHT, -100))
     mine, other = (weight_gradients(model, **inputs) for model in (ours, theirs))
     torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-3)
@@ -375,6 +376,7 @@ def packed_mask(which, positions=None, size=None, dims=(1, 67)):
     """Ours, and sdpa's; without positions as transformers 4 makes it."""
     from transformers import masking_utils as theirs
 
+    needs_lengths()
     within = masks.causality(size)
     if positions is not None:
         within = theirs.remap_positions_for_packed_sequence(within, positions)
@@ -402,6 +404,7 @@ def test_what_packs(size, positions):
 def test_what_does_not_pack():
     from transformers import masking_utils as theirs
 
+    needs_lengths()
     pack, causal = theirs.packed_sequence_mask_function(WHICH), theirs.causal_mask_function
     assert masks.packing(theirs.and_masks(causal, pack), None) is not None
     for function in (

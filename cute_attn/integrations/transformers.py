@@ -58,7 +58,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     seen = visible(module, query, key, attention_mask, is_causal, told)
     if seen is None or not (serves(query, key, value, dropout, kwargs) and goes(seen, query, key, value, kwargs)):
         if seen is not None and seen.among is told is not None:  # of which sdpa attention would know nothing
-            attention_mask = told.mask(query.shape[2], key.shape[2], *seen[1:3])
+            attention_mask, is_causal = told.mask(query.shape[2], key.shape[2], seen.causal, seen.window), False
         return others(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     how: dict[str, Any] = dict(causal=seen.causal, scale=scaling, window=seen.window, softcap=kwargs.get("softcap"))
     if kwargs.get("s_aux") is not None:
