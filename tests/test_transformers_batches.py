@@ -224,6 +224,20 @@ def test_a_padded_mask_of_another_batch_is_not_taken(exact):
     assert not exact
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_static_cache_that_is_used_again(family, monkeypatch, one_thread):
+    """It counts on in place before the first layer looks at the mask: float32, so that transformers' attention does."""
+    ours, theirs = family_pair(family, monkeypatch)
+    found = []
+    for model in (ours, theirs):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=50)
+        for real in (None, LEFT.long()):
+            cache.reset()
+            found.append(logits(model, TOKENS, attention_mask=real, past_key_values=cache))
+    where_real(LEFT, found[1], found[3])
+    close(found[0], found[2])
+
+
 def test_a_padded_mask_is_one_to_whoever_looks_or_moves_it():
     ours, theirs = causal_mask(LEFT, 20, 16)
     assert type(ours) is room.CausalMask and torch.equal(ours & ours, theirs)

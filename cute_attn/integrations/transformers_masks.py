@@ -161,6 +161,8 @@ def mask(*, mask_function=None, local_size=None, **how) -> torch.Tensor | None:
         return None
     among = at.packing if at.real is None or at.padded_right else Padding(at.real, at.queries, window)
     how["allow_is_causal_skip"] = False
+    if isinstance(how.get("q_offset"), torch.Tensor):  # a static cache's own, which counts on before anybody looks
+        how["q_offset"] = at.keys - at.queries + how.get("kv_offset", 0)
     shape = how["batch_size"], 1, at.queries, how["kv_length"]
     return CausalMask(lambda: sdpa_mask(**how), shape, at.device, at.keys, window, among)
 
