@@ -174,13 +174,15 @@ def _blocks(pairs):
     return wide.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).any(4).any(2)
 
 
-def causal_mask(real, queries, size=None):
+def causal_mask(real, queries, size=None, batch=None):
     """Ours, and sdpa's."""
     from transformers.masking_utils import sdpa_mask
 
     needs_lengths()
     keys = real.shape[1]
-    how = dict(batch_size=len(real), q_length=queries, kv_length=keys, q_offset=keys - queries, attention_mask=real)
+    how = dict(
+        batch_size=batch or len(real), q_length=queries, kv_length=keys, q_offset=keys - queries, attention_mask=real
+    )
     how |= dict(mask_function=masks.causality(size), local_size=size)
     return room.mask(**how), sdpa_mask(**how | dict(allow_is_causal_skip=False))
 
@@ -222,6 +224,7 @@ def test_a_padded_mask_of_another_batch_is_not_taken(exact):
     module.num_key_value_groups = 2
     close(room.attention(module, q, k, v, mask)[0], room.attention(module, q, k, v, bits)[0])
     assert not exact
+    assert type(causal_mask(LEFT, 37, batch=2)[0]) is torch.Tensor
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
