@@ -463,7 +463,7 @@ def test_sequences_that_are_out_of_order_are_sdpas(exact):
 
 
 def test_q_k_and_v_of_packed_sequences_are_read_where_they_lie(exact):
-    q, k, v = (torch.randn(1, 67, h, 16).transpose(1, 2) for h in (4, 2, 2))
+    q, k, v = torch.randn(1, 67, 8, 16).transpose(1, 2).split([4, 2, 2], dim=1)  # of one projection
     o, _ = room.attention(torch.nn.Identity(), q, k, v, packed_mask(WHICH)[0])
     assert [exact[0][name].data_ptr() for name in "qkv"] == [x.data_ptr() for x in (q, k, v)]
     assert exact[0]["q"].shape == (67, 4, 16) and o.is_contiguous() and o.shape == (1, 67, 4, 16)
@@ -493,6 +493,12 @@ def test_rows_of_no_sequence_are_0(exact):
     q, k, v = torch.randn(3, 1, 2, 12, 16)
     o, _ = room.attention(torch.nn.Identity(), q, k, v, None, **told([0, 5, 9], [0, 5, 9]))
     assert (o[:, 9:] == 0).all() and (o[:, :9] != 0).any(-1).all()
+
+
+def test_of_several_rows_nothing_is_told(exact):
+    q, k, v = torch.randn(3, 2, 2, 12, 16)
+    room.attention(torch.nn.Identity(), q, k, v, None, **told([0, 5, 12], [0, 5, 12]))
+    assert exact[0]["q"] is q and exact[0]["causal"]
 
 
 def test_padding_comes_before_what_is_told(exact):
