@@ -108,7 +108,7 @@ class Visible(NamedTuple):
 
 
 def sequences(query, kwargs: dict[str, Any]) -> Sequences | None:
-    """Those of one row, where all of FlashAttentionKwargs tell of them; of several rows the mask tells, as with sdpa."""
+    """Those of one row, where all of FlashAttentionKwargs tell; of several rows the mask does, as with sdpa."""
     given: list[Any] = [kwargs.get(name) for name in PACKED]
     if len(query) != 1 or any(x is None for x in given):
         return None
