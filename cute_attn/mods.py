@@ -62,15 +62,16 @@ def _call(function, aux, *places):
     return function(*places, *aux)
 
 
-def _array(name: str, x) -> tuple[str, int]:
+def _array(name: str, x) -> tuple[str, int, bool]:
     if not isinstance(x, torch.Tensor):
-        return type(x).__name__, 0
+        return type(x).__name__, 0, False
     word = str(x.dtype).removeprefix("torch.")
     if word not in ELEMENT:
         raise TypeError(f"{name}: it captures a tensor of {x.dtype}; {', '.join(ELEMENT)} are taken")
     if x.numel() == 0:
         raise ValueError(f"{name}: it captures a tensor of shape {tuple(x.shape)}, of which no element can be read")
-    return word, x.dim()
+    packed = name == "score_mod" and x.dim() > 0 and x.stride(-1) == 1  # with a mask_mod ptxas would spill, 40 bytes
+    return word, x.dim(), packed
 
 
 class _Captured:

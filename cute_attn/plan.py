@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from . import packing, tuned
 from .kernels.config import DTYPES, LAYOUTS, SMEM_BYTES, FwdConfig, SparseBlocks
-from .kernels.mask import Causal, Full, UserMask, Window
+from .kernels.mask import Causal, Full, Mask, UserMask, Window
 from .kernels.packed_scheduler import Packed, PackedLongest
-from .kernels.score import Alibi, Plain, Softcap, UserScore
+from .kernels.score import Alibi, Plain, Score, Softcap, UserScore
 from .kernels.tile_scheduler import DynamicLongest, StaticTiles
 from .kernels.user_mod import UserMod
 
@@ -139,10 +139,7 @@ def constant_time(config: FwdConfig) -> FwdConfig:
 
 
 def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
-    """Of a kernel the one with modifiers; of a causal one where there is a window.
-
-    With blocks of 64 keys, four warpgroups at d64 and a mask_mod of some length ptxas spills, 4 to 20 bytes.
-    """
+    """Of a kernel the one with modifiers; of a causal one where there is a window."""
     config = sparse(config, kinds.sparse) if kinds.sparse else config
     config = windowed(config) if kinds.window else config
     causal = config.mask.causal
@@ -153,12 +150,35 @@ def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
     if score.name and not config.sparse:  # slower softmaxes: CTAs of a cluster that draws wait for each other too long
         config = replace(config, cluster=1 if config.scheduler.draws else config.cluster)
     mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
-    redo = config.redo and not score.name and not mask.everywhere
-    narrow = mask.everywhere and (config.widest, config.tile_m) == (64, 256)
-    tile_n = min(config.tile_n, 48) if narrow else config.tile_n
-    config = replace(config, tile_n=tile_n, score=score, mask=mask, sinks=kinds.sinks, redo=redo)
+    config = replace(config, tile_n=keys_of_a_block(config, score, mask))
+    redo = redoes(config, score, mask)
+    stages = max(config.stages, 3) if score.name and redo else config.stages  # K is held until a step is certain
+    config = replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo, stages=stages)
     config = with_maxima(config) if kinds.row_max else config
     return with_dropout(config) if kinds.dropout else config
+
+
+def keys_of_a_block(config: FwdConfig, score: Score, mask: Mask) -> int:
+    """The kernel's own, or fewer where with this score or mask ptxas would spill, 4 to 76 bytes."""
+    n, held = config.tile_n, config.registers_held
+    if (config.widest, config.tile_m) == (64, 256):
+        redone = config.redo and isinstance(score, Softcap) and mask.causal
+        return min(n, 48) if mask.everywhere or redone else n
+    much = config.warpgroups == 3 and held >= 120  # at d96
+    return n - 16 if score.name and much and n > 64 else n
+
+
+def redoes(config: FwdConfig, score: Score, mask: Mask) -> bool:
+    """Whether a kernel questions its steps afterwards when it has this score and this mask.
+
+    Three warpgroups gain by it, 5 to 20 % at d128. Four have registers for softcap only, and three that hold more none:
+    ptxas spills, 8 to 88 bytes.
+    """
+    if not score.name or mask.everywhere:
+        return config.redo and not mask.everywhere
+    if config.warpgroups == 3:
+        return score.quick and config.registers_held <= 112
+    return config.redo and isinstance(score, Softcap)
 
 
 def with_dropout(config: FwdConfig) -> FwdConfig:
@@ -185,7 +205,9 @@ def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
     tile_n = next(n for n in (most, 64) if blocks.block_n % n == 0)
     kind = config.head_dim, config.dtype, config.layout, config.mask
     plain = FwdConfig(*kind, tile_m, tile_n, head_dim_v=config.head_dim_v)
-    return replace(plain, scheduler=DynamicLongest, pingpong=plain.warpgroups > 1, sparse=blocks)
+    q_stages = 2 if plain.smem_bytes + 2 * plain.head_dim * tile_m <= SMEM_BYTES else 1  # tiles are short
+    plain = replace(plain, scheduler=DynamicLongest, pingpong=plain.warpgroups > 1, q_stages=q_stages)
+    return replace(plain, sparse=blocks)
 
 
 def windowed(config: FwdConfig) -> FwdConfig:

@@ -18,7 +18,7 @@ MODES = {"bhsd": (2, 3, 1, 0), "bshd": (1, 3, 2, 0), "thd": (0, 2, 1)}  # where 
 PACKS = (1, 2, 4, 8, 16, 32, 64)
 # MMA warpgroups: registers per thread (producer, consumer), together no more than launched with; None: as launched
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
-# a producer that reads of its tiles, or loads each block in many boxes
+# a producer that reads of its tiles, loads each block in many boxes, or in an order of its own
 BUSY_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
 
@@ -80,7 +80,7 @@ class FwdConfig:
         assert not self.redo or (self.overlap and self.split == 1 and not self.q_in_regs), "Q and K are read once more"
         assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
-        assert not (self.redo and self.score.name), "Scored has no score for the step redone"
+        assert not self.redo or self.score.quick, "ptxas spills"
         assert not (self.row_max and (self.redo or self.split > 1)), "Maxima sees each S once, and all of a row's"
         assert not self.dropout or self.tile_n % 32 == 0, "a call of Philox is for 32 keys of a row"
         assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "Sparse's own"
@@ -136,7 +136,7 @@ class FwdConfig:
         """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
         if self.warpgroups == 2 and self.registers_held <= 80:
             return None
-        busy = self.packed or self.sparse or self.widest > 256
+        busy = self.packed or self.sparse or self.widest > 256 or self.from_diagonal
         return (BUSY_REGISTERS if busy else REGISTERS)[self.warpgroups]
 
     @property

@@ -8,9 +8,9 @@ import cutlass
 from cutlass import Float32, cute
 from cutlass.cute.nvgpu import warp
 
-from .flash_fwd_sm90 import ROWS, FlashFwdSm90, Frag, Warpgroup
+from .flash_fwd_sm90 import ROWS, At, FlashFwdSm90, Frag, Warpgroup
 from .layout import acc_mn, scale_rows
-from .softmax import LARGEST_SUM
+from .softmax import LARGEST_SUM, Exponents
 
 
 class FlashFwdRedoSm90(FlashFwdSm90):
@@ -18,20 +18,26 @@ class FlashFwdRedoSm90(FlashFwdSm90):
 
     @cute.jit
     def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at, edge: cutlass.Constexpr):
+        softmax, S = w.frag.softmax, acc_mn(acc_S)  # (rows, cols)
         if cutlass.const_expr(edge):
             w.pipes.k.consumer_release(k_state)
-            self._masked_softmax(w, acc_mn(acc_S), at)
+            self._score(w, S, at)
+            self._masked_softmax(w, S, at)
         else:
-            softmax, S = w.frag.softmax, acc_mn(acc_S)  # (rows, cols)
-            sums, redo = softmax.quick_step(S, LARGEST_SUM[self.config.dtype])
+            sums, redo = softmax.quick_step(S, LARGEST_SUM[self.config.dtype], self._exponents(w, S, at))
             self._wait_for_pv(w)
             if redo:
                 self._qk_again(w, acc_S, q_state, k_state)
+                self._score(w, S, at)
                 softmax.step(S, self.slack)
                 scale_rows(w.frag.acc_O, softmax.rescale)
                 sums.fill(0.0)
             softmax.add(sums)
             w.pipes.k.consumer_release(k_state)
+
+    def _exponents(self, w: Warpgroup, S, at: At) -> Exponents:
+        """What makes P's exponents of S."""
+        return Exponents(w.frag.softmax.scale_log2)
 
     def _settle(self, f: Frag):
         """A row that has seen no key keeps its offset of -inf, and its next step is redone."""

@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from .layout import not_before
-from .user_mod import UserMod, number, where
+from .user_mod import Place, UserMod, number, where
 
 
 class Mask:
@@ -126,7 +126,7 @@ class UserMask(Mask):
         n_block = not_before(S, at.n_block)
         for r in range(cute.size(S, mode=[0])):
             for c in range(cute.size(S, mode=[1])):
-                place = rows.row0 + cS[r, c][0], n_block * tile_n + cS[r, c][1]
+                place = Place.of(rows, cS, n_block, tile_n, r, c)
                 S[r, c] = number(where(mod(rows.batch, rows.head, *place), S[r, c], -Float32.inf))
 
 

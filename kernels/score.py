@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
+from cutlass.cutlass_dsl import select_
 
 from .layout import not_before
-from .user_mod import UserMod
+from .softmax import Exponents
+from .user_mod import Place, UserMod
 
 LOG2_E = 1.4426950408889634
 LARGEST = 3.4028234663852886e38  # the largest float32
@@ -17,12 +19,16 @@ SIGN = -0x80000000  # of an int32: a float32's sign
 LN2 = 0.6931471805599453
 # tanh(x) / 4x by powers of (4x)^2, for |x| < 1/2: within 7e-7 of it, the least error that three powers allow
 TANH = (0.249999866, -0.00520723732, 0.000128811487, -2.71009685e-06)
+NEAR = 0.3
+# tanh(x) / x by powers of x^2 - NEAR^2, for |x| < NEAR: tanh within 1.8e-7, the least error that two powers allow
+NEAR_TANH = (0.97104261, -0.31043413, 0.12522591)
 
 
 class Score:
     """What holds where a way does not say otherwise. `args` are the run-time arguments of `signature`."""
 
     name = ""
+    quick = True  # leaves registers for a step that is redone
     peaked = False  # falls with the distance from the diagonal, on both of its sides
 
     def signature(self) -> tuple:
@@ -35,6 +41,10 @@ class Score:
     def begin(self, head, batch, args) -> tuple:
         """What a warpgroup keeps in registers for a tile: `at.rows.score`."""
         return ()
+
+    def exponents(self, cS, at, tile_n, problem, args) -> Exponents | None:
+        """From Q K^T to the exponents of P by less than `apply` takes, for most blocks; None: there is no such way."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,9 @@ class Softcap(Score):
         else:
             self._by_powers(S, bits)
 
+    def exponents(self, cS, at, tile_n, problem, args):
+        return Capped(problem.scale_log2, args[0])
+
     @cute.jit
     def _by_powers(self, S: cute.Tensor, bits: Int32):
         if cute.arch.vote_any_sync(bits & 0x40000000 != 0):  # an exponent's top bit: some |4x| is 2 or more
@@ -92,6 +105,10 @@ class Alibi(Score):
         return self.before.name + "alibi"
 
     @property
+    def quick(self) -> bool:
+        return self.before == Plain()
+
+    @property
     def peaked(self) -> bool:
         return not self.causal
 
@@ -105,6 +122,9 @@ class Alibi(Score):
         *_, address, stride = args
         slopes = cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=4)
         return (cute.make_tensor(slopes + (Int64(batch) * stride + head), 1)[0],)
+
+    def exponents(self, cS, at, tile_n, problem, args):
+        return Sloped(at, cS, tile_n, problem) if self.before == Plain() else None
 
     @cute.jit
     def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem, args):
@@ -136,6 +156,10 @@ class UserScore(Score):
         return f"{self.before.name}score_mod"
 
     @property
+    def quick(self) -> bool:
+        return self.before == Plain() and not self.mod.arrays
+
+    @property
     def peaked(self) -> bool:
         return self.before.peaked
 
@@ -160,8 +184,54 @@ class UserScore(Score):
         n_block = not_before(S, at.n_block)
         for r in range(cute.size(S, mode=[0])):
             for c in range(cute.size(S, mode=[1])):
-                place = rows.row0 + cS[r, c][0], n_block * tile_n + cS[r, c][1]
+                place = Place.of(rows, cS, n_block, tile_n, r, c)
                 S[r, c] = Float32(mod(S[r, c] * scale, rows.batch, rows.head, *place))
+
+
+class Capped(Exponents):
+    """Softcap's, of products s whose scaled score is below NEAR of the cap; larger ones are in doubt.
+
+    s times a polynomial of s^2 less its largest, whose sign then tells; softcap and scale are in the coefficients.
+    """
+
+    def __init__(self, scale_log2, softcap):
+        x = scale_log2 * LN2 / softcap  # of a product of 1
+        largest = (NEAR * NEAR) / (x * x)
+        usual = (x > 2.0**-20) & (x < 2.0**20)  # else the powers' factors may be no normal numbers: all in doubt
+        self.largest = Float32(select_(usual, largest, Float32(-1.0)))
+        self.powers = [scale_log2 * NEAR_TANH[0], scale_log2 * NEAR_TANH[1] * x * x]
+        self.powers += [scale_log2 * NEAR_TANH[2] * (x * x) * (x * x)]
+        self.below = Int32(-1)
+
+    def of(self, row, r, offset):
+        for c in range(cute.size(row)):
+            u = row[c] * row[c] - self.largest
+            self.below = self.below & u.bitcast(Int32)
+            row[c] = row[c] * horner(self.powers, u) - offset
+        return row.load()
+
+    def doubtful(self, doubt):
+        return doubt | (self.below >= 0)
+
+
+class Sloped(Exponents):
+    """ALiBi's, of a block that lies on one side of the diagonal: its bias is linear there, and joins the offset."""
+
+    def __init__(self, at, cS, tile_n, problem):
+        super().__init__(problem.scale_log2)
+        own = at.rows.row0 + problem.seqlen_k - problem.seqlen_q  # the first row's key
+        distance = at.n_block * tile_n - own
+        slope = at.rows.score[0] * LOG2_E
+        self.slope = Float32(select_(distance <= 0, slope, -slope))
+        self.distance, self.cS = distance, cS
+
+    def of(self, row, r, offset):
+        cS = self.cS  # (rows, cols)
+        first = self.slope * Float32(self.distance + cS[r, 0][1] - cS[r, 0][0]) - offset
+        for c in range(cute.size(row)):
+            bias = self.slope * Float32(cS[0, c][1] - cS[0, 0][1]) + first
+            row[c] = row[c] * self.scale_log2 + bias
+        return row.load()
 
 
 def by_exponentials(S: cute.Tensor):
@@ -172,8 +242,12 @@ def by_exponentials(S: cute.Tensor):
 
 
 def polynomial(u):
-    """Of TANH, by Horner."""
-    total = TANH[-1]
-    for c in TANH[-2::-1]:
+    """Of TANH."""
+    return horner(TANH, u)
+
+
+def horner(powers, u):
+    total = powers[-1]
+    for c in powers[-2::-1]:
         total = total * u + c
     return total

@@ -18,6 +18,21 @@ LN2 = 0.6931471805599453
 LOG2_E = 1.4426950408889634
 
 
+class Exponents:
+    """Of P, for a block of scores that are nothing but products."""
+
+    def __init__(self, scale_log2):
+        self.scale_log2 = scale_log2
+
+    def of(self, row: cute.Tensor, r: int, offset):
+        """Those of one row, the r-th of a thread's."""
+        return row.load() * self.scale_log2 - offset
+
+    def doubtful(self, doubt):
+        """Whether any is, or there was a doubt before."""
+        return doubt
+
+
 class Softmax(NamedTuple):
     scale_log2: Float32  # |softmax_scale| * log2(e) > 0; its sign is in Q
     offset: cute.Tensor  # (rows,) of the exponents; -inf: the row has seen no key
@@ -95,20 +110,21 @@ class Softmax(NamedTuple):
             S[r, None].store(p)
 
     @cute.jit
-    def quick_step(self, S: cute.Tensor, largest: cutlass.Constexpr):
+    def quick_step(self, S: cute.Tensor, largest: cutlass.Constexpr, exponents: cutlass.Constexpr):
         """S (rows, cols) becomes P by the offsets as they are; its sums, and True for a warp that must `step` instead.
 
         That is where a sum is above `largest`, or NaN; a row that has seen no key has an offset of -inf, and so either.
+        And where `exponents`, which turn a row of S into exponents, are not sure of them.
         """
         sums, fits = cute.make_rmem_tensor_like(self.row_sum, Float32), Boolean(True)
         for r in cutlass.range_constexpr(cute.size(self.offset)):
-            S[r, None].store(cute.math.exp2(S[r, None].load() * self.scale_log2 - self.offset[r], fastmath=True))
+            S[r, None].store(cute.math.exp2(exponents.of(S[r, None], r, self.offset[r]), fastmath=True))
             total = S[r, 0]
             for c in cutlass.range_constexpr(1, cute.size(S, mode=[1])):
                 total = total + S[r, c]
             sums[r] = total
             fits = fits & (total <= largest)
-        return sums, cute.arch.vote_any_sync(not fits)
+        return sums, cute.arch.vote_any_sync(exponents.doubtful(not fits))
 
     def add(self, sums: cute.Tensor):
         self.row_sum.store(self.row_sum.load() + sums.load())

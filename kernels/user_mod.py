@@ -32,22 +32,22 @@ class UserMod:
     """A function of scores or of places, and what it takes at run time. Two are equal whose keys are."""
 
     key: str  # of its code, of what it captures, and of the types below
-    arrays: tuple[tuple[str, int], ...]  # element type and rank of each tensor; "int" or "float": a number
+    arrays: tuple[tuple[str, int, bool], ...]  # element type, rank, last stride of 1; "int" or "float": a number
     build: Callable[[list], Callable] = field(compare=False, repr=False)  # from an object for each of `arrays`
 
     def signature(self) -> tuple:
-        return tuple(NUMBER[word](0) if word in NUMBER else _fake(word, rank) for word, rank in self.arrays)
+        return tuple(NUMBER[word](0) if word in NUMBER else _fake(word, *how) for word, *how in self.arrays)
 
     def bind(self, args: tuple) -> Callable:
         """The function on numbers of the kernel; args: those of `signature`."""
-        stand_ins = [_stand_in(x, word) for x, (word, _) in zip(args, self.arrays, strict=True)]
+        stand_ins = [_stand_in(x, word) for x, (word, *_) in zip(args, self.arrays, strict=True)]
         fn = self.build(stand_ins)
-        return lambda *numbers: number(fn(*map(Value, numbers)))
+        return lambda *numbers: number(fn(*(x if isinstance(x, Value) else Value(x) for x in numbers)))
 
 
-def _fake(word: str, rank: int):
-    shape = [cute.sym_int() for _ in range(rank)]
-    return make_fake_tensor(ELEMENT[word], shape, [cute.sym_int64() for _ in range(rank)])
+def _fake(word: str, rank: int, packed: bool):
+    shape, strides = [cute.sym_int() for _ in range(rank)], [cute.sym_int64() for _ in range(rank)]
+    return make_fake_tensor(ELEMENT[word], shape, [*strides[:-1], 1] if packed else strides)
 
 
 def _stand_in(x, word: str):
@@ -100,9 +100,9 @@ def truth(x):
 
 def alike(*xs, least: int = 1):
     """Numbers of one type: float32 where one is a float, else int64 or int32."""
+    if max(least, *(kind(number(x)) for x in xs)) == 2:
+        return [x.as_float() if isinstance(x, Place) else Float32(number(x)) for x in xs]
     xs = tuple(map(number, xs))
-    if max(least, *map(kind, xs)) == 2:
-        return [Float32(x) for x in xs]
     wide = any(isinstance(x, Int64) for x in xs)
     return [(Int64 if wide else Int32)(x) for x in xs]
 
@@ -216,7 +216,7 @@ FUNCTIONS: dict[str, Callable] = {
     "remainder": OPERATORS["mod"],
     "true_divide": OPERATORS["truediv"],
     "div": OPERATORS["truediv"],
-    "float": lambda a: Value(Float32(number(a))),
+    "float": of_float(lambda a: a),
     "int": lambda a: Value(Int32(number(a))),
     "long": lambda a: Value(Int32(number(a))),
     "bool": lambda a: Value(truth(a)),
@@ -263,6 +263,43 @@ class Value:
         return invert(self)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class Place(Value):
+    """A query's or a key's number, or a sum of such: what the scores of a block share, and what is this score's own.
+
+    A float of it is a float of what is shared, once for all, and a sum: exact below 2^24, and half as much work.
+    """
+
+    def __init__(self, shared, own):
+        super().__init__(shared + own)
+        self.shared, self.own = shared, own
+
+    def as_float(self):
+        return Float32(self.shared) + Float32(self.own)
+
+    @staticmethod
+    def of(rows, cS, n_block, tile_n: int, r: int, c: int) -> tuple["Place", "Place"]:
+        """The query and the key of a score of a block."""
+        first = cS[0, 0]
+        query = Place(rows.row0 + first[0], cS[r, 0][0] - first[0])
+        return query, Place(n_block * tile_n + first[1], cS[0, c][1] - first[1])
+
+
+def shifted(op, value: Callable) -> Callable:
+    """Sums and differences of places are places."""
+
+    def of(a, b):
+        x, y = (x if isinstance(x, Place) else Place(x, 0) if isinstance(x, int) else None for x in (a, b))
+        if x is None or y is None or isinstance(a, bool) or isinstance(b, bool):
+            return value(a, b)
+        return Place(op(x.shared, y.shared), op(x.own, y.own))
+
+    return of
+
+
+for _name in ("add", "sub"):
+    OPERATORS[_name] = FUNCTIONS[_name] = shifted(getattr(operator, _name), OPERATORS[_name])
 
 
 def _install(name: str, op: Callable) -> None:
