@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ptx import interpreted
 
 from cute_attn import BlockLists, flash_fwd
+from cute_attn.benchmark.edges import lse_atol
 from cute_attn.reference import attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,14 +110,16 @@ def right(case: Case, device):
     alike = weights.to(v.dtype) @ v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     for found in (o, again):
         bound(found, want, alike)
-    close_lse(lse, want_lse)
-    close_lse(row_max, want_max)
+    atol = lse_atol(q, k, case.scale)
+    close_lse(lse, want_lse, atol)
+    close_lse(row_max, want_max, atol)
 
 
 @pytest.mark.gpu
-@settings(max_examples=60, **ALIKE)
+@pytest.mark.parametrize("part", range(12))  # so that several workers share them: each example compiles its kernels
+@settings(max_examples=5, **ALIKE)
 @given(case=cases())
-def test_together(case):
+def test_together(part, case):
     right(case, "cuda")
 
 
