@@ -69,8 +69,12 @@ def splits(config: FwdConfig) -> list[FwdConfig]:
 
 
 def packed(config: FwdConfig, ratio: int) -> FwdConfig:
-    """The same tiles and schedule, of packed rows. With redo four warpgroups at d64 would spill, 8 bytes."""
-    return replace(config, pack=pack_of(ratio), redo=config.redo and (config.widest, config.tile_m) != (64, 256))
+    """The same tiles and schedule, of packed rows.
+
+    With redo four warpgroups at d64 would spill, 8 bytes, and with a cluster the producer at d256, 4 bytes (CUDA 13).
+    """
+    redo = config.redo and (config.widest, config.tile_m) != (64, 256)
+    return replace(config, pack=pack_of(ratio), redo=redo, cluster=1 if config.widest == 256 else config.cluster)
 
 
 def kernels(always: list[FwdConfig], some: list[FwdConfig], ratio: int) -> list[FwdConfig]:

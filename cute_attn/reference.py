@@ -64,14 +64,14 @@ def attention(
     return o, lse, *maxima(row_max, return_row_max, return_max_logit)
 
 
-def maxima(row_max, return_row_max, return_max_logit):
+def maxima(row_max, return_row_max, return_max_logit) -> list[torch.Tensor]:
     """Of row_max (B, H, Sq), or packed (H, total_q), what is asked for: itself, each head's maximum."""
     others = (0, 2) if row_max.dim() == 3 else (1,)
-    if return_row_max:
-        yield row_max
+    found = [row_max] if return_row_max else []  # a list: torch 2.11 compiles no generator here
     if return_max_logit:
         heads = row_max.shape[row_max.dim() - 2]
-        yield row_max.amax(others) if row_max.numel() else row_max.new_full((heads,), -torch.inf)
+        found.append(row_max.amax(others) if row_max.numel() else row_max.new_full((heads,), -torch.inf))
+    return found
 
 
 def levels_kept(p):

@@ -126,7 +126,12 @@ def test_truth_of_a_row_whose_every_score_is_minus_inf_is_0(accuracy):
 
 
 def test_no_kernel_takes_fewer_keys_at_a_time_than_rise_together(accuracy):
-    assert min(config.tile_n for config in shipped()) >= accuracy.GROUP
+    assert min(keys_of_blocks()) >= accuracy.GROUP
+
+
+def keys_of_blocks() -> set[int]:
+    """Of the kernels that the adversarial inputs are for: nothing changes their scores."""
+    return {config.tile_n for config in shipped() if not config.score.name}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -137,7 +142,7 @@ def test_the_maximum_of_every_row_grows_at_every_block(accuracy, dtype, head_dim
     plain = inputs(seqlen, seqlen, dtype=dtype, head_dim=head_dim, heads=1, batch=1)
     x = accuracy.growing(plain, to_first=to_first)
     scores = logits(x)[0, 0]
-    for tile_n in {accuracy.GROUP, *(config.tile_n for config in shipped())}:
+    for tile_n in {accuracy.GROUP, *keys_of_blocks()}:
         blocks = scores.split(tile_n, dim=1)
         if not to_first:  # a partial last block may hold keys of one group only, its neighbour's last
             blocks = [block for block in blocks if block.shape[1] == tile_n]

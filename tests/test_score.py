@@ -119,6 +119,28 @@ def test_the_powers_of_tanh():
     assert np.abs(4 * x * total / np.tanh(x.astype(np.float64)) - 1).max() < 1e-6
 
 
+def test_the_two_powers_of_tanh():
+    """In float32, for |x| < NEAR; the least that two powers allow is what is allowed."""
+    x = np.linspace(1e-6, score.NEAR, 100_001, dtype=np.float32)
+    u = x * x - np.float32(score.NEAR**2)
+    assert np.abs(x * score.horner([np.float32(c) for c in score.NEAR_TANH], u) - np.tanh(x.astype(float))).max() < 3e-7
+
+
+def test_which_scored_kernels_question_their_steps_afterwards():
+    """Three warpgroups with registers for it; of four those of softcap, with fewer keys where causal."""
+
+    def of(head_dim, causal, **kinds):
+        return plan.modified(plan.config(head_dim, "bf16", "bhsd", causal), Kinds(**kinds))
+
+    for causal in (False, True):
+        assert all(of(d, causal, **{kind: True}).redo for d in (96, 128) for kind in ("softcap", "alibi"))
+        assert of(64, causal, softcap=True).redo and not of(64, causal, alibi=True).redo
+        assert not any(of(d, causal, softcap=True, alibi=True).redo for d in plan.HEAD_DIMS)
+        assert of(64, causal, softcap=True).tile_n == (48 if causal else 64)
+        assert of(128, causal, softcap=True).stages >= 3
+        assert of(96, causal, softcap=True).tile_n == plan.config(96, "bf16", "bhsd", causal).tile_n - 16
+
+
 WRONG = {
     "softcap of 0": (dict(softcap=0.0), ValueError, r"softcap: 0.0 came; use one between .*, or None for no cap"),
     "softcap below 0": (dict(softcap=-30), ValueError, "softcap: -30.0 came"),
