@@ -356,3 +356,20 @@ def test_varlen_lengths_and_their_work(scripts, monkeypatch):
     assert packing.flops(False) == 2 * packing.flops(True) == 4 * 2 * 2 * 33 * 33 * 16
     assert torch.equal(varlen.dense(packing, True).flatten(0, 1), varlen.ours(packing, True))
     assert "flash" in varlen.peers()
+
+
+def test_gpu_tests_in_parts():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        gpu_tests = importlib.import_module("gpu_tests")
+    finally:
+        sys.path.pop(0)
+    where = dict(kernels_sha256="5eed", gpu="NVIDIA H200", versions=dict(torch="2"))
+    one = dict(where, date="1", command="pytest a", passed=3, failed=1, skipped=1, skips={"x": "why"}, failures=["y"])
+    two = dict(where, date="2", command="pytest b", passed=4, failed=0, skipped=0, skips={}, failures=[])
+    both = gpu_tests.together(two, one)
+    assert (both["passed"], both["failed"], both["skipped"]) == (7, 1, 1)
+    assert both["command"] == "pytest a; pytest b" and both["date"] == "2"
+    assert both["skips"] == {"x": "why"} and both["failures"] == ["y"]
+    with pytest.raises(ValueError, match="--add: kernels_sha256 is 0ther there, and 5eed here"):
+        gpu_tests.together(two, dict(one, kernels_sha256="0ther"))
