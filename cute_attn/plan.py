@@ -162,7 +162,7 @@ def keys_of_a_block(config: FwdConfig, score: Score, mask: Mask) -> int:
     """The kernel's own, or fewer where with this score or mask ptxas would spill, 4 to 76 bytes."""
     n, held = config.tile_n, config.registers_held
     if (config.widest, config.tile_m) == (64, 256):
-        redone = config.redo and isinstance(score, Softcap) and mask.causal
+        redone = score.name and mask.causal and redoes(config, score, mask)
         return min(n, 48) if mask.everywhere or redone else n
     much = config.warpgroups == 3 and held >= 120  # at d96
     return n - 16 if score.name and much and n > 64 else n
@@ -174,8 +174,10 @@ def redoes(config: FwdConfig, score: Score, mask: Mask) -> bool:
     Three warpgroups gain by it, 5 to 20 % at d128. Four have registers for softcap only, and three that hold more none:
     ptxas spills, 8 to 88 bytes.
     """
-    if not score.name or mask.everywhere:
-        return config.redo and not mask.everywhere
+    if mask.everywhere:
+        return False
+    if not score.name:
+        return config.redo
     if config.warpgroups == 3:
         return score.quick and config.registers_held <= 112
     return config.redo and isinstance(score, Softcap)
@@ -206,8 +208,8 @@ def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
     kind = config.head_dim, config.dtype, config.layout, config.mask
     plain = FwdConfig(*kind, tile_m, tile_n, head_dim_v=config.head_dim_v)
     q_stages = 2 if plain.smem_bytes + 2 * plain.head_dim * tile_m <= SMEM_BYTES else 1  # tiles are short
-    plain = replace(plain, scheduler=DynamicLongest, pingpong=plain.warpgroups > 1, q_stages=q_stages)
-    return replace(plain, sparse=blocks)
+    pingpong = plain.warpgroups > 1
+    return replace(plain, scheduler=DynamicLongest, pingpong=pingpong, q_stages=q_stages, sparse=blocks)
 
 
 def windowed(config: FwdConfig) -> FwdConfig:

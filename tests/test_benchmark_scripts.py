@@ -28,7 +28,8 @@ def scripts():
     """The scripts as modules; they import their neighbours in benchmarks/ by name, as when they are run."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        return {name: importlib.import_module(name) for name in ("accuracy", "odd_shapes", "sanitize", "varlen")}
+        names = "accuracy", "gpu_tests", "odd_shapes", "sanitize", "varlen"
+        return {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -358,18 +359,14 @@ def test_varlen_lengths_and_their_work(scripts, monkeypatch):
     assert "flash" in varlen.peers()
 
 
-def test_gpu_tests_in_parts():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        gpu_tests = importlib.import_module("gpu_tests")
-    finally:
-        sys.path.pop(0)
+def test_gpu_tests_in_parts(scripts):
+    together = scripts["gpu_tests"].together
     where = dict(kernels_sha256="5eed", gpu="NVIDIA H200", versions=dict(torch="2"))
     one = dict(where, date="1", command="pytest a", passed=3, failed=1, skipped=1, skips={"x": "why"}, failures=["y"])
     two = dict(where, date="2", command="pytest b", passed=4, failed=0, skipped=0, skips={}, failures=[])
-    both = gpu_tests.together(two, one)
+    both = together(two, one)
     assert (both["passed"], both["failed"], both["skipped"]) == (7, 1, 1)
     assert both["command"] == "pytest a; pytest b" and both["date"] == "2"
     assert both["skips"] == {"x": "why"} and both["failures"] == ["y"]
     with pytest.raises(ValueError, match="--add: kernels_sha256 is 0ther there, and 5eed here"):
-        gpu_tests.together(two, dict(one, kernels_sha256="0ther"))
+        together(two, dict(one, kernels_sha256="0ther"))

@@ -7,7 +7,7 @@ import pytest
 
 from cute_attn import compile, inspect, plan
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
-from cute_attn.kernels.flash_fwd_diagonal_sm90 import FromDiagonal
+from cute_attn.kernels.flash_fwd_diagonal_sm90 import FromDiagonal, above, skipped
 from cute_attn.kernels.mask import Causal
 from cute_attn.kernels.score import Alibi, Softcap, UserScore
 from cute_attn.kernels.tile_scheduler import Tile
@@ -33,6 +33,12 @@ def test_each_block_comes_once_and_the_diagonal_s_early(seqlen_q, seqlen_k, clus
         start = key // config.tile_n  # of the last row, where a cluster's two CTAs take the same blocks
         downwards = [*range(start, -1, -1), *range(n_blocks - 1, start, -1)]
         assert found == list(dict.fromkeys([n_blocks - 1, *downwards]))
+        last, multiplied = n_blocks - 1, [n_blocks - 1]
+        n_block = start + skipped(start, last)
+        for _ in range(last):
+            n_block = above(n_block - 1, last)
+            multiplied.append(n_block)
+        assert found == multiplied, "what is loaded is what is multiplied"
 
 
 def test_which_kernels_begin_there():

@@ -468,10 +468,8 @@ def test_a_mask_may_enter_a_compiled_region(dtype, one_thread):
         torch.testing.assert_close(layer(q, k, v, ours).double(), want, atol=atol, rtol=atol)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gpt_oss"])
-def test_a_family_on_the_gpu(family, calls, monkeypatch):
-    """Prefill, two chunks and steps, no worse than twice transformers' own, both against the weights in float32."""
+def on_the_gpu(family, monkeypatch):
+    """transformers' own model in float32, then ours and theirs in bf16, all of the same weights."""
     more = dict(head_dim=64, num_attention_heads=8, sliding_window=70)
     if FAMILIES[family][2] == (None, None):
         del more["sliding_window"]
@@ -480,6 +478,14 @@ def test_a_family_on_the_gpu(family, calls, monkeypatch):
     ours, theirs = (model.cuda() for model in family_pair(family, monkeypatch, torch.bfloat16, **more))
     truth = family_pair(family, monkeypatch, torch.float32, **more)[1].cuda()
     truth.load_state_dict({name: x.float() for name, x in theirs.state_dict().items()})
+    return truth, ours, theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gpt_oss"])
+def test_a_family_on_the_gpu(family, calls, monkeypatch):
+    """Prefill, two chunks and steps, no worse than twice transformers' own, both against the weights in float32."""
+    truth, ours, theirs = on_the_gpu(family, monkeypatch)
     tokens = torch.randint(1, 199, (2, 333), device="cuda")
 
     def answers(model):

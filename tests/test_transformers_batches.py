@@ -10,7 +10,16 @@ from cute_attn.integrations import transformers as room
 from cute_attn.integrations import transformers_masks as masks
 
 transformers = pytest.importorskip("transformers", reason='transformers is missing: pip install "cute_attn[test]"')
-from test_transformers import EAGER, FAMILIES, family_pair, logits, needs_lengths, same_choices, with_lists  # noqa: E402
+from test_transformers import (  # noqa: E402
+    EAGER,
+    FAMILIES,
+    family_pair,
+    logits,
+    needs_lengths,
+    on_the_gpu,
+    same_choices,
+    with_lists,
+)
 
 SOME = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss"]
 families = pytest.mark.parametrize("family", SOME)
@@ -536,14 +545,7 @@ def test_packed_in_a_compiled_region(dtype, softcap, one_thread):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_padded_and_packed_on_the_gpu(family, monkeypatch):
     """Two chunks, steps, and packed, no worse than twice transformers' own, both against the weights in float32."""
-    more = dict(head_dim=64, num_attention_heads=8, sliding_window=70)
-    if FAMILIES[family][2] == (None, None):
-        del more["sliding_window"]
-    if family == "gpt_oss":
-        more |= dict(num_experts_per_tok=4)  # all of them: no near tie decides who is asked
-    ours, theirs = (model.cuda() for model in family_pair(family, monkeypatch, torch.bfloat16, **more))
-    truth = family_pair(family, monkeypatch, torch.float32, **more)[1].cuda()
-    truth.load_state_dict({name: x.float() for name, x in theirs.state_dict().items()})
+    truth, ours, theirs = on_the_gpu(family, monkeypatch)
     seen = []
     for module, name in ((api, "flash_fwd"), (varlen, "flash_fwd_varlen")):
         monkeypatch.setattr(module, name, partial(_counted, getattr(module, name), seen))
