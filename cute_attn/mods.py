@@ -70,8 +70,7 @@ def _array(name: str, x) -> tuple[str, int, bool]:
         raise TypeError(f"{name}: it captures a tensor of {x.dtype}; {', '.join(ELEMENT)} are taken")
     if x.numel() == 0:
         raise ValueError(f"{name}: it captures a tensor of shape {tuple(x.shape)}, of which no element can be read")
-    packed = name == "score_mod" and x.dim() > 0 and x.stride(-1) == 1  # with a mask_mod ptxas would spill, 40 bytes
-    return word, x.dim(), packed
+    return word, x.dim(), x.dim() > 0 and x.stride(-1) == 1
 
 
 class _Captured:

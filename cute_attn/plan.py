@@ -162,8 +162,8 @@ def keys_of_a_block(config: FwdConfig, score: Score, mask: Mask) -> int:
     """The kernel's own, or fewer where with this score or mask ptxas would spill, 4 to 76 bytes."""
     n, held = config.tile_n, config.registers_held
     if (config.widest, config.tile_m) == (64, 256):
-        redone = score.name and mask.causal and redoes(config, score, mask)
-        return min(n, 48) if mask.everywhere or redone else n
+        much = score.name and (mask.windowed if mask.everywhere else mask.causal and redoes(config, score, mask))
+        return min(n, 48) if much else n
     much = config.warpgroups == 3 and held >= 120  # at d96
     return n - 16 if score.name and much and n > 64 else n
 

@@ -157,7 +157,7 @@ class Sparse:
         """Where it may cut: by its base in blocks that the lists call whole too."""
         c, f = self.config, w.frag
         base = c.mask.base if isinstance(c.mask, UserMask) else c.mask
-        if at.cut | mask_ops.cuts(base, at.rows.row0, ROWS, at.n_block, c.tile_n, w.problem):
+        if mask_ops.cuts(base, at.rows.row0, ROWS, at.n_block, c.tile_n, w.problem):
             mask_ops.apply(base, S, f.cS, at.rows.row0, at.n_block * c.tile_n, w.problem)
         if at.cut:
             c.mask.hide(S, f.cS, at, c.tile_n, w.problem)

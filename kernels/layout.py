@@ -29,6 +29,11 @@ def acc_as_A(acc):
     )
 
 
+def within_thread(r: int, c: int) -> tuple[int, int]:
+    """Row and column of `acc_mn`'s (r, c), less those of the thread's first (PTX ISA, WGMMA's fragment D)."""
+    return 8 * r, c // 2 * 8 + c % 2
+
+
 def scale_rows(acc, scale):
     """acc's row r times scale[r]."""
     rows = acc_mn(acc)  # (rows, cols)

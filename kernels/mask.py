@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import cutlass
 from cutlass import Float32, Int32, cute
 
-from .layout import not_before
-from .user_mod import Place, UserMod, number, where
+from .user_mod import UserMod, number, where
 
 
 class Mask:
@@ -122,12 +121,10 @@ class UserMask(Mask):
         return self.base.limit(row, problem)
 
     def hide(self, S, cS, at, tile_n, problem):
-        mod, rows = self.mod.bind(problem.mask_args[len(self.base.signature()) :]), at.rows
-        n_block = not_before(S, at.n_block)
-        for r in range(cute.size(S, mode=[0])):
-            for c in range(cute.size(S, mode=[1])):
-                place = Place.of(rows, cS, n_block, tile_n, r, c)
-                S[r, c] = number(where(mod(rows.batch, rows.head, *place), S[r, c], -Float32.inf))
+        def hidden(mod, score, rows, places):
+            return number(where(mod(rows.batch, rows.head, *places), score, -Float32.inf))
+
+        self.mod.of_block(S, cS, at, tile_n, problem.mask_args[len(self.base.signature()) :], hidden)
 
 
 class Blocks(NamedTuple):

@@ -11,7 +11,7 @@ from cutlass.cutlass_dsl import select_
 
 from .layout import not_before
 from .softmax import Exponents
-from .user_mod import Place, UserMod
+from .user_mod import UserMod
 
 LOG2_E = 1.4426950408889634
 LARGEST = 3.4028234663852886e38  # the largest float32
@@ -180,12 +180,11 @@ class UserScore(Score):
         earlier, own = self._divide(args)
         self.before.apply(S, cS, at, tile_n, problem, earlier)
         scale = self.before.scale_log2(problem, earlier) * LN2
-        mod, rows = self.mod.bind(own), at.rows
-        n_block = not_before(S, at.n_block)
-        for r in range(cute.size(S, mode=[0])):
-            for c in range(cute.size(S, mode=[1])):
-                place = Place.of(rows, cS, n_block, tile_n, r, c)
-                S[r, c] = Float32(mod(S[r, c] * scale, rows.batch, rows.head, *place))
+
+        def changed(mod, score, rows, places):
+            return Float32(mod(score * scale, rows.batch, rows.head, *places))
+
+        self.mod.of_block(S, cS, at, tile_n, own, changed)
 
 
 class Capped(Exponents):

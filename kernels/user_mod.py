@@ -8,12 +8,14 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_tensor
 from cutlass.cutlass_dsl import select_
+
+from .layout import not_before, within_thread
 
 ELEMENT = {
     "float32": Float32,
@@ -24,6 +26,8 @@ ELEMENT = {
     "uint8": cutlass.Uint8,
     "bool": cutlass.Uint8,
 }
+AHEAD = 12  # columns whose tensors' elements are read at once: ptxas would read all, and spill
+FAR = 1 << 30  # differences of places and of smaller numbers are int32
 NUMBER = {"int": Int32, "float": Float32}  # arguments that are no tensors
 
 
@@ -38,11 +42,28 @@ class UserMod:
     def signature(self) -> tuple:
         return tuple(NUMBER[word](0) if word in NUMBER else _fake(word, *how) for word, *how in self.arrays)
 
-    def bind(self, args: tuple) -> Callable:
+    def bind(self, args: tuple, reach: "Reach | None" = None) -> Callable:
         """The function on numbers of the kernel; args: those of `signature`."""
-        stand_ins = [_stand_in(x, word) for x, (word, *_) in zip(args, self.arrays, strict=True)]
+        stand_ins = [_stand_in(x, word, reach) for x, (word, *_) in zip(args, self.arrays, strict=True)]
         fn = self.build(stand_ins)
         return lambda *numbers: number(fn(*(x if isinstance(x, Value) else Value(x) for x in numbers)))
+
+    @cute.jit
+    def of_block(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, args, change: cutlass.Constexpr):
+        """S[r, c] (rows, cols) becomes change(function, S[r, c], (q_idx, kv_idx)).
+
+        Where all indices that follow the places lie inside of their tensors, as in most blocks, none is asked again.
+        """
+        block = Block(S, cS, at.rows, not_before(S, at.n_block), tile_n)
+        reach = Reach()
+        inside = reach.of(block, self.bind(args, reach), change)
+        if cutlass.const_expr(reach.spans):
+            if cute.arch.vote_all_sync(inside):
+                block.each(self.bind(args, reach), change, reach)
+            else:
+                block.each(self.bind(args), change)
+        else:
+            block.each(self.bind(args), change)
 
 
 def _fake(word: str, rank: int, packed: bool):
@@ -50,18 +71,84 @@ def _fake(word: str, rank: int, packed: bool):
     return make_fake_tensor(ELEMENT[word], shape, [*strides[:-1], 1] if packed else strides)
 
 
-def _stand_in(x, word: str):
+def _stand_in(x, word: str, reach: "Reach | None"):
     if word in NUMBER:
         return Value(x)
-    array = Array(x, word)
+    array = Array(x, word, reach)
     return array[()] if cute.rank(x) == 0 else array
+
+
+class Block(NamedTuple):
+    """Of scores, (rows, cols) of a thread."""
+
+    S: cute.Tensor
+    cS: cute.Tensor
+    rows: Any
+    n_block: Int32
+    tile_n: int
+
+    def places(self, r: int, c: int) -> tuple["Place", "Place"]:
+        """The query and the key of a score."""
+        first, (row, col) = self.cS[0, 0], within_thread(r, c)
+        return Place(self.rows.row0 + first[0], row), Place(self.n_block * self.tile_n + first[1], col)
+
+    def one(self, function: Callable, change: Callable, r: int, c: int):
+        return change(function, self.S[r, c], self.rows, self.places(r, c))
+
+    def each(self, function: Callable, change: Callable, reach: "Reach | None" = None) -> None:
+        block = self
+        for c in range(cute.size(self.S, mode=[1])):
+            if c and c % AHEAD == 0:
+                block = self._replace(n_block=not_before(self.S[None, c - 1], self.n_block))
+            for r in range(cute.size(self.S, mode=[0])):
+                if reach:
+                    reach.begin()
+                self.S[r, c] = block.one(function, change, r, c)
+
+
+class Reach:
+    """How far the places that a function takes as indices go beyond what a block of scores shares.
+
+    `spans`: of the n-th index of a call what is shared, the least and the most that is its own, and the last place.
+    """
+
+    def __init__(self):
+        self.spans: dict[int, tuple] = {}
+        self.noting, self.n = True, 0
+
+    def begin(self) -> None:
+        """A call of the function."""
+        self.n = 0
+
+    def of(self, block: Block, function: Callable, change: Callable):
+        """Whether all indices of a block lie inside: sums and differences of places are extreme at its corners."""
+        last = [cute.size(block.S, mode=[i]) - 1 for i in range(2)]
+        for r, c in ((0, 0), (0, last[1]), (last[0], 0), tuple(last)):
+            self.begin()
+            block.one(function, change, r, c)
+        self.noting, inside = False, Boolean(True)
+        for shared, least, most, end in self.spans.values():
+            inside = inside & (shared + least >= 0) & (shared + most <= end)
+        return inside
+
+    def covers(self, i, last) -> bool:
+        """Whether an index is one of those that are asked for all at once; while they are noted, none is."""
+        n, own = self.n, i.own if isinstance(i, Place) else None
+        self.n += 1
+        if not isinstance(own, int):
+            return False
+        if self.noting:
+            shared, least, most, end = self.spans.get(n, (i.shared, own, own, last))
+            self.spans[n] = shared, min(least, own), max(most, own), end
+            return False
+        return n in self.spans and self.spans[n][1] <= own <= self.spans[n][2]
 
 
 class Array:
     """A tensor that a mod captures. An index beyond its end is taken for the last: nothing is read outside of it."""
 
-    def __init__(self, tensor: cute.Tensor, word: str, index: tuple = ()):
-        self.tensor, self.word, self.index = tensor, word, index
+    def __init__(self, tensor: cute.Tensor, word: str, reach: Reach | None = None, index: tuple = ()):
+        self.tensor, self.word, self.reach, self.index = tensor, word, reach, index
 
     def __getitem__(self, index):
         index = (*self.index, *(index if isinstance(index, tuple) else (index,)))
@@ -69,16 +156,27 @@ class Array:
         if len(index) > rank:
             raise IndexError(f"{len(index)} indices for a tensor of {rank} dimensions")
         if len(index) < rank:
-            return Array(self.tensor, self.word, index)
-        place = [self._inside(number(i), axis) for axis, i in enumerate(index)]
-        x = self.tensor[tuple(place)]
+            return Array(self.tensor, self.word, self.reach, index)
+        x = self._at([self._inside(i, axis) for axis, i in enumerate(index)])
         if self.word == "bool":
             return Value(x != 0)
         return Value(x.to(Float32) if isinstance(x, cutlass.Float) else x.to(Int32) if x.width < 32 else x)
 
     def _inside(self, i, axis: int):
+        """An index as what is shared by a block and what is its own."""
         last = Int32(self.tensor.shape[axis]) - 1
-        return cutlass.max(cutlass.min(Int32(i), last), 0)
+        if self.reach and self.reach.covers(i, last):
+            return i.shared, i.own
+        return cutlass.max(cutlass.min(Int32(number(i)), last), 0), 0
+
+    def _at(self, index: list[tuple]):
+        """An element, by an address that the elements of a block share, as far as they do."""
+        shared, own = (tuple(part) for part in zip(*index, strict=True)) if index else ((), ())
+        if not any(own):
+            return self.tensor[shared]
+        layout = self.tensor.layout
+        at = self.tensor.iterator + cute.crd2idx(shared, layout) + cute.crd2idx(own, layout)
+        return cute.make_tensor(at, cute.make_layout(1))[0]
 
 
 def number(x):
@@ -278,28 +376,47 @@ class Place(Value):
     def as_float(self):
         return Float32(self.shared) + Float32(self.own)
 
-    @staticmethod
-    def of(rows, cS, n_block, tile_n: int, r: int, c: int) -> tuple["Place", "Place"]:
-        """The query and the key of a score of a block."""
-        first = cS[0, 0]
-        query = Place(rows.row0 + first[0], cS[r, 0][0] - first[0])
-        return query, Place(n_block * tile_n + first[1], cS[0, c][1] - first[1])
 
+def of_places(op: Callable, value: Callable) -> Callable:
+    """op of two places, or of one and a whole number; of anything else `value`."""
 
-def shifted(op, value: Callable) -> Callable:
-    """Sums and differences of places are places."""
+    def as_place(x):
+        whole = isinstance(x, int) and not isinstance(x, bool) and abs(x) < FAR
+        return x if isinstance(x, Place) else Place(x, 0) if whole else None
 
     def of(a, b):
-        x, y = (x if isinstance(x, Place) else Place(x, 0) if isinstance(x, int) else None for x in (a, b))
-        if x is None or y is None or isinstance(a, bool) or isinstance(b, bool):
-            return value(a, b)
-        return Place(op(x.shared, y.shared), op(x.own, y.own))
+        x, y = as_place(a), as_place(b)
+        return value(a, b) if x is None or y is None else op(x, y)
 
     return of
 
 
-for _name in ("add", "sub"):
-    OPERATORS[_name] = FUNCTIONS[_name] = shifted(getattr(operator, _name), OPERATORS[_name])
+def scaled(value: Callable) -> Callable:
+    """A place times a Python float: what is shared is multiplied once for a block; of anything else `value`."""
+
+    def of(a, b):
+        place, factor = (a, b) if isinstance(a, Place) else (b, a)
+        if not (isinstance(place, Place) and isinstance(factor, float)):
+            return value(a, b)
+        return Value(Float32(place.shared) * factor + place.own * factor)
+
+    return of
+
+
+def shifted(op) -> Callable:
+    """Sums and differences of places are places."""
+    return lambda x, y: Place(op(x.shared, y.shared), op(x.own, y.own))
+
+
+def compared(op) -> Callable:
+    """What is shared against what is the score's own, which the compiler knows."""
+    return lambda x, y: Value(op(x.shared - y.shared, y.own - x.own))
+
+
+for _of, _names in (shifted, ("add", "sub")), (compared, ("lt", "le", "gt", "ge", "eq", "ne")):
+    for _name in _names:
+        OPERATORS[_name] = FUNCTIONS[_name] = of_places(_of(getattr(operator, _name)), OPERATORS[_name])
+OPERATORS["mul"] = FUNCTIONS["mul"] = scaled(OPERATORS["mul"])
 
 
 def _install(name: str, op: Callable) -> None:

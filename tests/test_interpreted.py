@@ -8,7 +8,7 @@ from ptx import Deadlock, Fault, get, interpreted
 from ptx.cases import SEQUENCES, run
 from test_dropout import check as check_dropout
 from test_maxima import check as check_maxima
-from test_mods import held_to_the_bound, mask_mods, score_mods
+from test_mods import beyond, held_to_the_bound, mask_mods, pairs_of, score_mods
 from test_varlen import check as check_varlen
 from test_varlen import packed
 from test_varlen_modifiers import cases as modifiers_of_packed
@@ -157,6 +157,19 @@ def test_packed_sequences_with_more(name):
 def test_score_mods(name):
     with interpreted():
         held_to_the_bound(*inputs(2, 4, 2, 65, 130, 64, device="cpu"), score_mod=score_mods("cpu")[name])
+
+
+@pytest.mark.parametrize("lengths", [(130, 200), (64, 64), (1, 65)], ids=str)
+def test_tensors_that_end_with_the_sequences(lengths):
+    with interpreted():
+        held_to_the_bound(*inputs(1, 4, 2, *lengths, 64, device="cpu"), **pairs_of(*lengths, "cpu"))
+
+
+def test_an_index_beyond_the_end_is_the_last():
+    q, k, v = inputs(1, 2, 2, 130, 200, 64, device="cpu")
+    with interpreted():
+        ours, inside = (flash_fwd(q, k, v, score_mod=mod) for mod in beyond("cpu"))
+    torch.testing.assert_close(ours, inside)
 
 
 def test_mask_mods():
