@@ -124,7 +124,7 @@ class Alibi(Score):
         return (cute.make_tensor(slopes + (Int64(batch) * stride + head), 1)[0],)
 
     def exponents(self, cS, at, tile_n, problem, args):
-        return Sloped(at, cS, tile_n, problem) if self.before == Plain() else None
+        return Sloped(at, cS, tile_n, problem)
 
     @cute.jit
     def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem, args):
