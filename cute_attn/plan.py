@@ -140,7 +140,7 @@ def constant_time(config: FwdConfig) -> FwdConfig:
 
 def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
     """Of a kernel the one with modifiers; of a causal one where there is a window."""
-    config = sparse(config, kinds.sparse) if kinds.sparse else config
+    config = sparse(config, kinds.sparse, kinds.dropout) if kinds.sparse else config
     config = windowed(config) if kinds.window else config
     causal = config.mask.causal
     capped = Softcap() if kinds.softcap else Plain()
@@ -164,8 +164,10 @@ def keys_of_a_block(config: FwdConfig, score: Score, mask: Mask) -> int:
     if (config.widest, config.tile_m) == (64, 256):
         much = score.name and (mask.windowed if mask.everywhere else mask.causal and redoes(config, score, mask))
         return min(n, 48) if much else n
-    much = config.warpgroups == 3 and held >= 120  # at d96
-    return n - 16 if score.name and much and n > 64 else n
+    if config.warpgroups < 3 or held < 120:
+        return n
+    much = isinstance(score, UserScore) or mask.everywhere or (score.name and mask.windowed)  # at d160
+    return n - 16 if (score.name and n > 64) or (held >= 128 and much) else n
 
 
 def redoes(config: FwdConfig, score: Score, mask: Mask) -> bool:
@@ -174,7 +176,7 @@ def redoes(config: FwdConfig, score: Score, mask: Mask) -> bool:
     Three warpgroups gain by it, 5 to 20 % at d128. Four have registers for softcap only, and three that hold more none:
     ptxas spills, 8 to 88 bytes.
     """
-    if mask.everywhere:
+    if mask.everywhere or config.sparse:
         return False
     if not score.name:
         return config.redo
@@ -200,11 +202,15 @@ def roomy(config: FwdConfig) -> FwdConfig:
     return replace(config, tile_n=64) if config.tile_n > 64 else replace(config, tile_m=128)
 
 
-def sparse(config: FwdConfig, blocks: SparseBlocks) -> FwdConfig:
-    """Of a kernel the one for lists of blocks: tiles of their size or a part of it, drawn, since their work differs."""
-    tile_m = 128 if blocks.block_m % 128 == 0 and config.parts_v == 1 else 64
-    most = config.tile_n if config.widest > HEAD_DIMS[-1] else 128 if config.widest <= 128 else 64
-    tile_n = next(n for n in (most, 64) if blocks.block_n % n == 0)
+def sparse(config: FwdConfig, blocks: SparseBlocks, dropout: bool) -> FwdConfig:
+    """Of a kernel the one for lists of blocks: tiles of their size or a part of it, drawn, since their work differs.
+
+    192 rows are 64 keys wide, and with dropout ptxas spills 8 bytes of them.
+    """
+    most = 64 if config.parts_v > 1 else 192 if 64 < config.widest <= 128 and not dropout else 128
+    tile_m = next(m for m in (128, 192, 64) if m <= most and blocks.block_m % m == 0)
+    widest = config.tile_n if config.widest > HEAD_DIMS[-1] else 128 if config.widest <= 128 and tile_m <= 128 else 64
+    tile_n = next(n for n in (widest, 64) if blocks.block_n % n == 0)
     kind = config.head_dim, config.dtype, config.layout, config.mask
     plain = FwdConfig(*kind, tile_m, tile_n, head_dim_v=config.head_dim_v)
     q_stages = 2 if plain.smem_bytes + 2 * plain.head_dim * tile_m <= SMEM_BYTES else 1  # tiles are short

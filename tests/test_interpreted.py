@@ -196,7 +196,7 @@ def test_alibi_begins_at_the_diagonal(head_dim, seqlen_q, seqlen_k):
     assert asked[0].from_diagonal and asked[0].cluster == (2 if head_dim == 128 else 1)
 
 
-@pytest.mark.parametrize(("head_dim", "block_size"), [(64, (128, 128)), (256, (64, 64))])
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, (128, 128)), (128, (192, 64)), (256, (64, 64))])
 @pytest.mark.parametrize("whole", [False, True], ids=["cut", "cut and whole"])
 def test_lists_of_blocks(head_dim, block_size, whole):
     """Of each head its own, some of them empty; causal applies too."""

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, noop
 from cute_attn import BlockLists, compile, flash_fwd, inspect, mods, plan, reference
 from cute_attn.kernels import user_mod
 from cute_attn.kernels.config import SparseBlocks
-from cute_attn.plan import Kinds
+from cute_attn.plan import Kinds, Problem
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 LENGTH = 1100  # that the tables reach to
@@ -222,24 +222,36 @@ def lists(dense, full=None, block_size=(128, 128)):
 
 
 @DEVICES
+@pytest.mark.parametrize("size", [(128, 128), (192, 64)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
-def test_lists_of_ones_own(head_dim, device):
+def test_lists_of_ones_own(head_dim, size, device):
     """Shared by batches or heads; lists of full blocks or none; a mask_mod on the others alone."""
     q, k, v = inputs(2, 4, 2, 700, 600, head_dim, device=device)
-    mod = mask_mods(device)["of_heads"]
+    mod, (m, n) = mask_mods(device)["of_heads"], size
     for batch, heads in ((2, 4), (1, 4), (2, 1), (1, 1)):
-        kinds = torch.randint(0, 4, (batch, heads, 6, 5), device=device)  # 0, 1: none; 2: cut; 3: full
-        kinds[:, :, 2] = 0
+        kinds = torch.randint(0, 4, (batch, heads, -(-700 // m), -(-600 // n)), device=device)
+        kinds[:, :, 2] = 0  # 0, 1: none; 2: cut; 3: full
 
         def seen(b, h, q_idx, kv_idx, kinds=kinds, batch=batch, heads=heads):
-            kind = kinds[b % batch, h % heads, q_idx // 128, kv_idx // 128]
+            kind = kinds[b % batch, h % heads, q_idx // m, kv_idx // n]
             return (kind == 3) | ((kind == 2) & mod(b, h, q_idx, kv_idx))
 
         def listed(b, h, q_idx, kv_idx, kinds=kinds, batch=batch, heads=heads):
-            return kinds[b % batch, h % heads, q_idx // 128, kv_idx // 128] >= 2
+            return kinds[b % batch, h % heads, q_idx // m, kv_idx // n] >= 2
 
-        held_to_the_bound(q, k, v, block_mask=lists(kinds == 2, kinds == 3), mask_mod=mod, dense=seen)
-        held_to_the_bound(q, k, v, block_mask=lists(kinds >= 2), dense=listed)
+        held_to_the_bound(q, k, v, block_mask=lists(kinds == 2, kinds == 3, size), mask_mod=mod, dense=seen)
+        held_to_the_bound(q, k, v, block_mask=lists(kinds >= 2, block_size=size), dense=listed)
+
+
+def test_tiles_of_lists():
+    """Of the lists' own rows, where the registers allow it: narrower ones would read K and V more often."""
+    found = {}
+    for head_dim, rows, dropout in product((64, 128, 256), (64, 128, 192, 384), (False, True)):
+        kinds = Kinds(sparse=SparseBlocks(rows, 128, False), dropout=dropout)
+        found[head_dim, rows, dropout] = plan.plan(Problem(1, 8, 8, 4096, 4096, head_dim, kinds=kinds)).tile_m
+    of_192 = {key: tile_m for key, tile_m in found.items() if key[1] == 192}
+    assert of_192.pop((128, 192, False)) == 192 and set(of_192.values()) == {64}
+    assert all(tile_m == min(rows, 128) for (_, rows, _), tile_m in found.items() if rows != 192)
 
 
 @pytest.mark.gpu
