@@ -16,7 +16,7 @@ import torch
 from gpu_tests import where
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from cute_attn import BlockLists, flash_fwd
+from cute_attn import flash_fwd
 from cute_attn.bench import out_file
 from cute_attn.benchmark.contenders import OURS, make_inputs
 from cute_attn.benchmark.machine import no_hopper
@@ -105,27 +105,6 @@ def cases(head_dim: int, seqlen: int, device: torch.device) -> dict[str, tuple[d
     }
 
 
-def sparse(density: float | None, device: torch.device) -> Entry:
-    """B=16, H=96, S=4096, D=128, random blocks of 128 by 128 of each head; None: dense."""
-    q, k, v = make_inputs(Problem(16, 96, 96, 4096, 4096, 128), device)[:3]
-    how: dict[str, Any] = {}
-    if density is not None:
-        chosen = torch.rand(16, 96, 32, 32, device=device) < density
-        order = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
-        none = torch.zeros(16, 96, 32, device=device, dtype=torch.int32)
-        how["block_mask"] = BlockLists(none, order, chosen.sum(-1).int(), order)
-    stats = compare({"sparse": lambda: flash_fwd(q, k, v, **how)}, timer=CudaTimer())["sparse"]
-    share = 1.0 if density is None else chosen.float().mean().item()
-    return dict(
-        case="block lists",
-        shape="16,96,4096,128",
-        density=share,
-        us=stats.p50_us,
-        spread=stats.spread,
-        us_per_head=stats.p50_us / (16 * 96),
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=out_file, default=ROOT / "benchmarks" / "results" / "modifiers.json")
@@ -149,7 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for head_dim in (128, 64):
         for name, (ours, flex) in cases(head_dim, 4096, device).items():
             note(beside_flex(name, head_dim, 4096, ours, flex, device))
-    note([sparse(density, device) for density in (None, 0.1, 0.017)])
     return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0
 
 

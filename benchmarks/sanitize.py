@@ -1,10 +1,11 @@
 """Runs compute-sanitizer's memcheck, initcheck and racecheck over a small case of every shipped kernel, and records it.
 
-python benchmarks/sanitize.py [--out FILE] [--logs FOLDER]
+python benchmarks/sanitize.py [--out FILE] [--logs FOLDER] [--tools racecheck ...] [--add RECORD]
 
 Each kernel gets a case with more tiles than an H200 has SMs, so that CTAs reuse their buffers (those for few tiles
 aside), and partial tiles and blocks, GQA, rows without keys, an LSE, and a scale of either sign. So do those for packed
-sequences, and of those for lists of blocks and functions of the user one of each head dim.
+sequences, and of those for lists of blocks and functions of the user one of each head dim. The runs of RECORD, of other
+tools and the same kernels, GPU and versions, are kept beside these.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,8 @@ from cute_attn.plan import HEAD_DIMS, MODIFIED, Kinds, Problem, plan, shipped, s
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("racecheck", "memcheck", "initcheck")
-SECONDS = 90  # for one process
+SECONDS = 150  # for one process
+PARTS = 4  # processes that share the kernels of a case
 DEVICE = torch.device("cuda")
 OTHER_HEAD_DIMS = ((192, 128), (64, 256), (96, 64), (320, 320), (512, 512), (64, 512), (512, 64))  # q's and v's
 CASES = (*((d, d) for d in HEAD_DIMS), *OTHER_HEAD_DIMS)
@@ -57,13 +61,13 @@ def problems(head_dim: int, head_dim_v: int = 0) -> list[Problem]:
     return list(found.values())
 
 
-def run_cases(head_dim: int, head_dim_v: int) -> None:
+def run_cases(head_dim: int, head_dim_v: int, part: int) -> None:
     """What one sanitized process runs: of pairs of head dims dense calls only."""
-    configs = [run_problem(p) for p in problems(head_dim, head_dim_v)]
+    runs: list[Callable[[], FwdConfig]] = [partial(run_problem, p) for p in problems(head_dim, head_dim_v)]
     if head_dim == head_dim_v <= HEAD_DIMS[-1]:
-        configs += [run_packed(head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
-        configs += [run_lists(head_dim)]
-    print("kernels:", *sorted({config.name for config in configs}))
+        runs += [partial(run_packed, head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
+        runs += [partial(run_lists, head_dim)]
+    print("kernels:", *sorted({run().name for run in runs[part::PARTS]}))
 
 
 def run_problem(p: Problem) -> FwdConfig:
@@ -117,16 +121,16 @@ def whole(o: torch.Tensor, lse: torch.Tensor) -> None:
     assert not lse.isnan().any()
 
 
-def case(dims: tuple[int, int]) -> list[str]:
-    return [sys.executable, str(Path(__file__)), "--head-dims", *map(str, dims)]
+def case(dims: tuple[int, int], part: int) -> list[str]:
+    return [sys.executable, str(Path(__file__)), "--case", *map(str, (*dims, part))]
 
 
-def sanitize(tool: str, dims: tuple[int, int], logs: Path) -> dict:
+def sanitize(tool: str, dims: tuple[int, int], part: int, logs: Path) -> dict:
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]  # libraries that probe the driver are not on trial
-    command += case(dims)
-    log = logs / f"{tool}_d{dims[0]}v{dims[1]}.log"
+    command += case(dims, part)
+    log = logs / f"{tool}_d{dims[0]}v{dims[1]}_{part}.log"
     with log.open("w") as file:
         try:
             done = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, timeout=SECONDS)
@@ -146,28 +150,49 @@ def sanitize(tool: str, dims: tuple[int, int], logs: Path) -> dict:
     )
 
 
+def kept(add: Path | None, here: dict, tools: list[str]) -> list[dict]:
+    """The runs of a record whose tools are not run again."""
+    if add is None:
+        return []
+    before = json.loads(add.read_text())
+    for name in ("kernels_sha256", "gpu", "versions"):
+        if before[name] != here[name]:
+            raise SystemExit(f"--add: {name} is {before[name]} there, and {here[name]} here")
+    return [run for run in before["runs"] if run["tool"] not in tools]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sanitizer.json")
     parser.add_argument("--logs", type=Path, default=Path("."))
-    text = "run the cases of these, q's and v's, unsanitized, in this process"
-    parser.add_argument("--head-dims", type=int, nargs=2, help=text)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--add", type=Path, metavar="RECORD")
+    text = "run this part of the cases of these head dims, q's and v's, unsanitized, in this process"
+    parser.add_argument("--case", type=int, nargs=3, metavar=("D", "DV", "PART"), help=text)
     arguments = parser.parse_args()
-    if arguments.head_dims:
-        run_cases(*arguments.head_dims)
+    if arguments.case:
+        run_cases(*arguments.case)
         return 0
-    with ThreadPoolExecutor(12) as pool:
-        for done in pool.map(lambda d: subprocess.run(case(d), cwd=ROOT), CASES):  # into the disk cache
+    here = where()
+    runs = kept(arguments.add, here, arguments.tools)
+    parts = list(product(CASES, range(PARTS)))
+    with ThreadPoolExecutor(14) as pool:
+        for done in pool.map(lambda part: subprocess.run(case(*part), cwd=ROOT), parts):  # into the disk cache
             done.check_returncode()
-        runs = list(pool.map(lambda case: sanitize(*case, arguments.logs), product(TOOLS, CASES)))
+        sanitized = ((tool, *part, arguments.logs) for tool, part in product(arguments.tools, parts))
+        for run in pool.map(lambda run: sanitize(*run), sanitized):
+            print(run["tool"], run["head_dim"], run["head_dim_v"], run["summary"], flush=True)
+            runs.append(run)
+            record = {**here, "runs": runs, "not_clean": not_clean(runs)}
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if record["not_clean"] else 0
+
+
+def not_clean(runs: list[dict]) -> list[list[str]]:
+    """Tools and shipped kernels of which no run was clean."""
     seen = {(run["tool"], name) for run in runs if run["clean"] for name in run["kernels"]}
     kernels = [*shipped(), *shipped_varlen(), *(plan(p) for dims in OTHER_HEAD_DIMS for p in problems(*dims))]
-    want = {(tool, config.name) for tool in TOOLS for config in kernels}
-    record = {**where(), "runs": runs, "not_clean": sorted(map(list, want - seen))}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    for run in runs:
-        print(run["tool"], run["head_dim"], run["head_dim_v"], run["summary"])
-    return 1 if record["not_clean"] else 0
+    return sorted([tool, config.name] for tool, config in product(TOOLS, kernels) if (tool, config.name) not in seen)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from gpu_tests import where
 
 from cute_attn import flash_fwd
 from cute_attn.bench import out_file
-from cute_attn.benchmark.contenders import OURS, make_inputs
+from cute_attn.benchmark.contenders import OURS, PEERS, make_inputs
 from cute_attn.benchmark.machine import no_hopper
 from cute_attn.benchmark.report import write_json
 from cute_attn.benchmark.timing import METHOD, CudaTimer, Timer, compare
@@ -89,12 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device, other = torch.device("cuda"), fa4()
     peers = {"flash": flash} | ({"fa4": other} if other else {})
+    versions = {name: PEERS[name].version() for name in peers if PEERS[name].absent() is None}
     found = []
     for problem, left in product(problems(), LEFTS):
         for entry in entries(problem, left, peers, device, CudaTimer()):
             print(entry)
             found.append(entry)
-        write_json(arguments.out, {**where(), "method": METHOD, "entries": found})
+        write_json(arguments.out, {**where(), "peers": versions, "method": METHOD, "entries": found})
     return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0
 
 

@@ -28,7 +28,7 @@ def scripts():
     """The scripts as modules; they import their neighbours in benchmarks/ by name, as when they are run."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        names = "accuracy", "gpu_tests", "odd_shapes", "sanitize", "varlen"
+        names = "accuracy", "gpu_tests", "lists", "odd_shapes", "sanitize", "varlen"
         return {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
@@ -60,6 +60,37 @@ def test_what_the_sanitizer_runs_is_whole(scripts, monkeypatch):
     assert sanitize.run_packed(32, "fp16", "window") in shipped_varlen()
     lists = sanitize.run_lists(32)
     assert lists.sparse.whole and lists.mask.name == "causal_mask_mod" and lists.score.name == "score_mod"
+
+
+def test_a_kernel_is_clean_where_a_run_of_each_tool_was(scripts, tmp_path):
+    sanitize, here = scripts["sanitize"], dict(kernels_sha256="a", gpu="H200", versions={})
+    names = [name for _, name in sanitize.not_clean([])]
+    runs = [dict(tool=tool, clean=True, kernels=names) for tool in sanitize.TOOLS]
+    assert len(set(names)) > 300 and sanitize.not_clean(runs) == []
+    runs[1] = dict(tool="memcheck", clean=False, kernels=names)
+    assert {tool for tool, _ in sanitize.not_clean(runs)} == {"memcheck"}
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps({**here, "runs": runs}))
+    assert sanitize.kept(None, here, []) == []
+    assert [run["tool"] for run in sanitize.kept(path, here, ["racecheck"])] == ["memcheck", "initcheck"]
+    with pytest.raises(SystemExit, match="kernels_sha256 is a there, and b here"):
+        sanitize.kept(path, {**here, "kernels_sha256": "b"}, ["racecheck"])
+
+
+def test_lists_are_right_and_beside_dense(scripts):
+    lists, p = scripts["lists"], Problem(2, 2, 2, 400, 300, 16)
+    dense, *others = lists.entries(p, CPU, FakeTimer(100.0, 20.0, 10.0, 25.0, 5.0))
+    assert dense["times_dense"] == 1.0 and [x["times_dense"] for x in others] == [5.0, 10.0, 4.0, 20.0]
+    assert [(x["block_size"], x["us_per_head"]) for x in others[:3]] == [
+        *(([128, 128], 5.0), ([128, 128], 2.5)),
+        ([192, 128], 6.25),
+    ]
+    q, k, v = (torch.randn(n, 16) for n in (400, 300, 300))
+    chosen = torch.ones(4, 3, dtype=torch.bool)
+    whole = torch.softmax(q @ k.T / 4, dim=-1) @ v
+    assert lists.error(whole, q, k, v, chosen, (128, 128)) < 1e-6
+    chosen[0, 0] = False
+    assert lists.error(whole, q, k, v, chosen, (128, 128)) > 0.1
 
 
 def case(seqlen_q, seqlen_k, causal=False, dtype="bf16", heads=2, head_dim=16, batch=2):
