@@ -4,6 +4,8 @@ python benchmarks/readme.py
 """
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -11,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks/readme.py writes from here -->", "<!-- to here -->"
 SHAPES = ("shapes_full", "shapes_causal", "gqa_full", "gqa_causal")  # records of the shapes outside of the sweep
+PEERS = {"flash": "FlashAttention-2 (torch's)", "fa4": "FlashAttention-4", "torch varlen": "torch's varlen_attn"}
+SCORES = {"softcap": "softcap", "alibi_slopes": "ALiBi", "sinks": "sinks", "all": "all three"}
 BEGIN_LADDER = "<!-- benchmarks/readme.py writes the ladder from here -->"
 
 
@@ -53,6 +57,7 @@ def text(sweep: dict) -> str:
             "",
             "![TFLOPS over sequence length](benchmarks/results/sweep_bf16.png)",
             *shapes(),
+            *features(),
         ]
     )
 
@@ -101,6 +106,87 @@ def shapes() -> list[str]:
         mask = "causal" if r["causal"] else "full"
         lines.append(f"| {r['shape']} | {mask} | {'graph' if r['mode'] == 'graph' else ''} | {numbers} |")
     return lines if records else []
+
+
+def features() -> list[str]:
+    """Windows, packed sequences, lists, scores and functions: what was measured, from least to most, by head dim."""
+    table: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, head_dim, value in (*windows(), *packed(), *scores(), *functions(), *lists()):
+        table[name][head_dim].append(value)
+    head_dims = (64, 128, 256)
+    lines = [f"| {name} | " + " | ".join(span(row.get(d, ())) for d in head_dims) + " |" for name, row in table.items()]
+    heading = [
+        "",
+        "With masks, lengths and scores, over lengths and masks, from least to most (`window.json`, `varlen.json`,",
+        "`modifiers.json`, `lists.json`):",
+        "",
+        "| bf16 | d64 | d128 | d256 |",
+        "|---|---|---|---|",
+    ]
+    return [*heading, *lines, *stuck()] if lines else []
+
+
+def stuck() -> list[str]:
+    """Times of peers that are no measure of ours."""
+    slow = [e for e in recorded("modifiers") if e.get("contender") == "flex" and (e["us"] or 0) > 1e4]
+    return [
+        "",
+        *(f"FlexAttention's own kernel of {e['shape']}, {e['case']}, takes {e['us'] / 1e3:.0f} ms." for e in slow),
+    ]
+
+
+def span(values: Iterable[float]) -> str:
+    least, most = (f"{f(values):.2f}" for f in (min, max)) if values else ("", "")
+    return least if least == most else f"{least} to {most}"
+
+
+def recorded(name: str) -> list[dict]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["entries"] if path.exists() else []
+
+
+def head_dim_of(entry: dict) -> int:
+    return int(entry["shape"].split(",")[3])
+
+
+def windows() -> Iterator[tuple[str, int, float]]:
+    for e in recorded("window"):
+        if e["contender"] in PEERS and e["us"]:
+            name = f"causal windows of 256 and 1024 keys, 8k and 32k: times as fast as {PEERS[e['contender']]}"
+            yield name, head_dim_of(e), e["times_ours"]
+
+
+def packed() -> Iterator[tuple[str, int, float]]:
+    found = recorded("varlen")
+    what = "64 packed sequences of 64 to 8192"
+    for e in found:
+        if e["contender"] == "of equal lengths":
+            yield f"{what}: TFLOPS over those of equal lengths", e["head_dim"], e["ratio"]
+    ours = {(e["head_dim"], e["causal"]): e["us"] for e in found if e["contender"] == "cute_attn"}
+    for e in found:
+        if e["contender"] in PEERS and e["us"]:
+            name = f"{what}: times as fast as {PEERS[e['contender']]}"
+            yield name, e["head_dim"], e["us"] / ours[e["head_dim"], e["causal"]]
+
+
+def scores() -> Iterator[tuple[str, int, float]]:
+    for e in recorded("modifiers"):
+        if e.get("contender") in SCORES:
+            yield f"{SCORES[e['contender']]}, 2k and 8k: time over the plain kernel's", head_dim_of(e), e["over_plain"]
+
+
+def functions() -> Iterator[tuple[str, int, float]]:
+    for e in recorded("modifiers"):
+        if e["contender"] == "flex" and e["us"]:
+            case = {"document": "document mask"}.get(e["case"], e["case"])
+            yield f"{case}, 4k: times as fast as compiled FlexAttention", head_dim_of(e), e["times_ours"]
+
+
+def lists() -> Iterator[tuple[str, int, float]]:
+    for e in recorded("lists"):
+        if "block_size" in e:
+            size = "x".join(map(str, e["block_size"]))
+            yield f"lists of {size} blocks, {e['density']:.1%}, 4k: times as fast as dense", 128, e["times_dense"]
 
 
 def rungs(records: list[dict]) -> list[str]:
