@@ -207,10 +207,12 @@ def sparse(config: FwdConfig, blocks: SparseBlocks, dropout: bool) -> FwdConfig:
 
     192 rows are 64 keys wide, and with dropout ptxas spills 8 bytes of them.
     """
-    most = 64 if config.parts_v > 1 else 192 if 64 < config.widest <= 128 and not dropout else 128
-    tile_m = next(m for m in (128, 192, 64) if m <= most and blocks.block_m % m == 0)
-    widest = config.tile_n if config.widest > HEAD_DIMS[-1] else 128 if config.widest <= 128 and tile_m <= 128 else 64
-    tile_n = next(n for n in (widest, 64) if blocks.block_n % n == 0)
+    has_192 = 64 < config.widest <= 128 and not dropout
+    sizes = (64,) if config.parts_v > 1 else (128, 192, 64) if has_192 else (128, 64)
+    tile_m = next(m for m in sizes if blocks.block_m % m == 0)
+    most = 128 if config.widest <= 128 and tile_m <= 128 else 64
+    most = config.tile_n if config.widest > HEAD_DIMS[-1] else most
+    tile_n = next(n for n in (most, 64) if blocks.block_n % n == 0)
     kind = config.head_dim, config.dtype, config.layout, config.mask
     plain = FwdConfig(*kind, tile_m, tile_n, head_dim_v=config.head_dim_v)
     q_stages = 2 if plain.smem_bytes + 2 * plain.head_dim * tile_m <= SMEM_BYTES else 1  # tiles are short
