@@ -42,15 +42,20 @@ def outcomes(junit: Path) -> dict:
     return dict(passed=total - failed - len(skips), failed=failed, skipped=len(skips), skips=skips, failures=failures)
 
 
+def hold_alike(record: dict, before: dict) -> None:
+    """Raises ValueError where two are not of the same kernels, GPU and versions; the message names what differs."""
+    for name in ("kernels_sha256", "gpu", "versions"):
+        if record[name] != before[name]:
+            raise ValueError(f"--add: {name} is {before[name]} there, and {record[name]} here")
+
+
 def together(record: dict, before: dict) -> dict:
     """The sums of two parts; `date` is the later one's.
 
     Raises:
-        ValueError: they are not of the same kernels, GPU and versions; the message names what differs.
+        ValueError: see `hold_alike`.
     """
-    for name in ("kernels_sha256", "gpu", "versions"):
-        if record[name] != before[name]:
-            raise ValueError(f"--add: {name} is {before[name]} there, and {record[name]} here")
+    hold_alike(record, before)
     counts = {name: record[name] + before[name] for name in ("passed", "failed", "skipped")}
     command = f"{before['command']}; {record['command']}"
     failures = [*before["failures"], *record["failures"]]

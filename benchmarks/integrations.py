@@ -6,29 +6,25 @@ The model is random, bf16, B=1 and 2,048 tokens; its attention is ours, or torch
 backward is cuDNN's with ours and with `cudnn`, torch's FlashAttention-2 with `flash`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_tests import where
+from script import record_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cute_attn import flash_fwd
-from cute_attn.bench import out_file
 from cute_attn.benchmark.contenders import OURS, make_inputs
-from cute_attn.benchmark.machine import no_hopper
 from cute_attn.benchmark.report import write_json
 from cute_attn.benchmark.timing import METHOD, Call, CudaTimer, Timer, compare, host_us
 from cute_attn.integrations import torch_op  # noqa: F401  registers the operator
 from cute_attn.integrations import transformers as room
 from cute_attn.plan import Problem
 
-ROOT = Path(__file__).parent.parent
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 TOKENS = 2048
 TRAINED = [Problem(8, 16, 16, 2048, 2048, 128, "bf16", "bshd", causal) for causal in (False, True)]
@@ -106,12 +102,7 @@ def operator(device: torch.device, timer: Timer) -> Entry:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=out_file, default=ROOT / "benchmarks" / "results" / "integrations.json")
-    arguments = parser.parse_args(argv)
-    if reason := no_hopper():
-        print(f"benchmarks/integrations.py: a Hopper GPU is needed, and {reason}", file=sys.stderr)
-        return 2
+    out = record_of("integrations", __doc__, argv)
     import transformers
 
     device, timer = torch.device("cuda"), CudaTimer()
@@ -126,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             contenders=prefill(transformers.LlamaConfig(), TOKENS, device, timer),
         ),
     }
-    write_json(arguments.out, record)
+    write_json(out, record)
     for part in ("operator_host_us", "forward_and_backward", "prefill"):
         print(part, record[part])
     return 0

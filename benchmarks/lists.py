@@ -6,26 +6,23 @@ bf16, B=16, H=96, S=4096, D=128; each head has lists of its own. `times_dense` i
 Exit status 1 where an output is wrong; 2 without a Hopper GPU.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_tests import where
+from script import record_of
 
-from cute_attn import BlockLists, flash_fwd
-from cute_attn.bench import out_file
+from cute_attn import BlockLists, flash_fwd, reference
 from cute_attn.benchmark.contenders import make_inputs
-from cute_attn.benchmark.machine import no_hopper
 from cute_attn.benchmark.report import write_json
 from cute_attn.benchmark.timing import METHOD, CudaTimer, Timer, compare
+from cute_attn.block_mask import as_lists
 from cute_attn.plan import Problem
 
-ROOT = Path(__file__).parent.parent
 PROBLEM = Problem(16, 96, 96, 4096, 4096, 128)
 DENSITIES, SIZES = (0.1, 0.017), ((128, 128), (192, 128))
 ERROR_MAX = 1e-2  # of ours beside float64, relative
@@ -39,17 +36,18 @@ def chosen_blocks(p: Problem, size: tuple[int, int], density: float, device: tor
 
 def whole_blocks(chosen: torch.Tensor, size: tuple[int, int]) -> BlockLists:
     """Lists of these, none of them to be cut."""
-    order = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
-    counts = chosen.sum(-1).int()
+    counts, order = as_lists(chosen)
     return BlockLists(torch.zeros_like(counts), order, counts, order, block_size=size)
 
 
 def error(o: torch.Tensor, q, k, v, chosen: torch.Tensor, size: tuple[int, int]) -> float:
     """Of one head's output (Sq, D), relative, beside float64's."""
-    (m, n), (q, k, v) = size, (x.double() for x in (q, k, v))
-    seen = chosen.repeat_interleave(m, 0)[: len(q)].repeat_interleave(n, 1)[:, : len(k)]
-    p = (q @ k.T * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return ((o.double() - p @ v).norm() / (p @ v).norm()).item()
+
+    def seen(b, h, q_idx, kv_idx):
+        return chosen[q_idx // size[0], kv_idx // size[1]]
+
+    true = reference.attention(*(x[None, None] for x in (q, k, v)), mask_mod=seen)[0][0, 0]
+    return ((o.double() - true).norm() / true.norm()).item()
 
 
 def entries(p: Problem, device: torch.device, timer: Timer) -> list[dict]:
@@ -75,17 +73,12 @@ def entries(p: Problem, device: torch.device, timer: Timer) -> list[dict]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=out_file, default=ROOT / "benchmarks" / "results" / "lists.json")
-    arguments = parser.parse_args(argv)
-    if reason := no_hopper():
-        print(f"benchmarks/lists.py: a Hopper GPU is needed, and {reason}", file=sys.stderr)
-        return 2
+    out = record_of("lists", __doc__, argv)
     found = entries(PROBLEM, torch.device("cuda"), CudaTimer())
     for entry in found:
         print(entry)
     shape = f"{PROBLEM.batch},{PROBLEM.heads},{PROBLEM.seqlen_q},{PROBLEM.head_dim}"
-    write_json(arguments.out, {**where(), "method": METHOD, "shape": shape, "entries": found})
+    write_json(out, {**where(), "method": METHOD, "shape": shape, "entries": found})
     return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0
 
 

@@ -6,25 +6,21 @@ bf16. `over_plain` is the time over that of our plain kernel on the same shape; 
 ours. Exit status 1 where an output is wrong; 2 without a Hopper GPU.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_tests import where
+from script import record_of
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from cute_attn import flash_fwd
-from cute_attn.bench import out_file
 from cute_attn.benchmark.contenders import OURS, make_inputs
-from cute_attn.benchmark.machine import no_hopper
 from cute_attn.benchmark.report import write_json
 from cute_attn.benchmark.timing import METHOD, CudaTimer, compare
 from cute_attn.plan import Problem
 
-ROOT = Path(__file__).parent.parent
 ERROR_MAX = 1e-2  # of ours beside FlexAttention's, relative
 Entry = dict[str, Any]
 
@@ -106,12 +102,7 @@ def cases(head_dim: int, seqlen: int, device: torch.device) -> dict[str, tuple[d
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=out_file, default=ROOT / "benchmarks" / "results" / "modifiers.json")
-    arguments = parser.parse_args(argv)
-    if reason := no_hopper():
-        print(f"benchmarks/modifiers.py: a Hopper GPU is needed, and {reason}", file=sys.stderr)
-        return 2
+    out = record_of("modifiers", __doc__, argv)
     device = torch.device("cuda")
     found: list[Entry] = []
 
@@ -119,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found.extend(entries)
         for entry in entries:
             print(entry, flush=True)
-        write_json(arguments.out, {**where(), "method": METHOD, "entries": found})
+        write_json(out, {**where(), "method": METHOD, "entries": found})
 
     for head_dim in (128, 64):
         for seqlen in (2048, 8192):

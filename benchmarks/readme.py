@@ -5,7 +5,7 @@ python benchmarks/readme.py
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -67,9 +67,7 @@ def ours_of(record: dict) -> list[dict]:
 
 
 def ours_in(name: str) -> list[dict]:
-    """Of a file of results; nothing where it is not there yet."""
-    path = RESULTS / f"{name}.json"
-    return ours_of(json.loads(path.read_text())) if path.exists() else []
+    return ours_of(record(name))
 
 
 def beside(peer: str, name: str, ours: list[dict], dtype: str = "bf16") -> list[str]:
@@ -128,21 +126,24 @@ def features() -> list[str]:
 
 def stuck() -> list[str]:
     """Times of peers that are no measure of ours."""
-    slow = [e for e in recorded("modifiers") if e.get("contender") == "flex" and (e["us"] or 0) > 1e4]
-    return [
-        "",
-        *(f"FlexAttention's own kernel of {e['shape']}, {e['case']}, takes {e['us'] / 1e3:.0f} ms." for e in slow),
-    ]
+    slow = [e for e in recorded("modifiers") if e["contender"] == "flex" and (e["us"] or 0) > 1e4]
+    words = [f"FlexAttention's own kernel of {e['shape']}, {e['case']}, takes {e['us'] / 1e3:.0f} ms." for e in slow]
+    return ["", *words] if words else []
 
 
-def span(values: Iterable[float]) -> str:
+def span(values: Sequence[float]) -> str:
     least, most = (f"{f(values):.2f}" for f in (min, max)) if values else ("", "")
     return least if least == most else f"{least} to {most}"
 
 
-def recorded(name: str) -> list[dict]:
+def record(name: str) -> dict:
+    """A file of results; nothing in it where it is not there yet."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["entries"] if path.exists() else []
+    return json.loads(path.read_text()) if path.exists() else {"records": [], "entries": []}
+
+
+def recorded(name: str) -> list[dict]:
+    return record(name)["entries"]
 
 
 def head_dim_of(entry: dict) -> int:
@@ -171,7 +172,7 @@ def packed() -> Iterator[tuple[str, int, float]]:
 
 def scores() -> Iterator[tuple[str, int, float]]:
     for e in recorded("modifiers"):
-        if e.get("contender") in SCORES:
+        if e["contender"] in SCORES:
             yield f"{SCORES[e['contender']]}, 2k and 8k: time over the plain kernel's", head_dim_of(e), e["over_plain"]
 
 

@@ -15,17 +15,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_tests import where
+from gpu_tests import hold_alike, where
 
 from cute_attn import BlockLists, flash_fwd, flash_fwd_varlen
 from cute_attn.api import o_like
 from cute_attn.benchmark.contenders import make_inputs
+from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
 from cute_attn.plan import HEAD_DIMS, MODIFIED, Kinds, Problem, plan, shipped, shipped_varlen, varlen
@@ -103,8 +104,7 @@ def run_lists(head_dim: int) -> FwdConfig:
     q, k, v, _ = make_inputs(p, DEVICE)
     bias, documents = torch.randn(12, 1400, device=DEVICE), torch.arange(1400, device=DEVICE) // 90
     chosen = torch.rand(2, 1, 11, 6, device=DEVICE) < 0.4
-    order = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
-    counts = chosen.sum(-1).int()
+    counts, order = as_lists(chosen)
     lists = BlockLists(counts, order, (6 - counts) // 2, order.flip(-1).contiguous())
     how: dict[str, Any] = dict(causal=True, block_mask=lists, return_lse=True, out=torch.full_like(q, torch.nan))
     mods: dict[str, Any] = dict(
@@ -155,9 +155,10 @@ def kept(add: Path | None, here: dict, tools: list[str]) -> list[dict]:
     if add is None:
         return []
     before = json.loads(add.read_text())
-    for name in ("kernels_sha256", "gpu", "versions"):
-        if before[name] != here[name]:
-            raise SystemExit(f"--add: {name} is {before[name]} there, and {here[name]} here")
+    try:
+        hold_alike(here, before)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     return [run for run in before["runs"] if run["tool"] not in tools]
 
 
@@ -191,8 +192,14 @@ def main() -> int:
 def not_clean(runs: list[dict]) -> list[list[str]]:
     """Tools and shipped kernels of which no run was clean."""
     seen = {(run["tool"], name) for run in runs if run["clean"] for name in run["kernels"]}
-    kernels = [*shipped(), *shipped_varlen(), *(plan(p) for dims in OTHER_HEAD_DIMS for p in problems(*dims))]
-    return sorted([tool, config.name] for tool, config in product(TOOLS, kernels) if (tool, config.name) not in seen)
+    return sorted([tool, name] for tool, name in product(TOOLS, kernels()) if (tool, name) not in seen)
+
+
+@lru_cache
+def kernels() -> list[str]:
+    """The names of all that must be clean."""
+    pairs = [plan(p) for dims in OTHER_HEAD_DIMS for p in problems(*dims)]
+    return [config.name for config in (*shipped(), *shipped_varlen(), *pairs)]
 
 
 if __name__ == "__main__":

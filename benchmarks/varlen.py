@@ -6,27 +6,23 @@ python benchmarks/varlen.py [--out FILE]
 over the sequences. Exit status 1 where an output is wrong; 2 without a Hopper GPU.
 """
 
-import argparse
 import inspect
 import math
 import random
 import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate, product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from gpu_tests import where
+from script import record_of
 
 from cute_attn import flash_fwd, flash_fwd_varlen
-from cute_attn.bench import out_file
 from cute_attn.benchmark.contenders import OURS
-from cute_attn.benchmark.machine import no_hopper
 from cute_attn.benchmark.report import write_json
 from cute_attn.benchmark.timing import METHOD, CudaTimer, Timer, compare
 
-ROOT = Path(__file__).parent.parent
 BATCH, SHORTEST, LONGEST, HEADS, HEAD_DIMS, SEED = 64, 64, 8192, 16, (64, 128), 0
 ERROR_MAX = 1e-2  # of ours beside the first peer's, relative
 WANTED = 0.85  # of the TFLOPS of equal lengths
@@ -150,18 +146,13 @@ def entries(head_dim: int, causal: bool, others: dict[str, Callable], device: to
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=out_file, default=ROOT / "benchmarks" / "results" / "varlen.json")
-    arguments = parser.parse_args(argv)
-    if reason := no_hopper():
-        print(f"benchmarks/varlen.py: a Hopper GPU is needed, and {reason}", file=sys.stderr)
-        return 2
+    out = record_of("varlen", __doc__, argv)
     others, found = peers(), []
     for head_dim, causal in product(HEAD_DIMS, (False, True)):
         for entry in entries(head_dim, causal, others, torch.device("cuda"), CudaTimer()):
             print(entry)
             found.append(entry)
-        write_json(arguments.out, {**where(), "method": METHOD, "lengths": drawn(), "entries": found})
+        write_json(out, {**where(), "method": METHOD, "lengths": drawn(), "entries": found})
     return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0
 
 

@@ -6,25 +6,21 @@ Causal windows of 256 and 1024 keys back, at 8k and 32k tokens, bf16. Exit statu
 a Hopper GPU.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_tests import where
+from script import record_of
 
 from cute_attn import flash_fwd
-from cute_attn.bench import out_file
 from cute_attn.benchmark.contenders import OURS, PEERS, make_inputs
-from cute_attn.benchmark.machine import no_hopper
 from cute_attn.benchmark.report import write_json
 from cute_attn.benchmark.timing import METHOD, CudaTimer, Timer, compare
 from cute_attn.plan import Kinds, Problem
 
-ROOT = Path(__file__).parent.parent
 LEFTS, SEQLENS, HEAD_DIMS, TOKENS = (256, 1024), (8192, 32768), (64, 128, 256), 32768
 ERROR_MAX = 1e-2  # of ours beside the first peer's, relative
 
@@ -81,12 +77,7 @@ def problems() -> list[Problem]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=out_file, default=ROOT / "benchmarks" / "results" / "window.json")
-    arguments = parser.parse_args(argv)
-    if reason := no_hopper():
-        print(f"benchmarks/window.py: a Hopper GPU is needed, and {reason}", file=sys.stderr)
-        return 2
+    out = record_of("window", __doc__, argv)
     device, other = torch.device("cuda"), fa4()
     peers = {"flash": flash} | ({"fa4": other} if other else {})
     versions = {name: PEERS[name].version() for name in peers if PEERS[name].absent() is None}
@@ -95,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for entry in entries(problem, left, peers, device, CudaTimer()):
             print(entry)
             found.append(entry)
-        write_json(arguments.out, {**where(), "peers": versions, "method": METHOD, "entries": found})
+        write_json(out, {**where(), "peers": versions, "method": METHOD, "entries": found})
     return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0
 
 

@@ -53,6 +53,12 @@ def _dense(counts: Tensor, indices: Tensor, b, h) -> Tensor:
     return found.scatter_(1, torch.where(listed, indices.long(), indices.shape[1]), True)[:, :-1]
 
 
+def as_lists(needed: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., blocks of queries, blocks of keys) bool as one list of each row: counts and indices, as BlockLists has."""
+    indices = needed.byte().argsort(dim=-1, descending=True, stable=True)
+    return needed.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+
+
 def prepare(block_mask, mask_mod) -> tuple[BlockLists | None, Any]:
     """(lists, mask_mod): a BlockMask has its own mask_mod.
 

@@ -1,6 +1,8 @@
 """GPU tests run where there is a Hopper GPU, and say why they did not run elsewhere."""
 
+import importlib.util
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +55,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def readme():
+    """benchmarks/readme.py as a module."""
+    path = Path(__file__).parent.parent / "benchmarks" / "readme.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_readme", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

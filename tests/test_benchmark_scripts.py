@@ -105,7 +105,10 @@ def logits(x):
     return x.q.double() @ x.k.double().mT * x.q.shape[3] ** -0.5  # (B, H, Sq, Sk)
 
 
-@pytest.mark.parametrize("script", ["accuracy", "odd_shapes"])
+ALONE = "integrations", "lists", "modifiers", "varlen", "window"  # that take --out alone
+
+
+@pytest.mark.parametrize("script", ["accuracy", "odd_shapes", *ALONE])
 def test_without_a_hopper_gpu_a_script_says_so_and_writes_nothing(script, tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--out", str(tmp_path / "x.json")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}

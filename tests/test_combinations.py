@@ -13,6 +13,7 @@ from ptx import interpreted
 
 from cute_attn import BlockLists, flash_fwd
 from cute_attn.benchmark.edges import lse_atol
+from cute_attn.block_mask import as_lists
 from cute_attn.reference import attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,9 +79,7 @@ def arguments(case: Case, device) -> tuple[dict, dict]:
         theirs["mask_mod"] = seen
     if case.lists:
         which = torch.randint(0, 3, (1, heads, -(-seqlen_q // 64), -(-seqlen_k // 128)), device=device)
-        orders = [(which == i).int().argsort(dim=-1, descending=True, stable=True).int() for i in (1, 2)]
-        cut, whole = ((which == i).sum(-1).int() for i in (1, 2))
-        ours["block_mask"] = BlockLists(cut, orders[0], whole, orders[1], block_size=(64, 128))
+        ours["block_mask"] = BlockLists(*as_lists(which == 1), *as_lists(which == 2), block_size=(64, 128))
 
         def listed(b, h, q_idx, kv_idx):  # what the mask may cut, and what it leaves whole
             kind = which[0, h, q_idx // 64, kv_idx // 128]

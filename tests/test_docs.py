@@ -164,21 +164,14 @@ def test_every_environment_variable_is_documented():
     assert set(re.findall(named, sources)) == set(re.findall(named, table))
 
 
-def readme_script():
-    spec = importlib.util.spec_from_file_location("benchmarks_readme", ROOT / "benchmarks" / "readme.py")
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
-    return readme
-
-
-def test_the_ladder_is_the_record():
-    readme, text = readme_script(), (ROOT / "docs" / "how_it_works.md").read_text()
+def test_the_ladder_is_the_record(readme):
+    text = (ROOT / "docs" / "how_it_works.md").read_text()
     content = readme.ladder_text(json.loads((readme.RESULTS / "ladder.json").read_text()))
     assert text.partition(readme.BEGIN_LADDER)[2].partition(readme.END)[0].strip() == content.replace("](", "](../")
 
 
-def test_the_readmes_numbers_are_the_records():
-    readme, text = readme_script(), (ROOT / "README.md").read_text()
+def test_the_readmes_numbers_are_the_records(readme):
+    text = (ROOT / "README.md").read_text()
     content = readme.text(json.loads((readme.RESULTS / "sweep_bf16.json").read_text()))
     assert text.partition(readme.BEGIN)[2].partition(readme.END)[0].strip() == content
     for name in ("window", "varlen", "modifiers", "lists"):

@@ -17,6 +17,7 @@ from test_varlen_modifiers import functions as functions_of_packed
 from torch.nn.attention.flex_attention import create_block_mask
 
 from cute_attn import BlockLists, flash_fwd, plan
+from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.plan import Problem
 from cute_attn.reference import attention
@@ -204,9 +205,7 @@ def test_lists_of_blocks(head_dim, block_size, whole):
     q, k, v = inputs(1, 2, 1, 300, 430, head_dim, device="cpu")
     which = torch.randint(0, 3 if whole else 2, (1, 2, -(-300 // m), -(-430 // n)))  # 0: in no list
     which[0, 0, 1] = 0
-    orders = [(which == i).int().argsort(dim=-1, descending=True, stable=True).int() for i in (1, 2)]
-    counts = [(which == i).sum(-1).int() for i in (1, 2)]
-    lists = BlockLists(counts[0], orders[0], *((counts[1], orders[1]) if whole else ()), block_size=block_size)
+    lists = BlockLists(*as_lists(which == 1), *(as_lists(which == 2) if whole else ()), block_size=block_size)
     dense = lambda b, h, q_idx, kv_idx: which[b, h, q_idx // m, kv_idx // n] > 0  # noqa: E731
     with interpreted() as asked:
         held_to_the_bound(q, k, v, causal=True, block_mask=lists, dense=dense)

@@ -1,13 +1,11 @@
 """The ladder: its stages differ one step at a time and compile healthy; its table and files, on made-up times."""
 
-import importlib.util
 import io
 import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -260,16 +258,7 @@ def test_the_plot_has_a_bar_for_every_stage_and_peer(tmp_path):
     assert plot.plt.imread(tmp_path / "x.png").shape[1] > 1000
 
 
-def _readme():
-    path = Path(__file__).parent.parent / "benchmarks" / "readme.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_readme", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_readme_has_the_ladder_once_it_was_measured(tmp_path, monkeypatch):
-    readme = _readme()
+def test_readme_has_the_ladder_once_it_was_measured(readme, tmp_path, monkeypatch):
     (tmp_path / "sweep_bf16.json").write_text((readme.RESULTS / "sweep_bf16.json").read_text())
     before = (readme.ROOT / "README.md").read_text()
     (tmp_path / "README.md").write_text(before)

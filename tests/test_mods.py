@@ -13,6 +13,7 @@ from attention import EDGES, bound, close_lse, inputs, visible
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, noop_mask
 
 from cute_attn import BlockLists, compile, flash_fwd, inspect, mods, plan, reference
+from cute_attn.block_mask import as_lists
 from cute_attn.kernels import user_mod
 from cute_attn.kernels.config import SparseBlocks
 from cute_attn.plan import Kinds, Problem
@@ -214,11 +215,7 @@ def test_block_masks(name, size, device):
 
 def lists(dense, full=None, block_size=(128, 128)):
     """BlockLists from (B, H, blocks, blocks) bool."""
-
-    def one(x):
-        return x.sum(-1).int(), x.int().argsort(dim=-1, descending=True, stable=True).int()
-
-    return BlockLists(*one(dense), *(one(full) if full is not None else ()), block_size=block_size)
+    return BlockLists(*as_lists(dense), *(as_lists(full) if full is not None else ()), block_size=block_size)
 
 
 @DEVICES

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from ..block_mask import BlockLists
+from ..block_mask import BlockLists, as_lists
 
 BLOCK = 128  # of queries and of keys, in lists of blocks
 
@@ -87,13 +87,8 @@ def listed(real: torch.Tensor, queries: int, window: int | None) -> BlockLists:
     near = columns < ends
     if window is not None:
         near &= columns + BLOCK > rows[:, None] + keys - queries - window + 1
-    return BlockLists(*_places(near & some & ~every), *_places(near & every), block_size=(BLOCK, BLOCK))
-
-
-def _places(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, rows, columns) bool as counts (B, 1, rows) and indices (B, 1, rows, columns)."""
-    indices = needed.byte().argsort(dim=2, descending=True, stable=True)
-    return needed.sum(2, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None]
+    cut, whole = (as_lists(x[:, None]) for x in (near & some & ~every, near & every))  # (B, 1, rows, columns)
+    return BlockLists(*cut, *whole, block_size=(BLOCK, BLOCK))
 
 
 class Sequences(NamedTuple):
