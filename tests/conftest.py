@@ -4,6 +4,7 @@ import importlib.util
 import platform
 from pathlib import Path
 
+import built
 import pytest
 import torch
 
@@ -19,20 +20,20 @@ def why_no_hopper() -> str:
     return "" if (major, minor) == (9, 0) else f"needs a Hopper GPU (sm_90): this one is sm_{major}{minor}"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
-def pytest_collection_modifyitems(config, items):
+def pytest_configure(config):
+    """Compiled kernels are shared by the workers and kept for the next run, where pytest keeps anything."""
+    if hasattr(config, "cache"):
+        folder = config.cache.mkdir("kernels")
+        built.keep_in(folder)
+        if not hasattr(config, "workerinput"):
+            built.forget_old(folder)
+
+
+def pytest_collection_modifyitems(items):
     reason = why_no_hopper()
     for item in items:
         if reason and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
-        if config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(_together(item)))
-
-
-def _together(item) -> str:
-    """What one worker runs: a kernel's tests, so that it is compiled once; else a file's."""
-    config = item.callspec.params.get("config") if hasattr(item, "callspec") else None
-    return f"{config.name}_{config.layout}" if hasattr(config, "layout") else item.path.name
 
 
 @pytest.fixture

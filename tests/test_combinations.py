@@ -129,8 +129,11 @@ def test_together_on_the_cpu(case):
 
 
 @interpreter
-@settings(max_examples=6, derandomize=True, **ALIKE)
-@given(case=cases(longest=150))
-def test_together_interpreted(case):
+@pytest.mark.parametrize("examples", [3, pytest.param(30, marks=pytest.mark.nightly)])
+def test_together_interpreted(examples):
+    settings(max_examples=examples, derandomize=True, **ALIKE)(given(case=cases(longest=150))(interpret))()
+
+
+def interpret(case):
     with interpreted(seed=case.seed) if not (case.constant_time and case.lists) else nullcontext():
         right(case, "cpu")

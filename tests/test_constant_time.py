@@ -47,6 +47,7 @@ def test_one_of_each_kind_is_shipped():
     assert not any(c.redo or c.split > 1 for c in CONSTANT)
 
 
+@pytest.mark.machine_code
 @pytest.mark.parametrize("config", [c for c in CONSTANT if c.layout == "bhsd" and c.dtype == "bf16"], ids=str)
 def test_no_branch_of_the_loop_depends_on_data(config):
     kinds = {branch.depends for branch in audit.audit(config)}

@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from nightly import sample
 
 from cute_attn import compile, inspect, plan
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
@@ -54,7 +55,8 @@ def test_which_kernels_begin_there():
         assert issubclass(compile.kernel(config), FromDiagonal) == config.from_diagonal == (config in begins)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.machine_code
+@pytest.mark.parametrize("head_dim", sample(3, HEAD_DIMS))
 def test_only_the_first_steps_look_for_maxima_and_mask(head_dim):
     """Those of the blocks that the diagonal crosses; the steady loop neither, where the bias is linear."""
     config = plan.modified(plan.config(head_dim, "bf16", "bhsd", False), Kinds(alibi=True))

@@ -10,6 +10,7 @@ import torch
 from attention import DTYPES, EDGES, check, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nightly import sample
 
 from cute_attn import (
     BlockLists,
@@ -333,8 +334,12 @@ def test_roofline_of_two_warpgroups_that_share_rows():
 # Machine code, without a GPU
 
 
-@CAUSAL
-@pairs([*PAIRS, (320, 320), (384, 384), (512, 512), (64, 512), (512, 64)])
+@pytest.mark.machine_code
+@pytest.mark.parametrize(
+    ("dims", "causal"),
+    sample(6, [*PAIRS, (320, 320), (384, 384), (512, 512), (64, 512), (512, 64)], [False, True]),
+    ids=str,
+)
 def test_machine_code(dims, causal):
     report = inspect.report(plan.plan(problem(dims, causal=causal)))
     assert report.problems() == []
@@ -351,18 +356,20 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("how", OTHERS.values(), ids=OTHERS)
-@pairs([(192, 128), (64, 128), (512, 512)])
-def test_machine_code_with_more(dims, how):
-    config = plan.plan(problem(dims, **how))
+@pytest.mark.machine_code
+@pytest.mark.parametrize(("dims", "other"), sample(6, [(192, 128), (64, 128), (512, 512)], OTHERS), ids=str)
+def test_machine_code_with_more(dims, other):
+    config = plan.plan(problem(dims, **OTHERS[other]))
     assert inspect.report(config).problems() == []
 
 
-@pairs([(192, 128), (64, 256), (512, 512)])
+@pytest.mark.machine_code
+@pytest.mark.parametrize("dims", sample(1, [(192, 128), (64, 256), (512, 512)]), ids=str)
 def test_machine_code_of_packed_sequences(dims):
     assert inspect.report(plan.varlen(dims[0], "bf16", True, head_dim_v=dims[1])).problems() == []
 
 
+@pytest.mark.machine_code
 def test_both_halves_load_v_and_one_of_them_stores_lse():
     """A stage of V comes as two boxes of its own columns each; fp16 and the other layout are the same machine code."""
     config = plan.plan(problem((512, 512)))

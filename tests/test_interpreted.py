@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention import check, close_lse, inputs
 from conftest import interpreter
+from nightly import sample
 from ptx import Deadlock, Fault, get, interpreted
 from ptx.cases import SEQUENCES, run
 from test_dropout import check as check_dropout
@@ -22,7 +23,7 @@ from cute_attn.kernels.config import FwdConfig
 from cute_attn.plan import Problem
 from cute_attn.reference import attention
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), interpreter]
+pytestmark = [pytest.mark.machine_code, pytest.mark.usefixtures("one_thread"), interpreter]
 LONG = 4096
 
 
@@ -112,10 +113,10 @@ QUESTIONED = {
 }
 
 
-@pytest.mark.parametrize(("head_dim", "how"), QUESTIONED.values(), ids=QUESTIONED)
-@pytest.mark.parametrize("factor", [1, 8], ids=["", "some steps are redone"])
-def test_scores_that_are_questioned_after_the_exponentials(head_dim, how, factor):
+@pytest.mark.parametrize(("name", "factor"), sample(6, QUESTIONED, [1, 8]))
+def test_scores_that_are_questioned_after_the_exponentials(name, factor):
     """With scores that all lie near 0; and with some that softcap's short polynomial is not for, or that overtake."""
+    head_dim, how = QUESTIONED[name]
     for seqlen_q, seqlen_k in ((113, 203), (70, 330)):
         q, k, v = inputs(1, 2, 2, seqlen_q, seqlen_k, head_dim, device="cpu")
         with interpreted() as asked:
@@ -197,32 +198,33 @@ def test_alibi_begins_at_the_diagonal(head_dim, seqlen_q, seqlen_k):
     assert asked[0].from_diagonal and asked[0].cluster == (2 if head_dim == 128 else 1)
 
 
-@pytest.mark.parametrize(("head_dim", "block_size"), [(64, (128, 128)), (128, (192, 64)), (256, (64, 64))])
-@pytest.mark.parametrize("whole", [False, True], ids=["cut", "cut and whole"])
-def test_lists_of_blocks(head_dim, block_size, whole):
-    """Of each head its own, some of them empty; causal applies too."""
-    m, n = block_size
+@pytest.mark.parametrize(
+    ("size", "whole"), sample(3, [(64, 128, 128), (128, 192, 64), (256, 64, 64)], [False, True]), ids=str
+)
+def test_lists_of_blocks(size, whole):
+    """Of each head its own, some of them empty; causal applies too. size: head_dim, and the blocks'."""
+    head_dim, m, n = size
     q, k, v = inputs(1, 2, 1, 300, 430, head_dim, device="cpu")
     which = torch.randint(0, 3 if whole else 2, (1, 2, -(-300 // m), -(-430 // n)))  # 0: in no list
     which[0, 0, 1] = 0
-    lists = BlockLists(*as_lists(which == 1), *(as_lists(which == 2) if whole else ()), block_size=block_size)
+    lists = BlockLists(*as_lists(which == 1), *(as_lists(which == 2) if whole else ()), block_size=(m, n))
     dense = lambda b, h, q_idx, kv_idx: which[b, h, q_idx // m, kv_idx // n] > 0  # noqa: E731
     with interpreted() as asked:
         held_to_the_bound(q, k, v, causal=True, block_mask=lists, dense=dense)
     assert asked[0].sparse.whole == whole
 
 
-DIMS = pytest.mark.parametrize("dims", [(192, 128), (64, 256), (40, 72), (512, 512), (64, 320)], ids=str)
+MASKS = {"full": {}, "causal": dict(causal=True), "window": dict(window=(40, 10))}
+DIMS = [(192, 128), (64, 256), (40, 72), (512, 512), (64, 320)]
 
 
-@DIMS
-@pytest.mark.parametrize("mask", [{}, dict(causal=True), dict(window=(40, 10))], ids=["full", "causal", "window"])
+@pytest.mark.parametrize(("dims", "mask"), sample(5, DIMS, MASKS), ids=str)
 def test_head_dims(dims, mask):
     """v's own, and those of which two warpgroups share the rows."""
     head_dim, head_dim_v = dims
     for seqlen_q, seqlen_k in ((1, 1), (70, 130)):
         with interpreted() as asked:
-            check(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu", head_dim_v=head_dim_v), **mask)
+            check(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu", head_dim_v=head_dim_v), **MASKS[mask])
         assert (asked[0].parts_v > 1) == (head_dim_v > 256)
 
 
@@ -233,11 +235,12 @@ BESIDE = {
     "all": dict(causal=True, softcap=5.0, alibi_slopes=torch.tensor([0.3, 0.01]), sinks=torch.tensor([1.0, -2.0])),
     "constant time": dict(constant_time=True),
 }
-EACH = pytest.mark.parametrize("how", BESIDE.values(), ids=BESIDE)
+EACH = pytest.mark.parametrize("beside", sample(2, BESIDE))
 
 
 @EACH
-def test_dropout(how):
+def test_dropout(beside):
+    how = BESIDE[beside]
     for head_dim, (seqlen_q, seqlen_k) in ((64, (1, 1)), (64, (113, 203)), (128, (130, 65))):
         rng_state = torch.tensor([2**40 + 7, 12], dtype=torch.int64)
         with interpreted() as asked:
@@ -247,7 +250,8 @@ def test_dropout(how):
 
 
 @EACH
-def test_maxima(how):
+def test_maxima(beside):
+    how = BESIDE[beside]
     for head_dim, (seqlen_q, seqlen_k) in ((64, (1, 1)), (64, (113, 203)), (128, (130, 65))):
         with interpreted() as asked:
             check_maxima(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu"), **how)

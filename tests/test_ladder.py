@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from nightly import sample
 from rich.console import Console
 from test_bench import CONDITIONS, FakeMonitor, FakeTimer, _right, colours
 
@@ -45,8 +46,8 @@ def _kind(config):
     return config.head_dim, config.dtype, config.layout, config.mask
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.machine_code
+@pytest.mark.parametrize(("head_dim", "causal"), sample(2, [64, 128], [False, True]))
 def test_every_stage_compiles_healthy(head_dim, causal):
     problem = SHAPE._replace(head_dim=head_dim, causal=causal)
     assert {stage.name: inspect.report(stage.config(problem)).problems() for stage in ladder.STAGES} == {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attention import DTYPES, EDGES, bound, close_lse, inputs, sdpa, visible
+from nightly import sample
 
 from cute_attn import compile, flash_fwd, flash_fwd_varlen, inspect, plan, reference
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
@@ -202,8 +203,8 @@ def test_wrong():
         FwdConfig(64, redo=True, row_max=True)
 
 
-@CAUSAL
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.machine_code
+@pytest.mark.parametrize(("head_dim", "causal"), sample(4, HEAD_DIMS, [False, True]))
 def test_healthy(head_dim, causal):
     config = plan.plan(Problem(4, 16, 16, 4096, 4096, head_dim, causal=causal, kinds=Kinds(row_max=True)))
     report = inspect.report(config)
@@ -211,14 +212,24 @@ def test_healthy(head_dim, causal):
     assert report.steady_loop.maxima >= config.tile_n // 2, "one for each of a thread's scores"
 
 
-def test_healthy_with_the_rest():
-    blocks = SparseBlocks(128, 128, True)
-    kinds = dict(softcap=True, sinks=True), dict(window=True), dict(sparse=blocks), dict(alibi=True)
+def with_the_rest() -> dict[str, FwdConfig]:
+    kinds = (
+        dict(softcap=True, sinks=True),
+        dict(window=True),
+        dict(sparse=SparseBlocks(128, 128, True)),
+        dict(alibi=True),
+    )
     configs = [plan.modified(plan.config(128, "bf16", "bhsd", True), Kinds(row_max=True, **kind)) for kind in kinds]
     configs += [plan.constant_time(configs[0]), plan.varlen(128, "bf16", True, Kinds(row_max=True))]
     configs += [plan.plan(Problem(4, 32, 4, 1, 8192, 128, kinds=Kinds(row_max=True)))]
     assert configs[-1].pack == 8 and all(config.row_max and config.split == 1 for config in configs)
-    assert [config.name for config in configs if inspect.report(config).problems()] == []
+    return {config.name: config for config in configs}
+
+
+@pytest.mark.machine_code
+@pytest.mark.parametrize("name", sample(2, with_the_rest()))
+def test_healthy_with_the_rest(name):
+    assert inspect.report(with_the_rest()[name]).problems() == []
 
 
 def test_it_is_not_asked_for_in_plain_calls():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from attention import EDGES, bound, close_lse, inputs, visible
+from nightly import sample
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, noop_mask
 
 from cute_attn import BlockLists, compile, flash_fwd, inspect, mods, plan, reference
@@ -378,17 +379,26 @@ def test_a_stride_of_1_is_known_to_the_compiler():
     assert packed.key != strided.key
 
 
+@pytest.mark.machine_code
 @pytest.mark.parametrize("name", score_mods("cpu"))
 def test_score_mods_compile(name):
     assert not inspect.report(kernel(score_mod=key(score_mods("cpu")[name]))).problems()
 
 
-@pytest.mark.parametrize("name", mask_mods("cpu"))
-def test_mask_mods_compile(name):
+KERNELS_OF_A_MASK = {
+    "lists": dict(sparse=SparseBlocks(128, 128, True)),
+    "causal": dict(causal=True),
+    "causal, window": dict(causal=True, window=True),
+    "d96": dict(head_dim=96),
+    "d128 causal": dict(head_dim=128, causal=True),
+}
+
+
+@pytest.mark.machine_code
+@pytest.mark.parametrize(("name", "how"), sample(10, mask_mods("cpu"), KERNELS_OF_A_MASK))
+def test_mask_mods_compile(name, how):
     mod = mods.prepare("mask_mod", mask_mods("cpu")[name], ()).kernel
-    assert not inspect.report(kernel(mask_mod=mod, sparse=SparseBlocks(128, 128, True))).problems()
-    for how in dict(causal=True), dict(causal=True, window=True), dict(head_dim=96), dict(head_dim=128, causal=True):
-        assert not inspect.report(kernel(mask_mod=mod, **how)).problems()
+    assert not inspect.report(kernel(mask_mod=mod, **KERNELS_OF_A_MASK[how])).problems()
 
 
 class NotAFunction:

@@ -16,8 +16,15 @@ def case(config):
     return f"{config.name.removeprefix('flash_fwd_sm90_')}_{'drawn' if config.scheduler.draws else 'static'}"
 
 
-each = pytest.mark.parametrize("config", SHIPPED, ids=case)
-each_with_edges = pytest.mark.parametrize("config", [c for c in SHIPPED if c.mask.causal or c.mask.windowed], ids=case)
+def of_each(configs):
+    def decorate(test):
+        return pytest.mark.machine_code(pytest.mark.parametrize("config", configs, ids=case)(test))
+
+    return decorate
+
+
+each = of_each(SHIPPED)
+each_with_edges = of_each([c for c in SHIPPED if c.mask.causal or c.mask.windowed])
 
 
 def test_both_layouts_have_the_same_kernels():
@@ -63,11 +70,13 @@ def warpgroup_ops(config):
     return 3 if config.warpgroups == 4 else inspect.LOOP_WARPGROUP_OPS
 
 
+@pytest.mark.machine_code
 def test_layout_leaves_the_machine_code_alone():
     config = plan.config(128, "bf16", "bhsd", causal=True)
     assert inspect.sass(dataclasses.replace(config, layout="bshd")) == inspect.sass(config)
 
 
+@pytest.mark.machine_code
 def test_inspection_leaves_the_machine_code_alone(tmp_path):
     config = plan.config(64, "bf16", "bhsd", causal=False)
     with compile.lock:
@@ -77,12 +86,14 @@ def test_inspection_leaves_the_machine_code_alone(tmp_path):
     assert done.stdout == inspect.sass(config)
 
 
+@pytest.mark.machine_code
 def test_ptx():
     text = inspect.ptx(plan.config(64, "bf16", "bhsd", causal=False))
     assert ".target sm_90a" in text
     assert "wgmma.mma_async" in text
 
 
+@pytest.mark.machine_code
 def test_a_kernel_that_spills_is_reported():
     """Three MMA warpgroups have 160 registers a thread: S, O, P and Q together are too much."""
     report = inspect.report(FwdConfig(64, tile_m=192, q_in_regs=True))

@@ -243,6 +243,7 @@ def test_planned():
     assert not any(config.packed for config in plan.shipped())
 
 
+@pytest.mark.machine_code
 @pytest.mark.parametrize(
     "config", [c for c in plan.shipped_varlen() if c.dtype == "bf16" or c.head_dim == 128], ids=lambda c: c.name
 )
@@ -256,6 +257,7 @@ def test_machine_code(config):
     assert (loop.mufu, loop.maxima) == (config.tile_n // 2, 0) and loop.selects < config.tile_n // 4
 
 
+@pytest.mark.machine_code
 def test_five_dimensions():
     text = inspect.ptx(plan.varlen(64, "bf16", False))
     assert "cp.async.bulk.tensor.5d.shared" in text and "cp.async.bulk.tensor.5d.global" in text

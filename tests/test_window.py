@@ -240,9 +240,10 @@ def test_one_graph_for_every_size_and_window(device):
 
 
 @DEVICES
-def test_compiled_gradients(device):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_compiled_gradients(backend, device):
     step = torch.compile(
-        lambda *x: flash_fwd(*x, causal=True, window=(9, None)).sum(), fullgraph=True, dynamic=True, backend="inductor"
+        lambda *x: flash_fwd(*x, causal=True, window=(9, None)).sum(), fullgraph=True, dynamic=True, backend=backend
     )
     for seqlens in ((40, 40), (50, 60), (60, 30)):
         qkv = [x.requires_grad_() for x in inputs(2, 4, 2, *seqlens, 64, device=device)]

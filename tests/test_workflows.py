@@ -48,7 +48,7 @@ def strange(path):
 
 
 def test_there_are_workflows():
-    assert [path.name for path in WORKFLOWS] == ["ci.yml", "h100.yml"]
+    assert [path.name for path in WORKFLOWS] == ["ci.yml", "h100.yml", "nightly.yml"]
 
 
 @workflows
@@ -82,7 +82,7 @@ def test_actionlint_sees_expressions(tmp_path):
     [
         ("runs-on:", "runs_on:"),
         ("  push:", "  pushed:"),
-        ("timeout-minutes: 30", "timeout-minutes: soon"),
+        ("timeout-minutes: 40", "timeout-minutes: soon"),
         ("contents: read", "contents: everything"),
         ("- run: .ci/run", "- runs: .ci/run"),
     ],
@@ -130,7 +130,17 @@ def test_h100_is_one_script_on_a_runner_of_choice_and_keeps_what_it_wrote():
 
 
 def test_ci_runs_on_every_python_that_is_supported():
-    matrix = load(WORKFLOWS[0])["jobs"]["test"]["strategy"]["matrix"]["python"]
-    project = (ROOT / "pyproject.toml").read_text()
-    assert matrix == re.findall(r"Python :: (3\.\d+)", project)
-    assert f'requires-python = ">={matrix[0]},<3.{int(matrix[-1][2:]) + 1}"' in project
+    matrix = load(WORKFLOWS[0])["jobs"]["test"]["strategy"]["matrix"]
+    pythons, project = matrix["python"], (ROOT / "pyproject.toml").read_text()
+    assert pythons == re.findall(r"Python :: (3\.\d+)", project)
+    assert f'requires-python = ">={pythons[0]},<3.{int(pythons[-1][2:]) + 1}"' in project
+    (whole,) = matrix["include"]
+    assert matrix["tests"] == ["not nightly and not machine_code"] and whole["tests"] == "not nightly"
+    assert whole["python"] in pythons
+
+
+def test_what_the_samples_leave_out_runs_at_night():
+    """What tests/run passes over by default is what the other workflow asks for."""
+    assert '"-m", "not nightly"]' in (ROOT / "pyproject.toml").read_text()
+    runs = [step.get("run") for step in load(WORKFLOWS[2])["jobs"]["nightly"]["steps"]]
+    assert runs[-1] == "tests/run -m nightly"

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import built
 import torch
 
 from cute_attn import api, checks, compile, device, varlen
@@ -48,18 +49,27 @@ class Compiled:
 
 def compiled(build: Callable, symbol: str = compile.SYMBOL) -> Compiled:
     """Of what `cute.compile` returns; build takes the options that keep the PTX."""
+    return Compiled(*_ptx_and_object(build, symbol), symbol)
+
+
+def _ptx_and_object(build: Callable, symbol: str) -> tuple[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         function = build(f"--keep-ptx --dump-dir {folder}")
         function.export_to_c(f"{folder}/host.o", symbol)
         (ptx,) = Path(folder).glob("*.ptx")
-        return Compiled(ptx.read_text(), Path(folder, "host.o").read_bytes(), symbol)
+        return ptx.read_text(), Path(folder, "host.o").read_bytes()
 
 
 @lru_cache(maxsize=256)
 def get(config: FwdConfig) -> Compiled:
     """In place of `compile.get`."""
-    with compile.lock:
-        return compiled(lambda options: compile.compile(config, options))
+
+    def make() -> tuple[str, bytes]:
+        with compile.lock:
+            return _ptx_and_object(lambda options: compile.compile(config, options), compile.SYMBOL)
+
+    ptx, image = built.get("ptx", config, make)
+    return Compiled(ptx.decode(), image)
 
 
 @contextlib.contextmanager
