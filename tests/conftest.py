@@ -27,6 +27,8 @@ def pytest_configure(config):
         built.keep_in(folder)
         if not hasattr(config, "workerinput"):
             built.forget_old(folder)
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)  # each core has a worker of its own
 
 
 def pytest_collection_modifyitems(items):

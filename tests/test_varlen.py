@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from attention import DTYPES, bound, close_lse, gradient_bound, inputs, sdpa, visible
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nightly import sample
 
 from cute_attn import checks, compile, device, flash_fwd, flash_fwd_varlen, inspect, plan, reference, varlen
 from cute_attn.integrations import varlen_op
@@ -243,10 +244,11 @@ def test_planned():
     assert not any(config.packed for config in plan.shipped())
 
 
+VARLEN = {dtype: [c for c in plan.shipped_varlen() if c.dtype == dtype] for dtype in ("bf16", "fp16")}
+
+
 @pytest.mark.machine_code
-@pytest.mark.parametrize(
-    "config", [c for c in plan.shipped_varlen() if c.dtype == "bf16" or c.head_dim == 128], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("config", [*VARLEN["bf16"], *sample(3, VARLEN["fp16"])], ids=lambda c: c.name)
 def test_machine_code(config):
     """No spills, no serialised WGMMA, a steady loop without a mask; no division stands in it."""
     report = inspect.report(config)
