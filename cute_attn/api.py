@@ -183,6 +183,8 @@ def flash_fwd(
     else:
         address, ticket = 0 if lse is None else lse.data_ptr(), gpu.ticket() if draws else 0
         tensors = (q, k, v, o) if plain else map(_for_tma, (q, k, v, o))
+        if device.current() != gpu.index:
+            kernel = gpu.guarded(kernel)
         try:
             if modifiers is NONE:
                 kernel(*tensors, address, ticket, scale, gpu.num_sms)

@@ -287,6 +287,13 @@ def addresses(q, k, v, o) -> None:
             raise ValueError(f"{name}: {what}; slice at a multiple of 8 elements, or use {name}.clone()")
 
 
+def together(q: torch.Tensor, **named: torch.Tensor) -> None:
+    """Everything is where q is: torch's FlashAttention backward does not ask."""
+    for name, x in named.items():
+        if x.device != q.device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one with .to(device)")
+
+
 def learns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether a backward may follow a call."""
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -326,7 +333,7 @@ def dropout(p, generator, rng_state) -> Dropout | None:
 def random_state(given: Dropout, device: torch.device) -> None:
     """What is drawn from, or was drawn, is where q is."""
     _, generator, state = given
-    if generator is not None and generator.device.type != device.type:
+    if generator is not None and not _for_device(generator, device):
         raise ValueError(
             f"generator: it is for {generator.device}, but q is on {device}; use torch.Generator({str(device)!r})"
         )
@@ -339,6 +346,11 @@ def random_state(given: Dropout, device: torch.device) -> None:
         raise ValueError(f"rng_state: {what}; int64 (2,), contiguous, is needed: seed, offset")
     if state.device != device:
         raise ValueError(f"rng_state: on {state.device}, but q is on {device}; move it with .to(device)")
+
+
+def _for_device(generator: torch.Generator, device: torch.device) -> bool:
+    """torch asks for the type alone; in a CUDA graph its kernel reads the seed where the generator is."""
+    return generator.device.type == device.type and generator.device.index in (None, device.index)
 
 
 def mods(score_mod, mask_mod, aux, block_mask) -> tuple[Mod | None, Mod | None, block_masks.BlockLists | None]:

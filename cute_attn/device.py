@@ -1,6 +1,7 @@
 """What the host keeps per GPU: its size, and the counters from which running launches draw their tiles."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -8,6 +9,8 @@ import torch
 from . import tuned
 
 TICKETS = 4096  # counters of 4 bytes in a slab
+# torch.cuda.current_device without its question whether CUDA runs; a torch for CPUs has none.
+current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
 
 class Device:
@@ -41,6 +44,19 @@ class Device:
         stream = torch._C._cuda_getCurrentRawStream(self.index)  # current_stream().cuda_stream takes 1.2 us, not 0.1
         ticket = self._of_stream.get(stream)
         return self._new(stream) if ticket is None else ticket
+
+    def guarded(self, kernel: Callable) -> Callable:
+        """The kernel for a call while another device is current.
+
+        The compiled call would go to this one and back by cudaSetDevice, which on the way back makes a context, of
+        hundreds of MB, on a device that the process may never use; torch goes back only to one that has a context.
+        """
+
+        def launch(*arguments):
+            with torch.cuda.device(self.index):
+                return kernel(*arguments)
+
+        return launch
 
     def _new(self, stream: int) -> int:
         with self._lock:

@@ -151,7 +151,7 @@ def _call(q, k, v, lengths, hints, out, causal, kinds) -> Call:
         return _prepared(q, k, v, lengths, hints, out, causal, kinds)
     if call is None:
         call = _prepared(q, k, v, lengths, hints, out, causal, kinds)
-        if call.kernel is not None:
+        if call.kernel is not None and k.shape[0]:  # without keys the compiled call sees others in place of k and v
             if len(_calls) >= CALLS:
                 _calls.clear()
             _calls[key] = call
@@ -196,6 +196,8 @@ def _launch(call: Call, tensors, lengths, lse, scale, extras):
         cu_q.shape[0] - 1,
     )
     address = 0 if lse is None else lse.data_ptr()
+    if device.current() != gpu.index:
+        kernel = gpu.guarded(kernel)
     try:
         kernel(*tensors, address, gpu.ticket(), scale, gpu.num_sms, *extras, *sequences)
     except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it

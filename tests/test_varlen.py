@@ -377,12 +377,13 @@ def test_wrong_with_gradients(case):
 def test_a_like_call_is_looked_up(monkeypatch):
     """Its kernel gets the addresses of this call's lengths, behind a window's sides; q's look-alike plans nothing."""
     launched, prepared = [], []
-    gpu = SimpleNamespace(num_sms=132, ticket=lambda: 7)
+    gpu = SimpleNamespace(index=0, num_sms=132, ticket=lambda: 7)
 
     def known(*arguments):
         prepared.append(arguments)
         return varlen.Call(0.125, gpu, lambda *args: launched.append(args), True, (0,) * 4)
 
+    monkeypatch.setattr(device, "current", lambda: 0)
     monkeypatch.setattr(varlen, "_prepared", known)
     monkeypatch.setattr(varlen, "_calls", {})
     for cu in (CU_Q, CU_Q.clone()):

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from attention import DTYPES, EDGES, bound, check, gradient_bound, inputs, sdpa, visible
 
-from cute_attn import api, checks, compile, flash_fwd, plan, reference, warmup
+from cute_attn import api, checks, compile, device, flash_fwd, plan, reference, warmup
 from cute_attn.checks import UNBOUNDED
 from cute_attn.integrations import torch_op
 
@@ -173,13 +173,14 @@ def test_every_way_in_passes_it_on(monkeypatch):
 def test_a_call_is_known_whatever_its_window(monkeypatch):
     """Its sides reach the kernel behind num_sms; only whether there is a window is part of the key."""
     launched, prepared = [], []
-    gpu = SimpleNamespace(num_sms=132)
+    gpu = SimpleNamespace(index=0, num_sms=132)
 
     def known(q, k, v, out, *how):
         prepared.append(how)
         problem = checks.problem(*(checks.Spec.of(x) for x in (q, k, v)), *how)
         return api.Call(problem, 0.125, gpu, lambda *args: launched.append(args), False, True, (0,) * 4)
 
+    monkeypatch.setattr(device, "current", lambda: 0)
     monkeypatch.setattr(api, "_prepared", known)
     monkeypatch.setattr(api, "_calls", {})
     q, k, v = inputs(1, 2, 2, 33, 47, 64, device="cpu")

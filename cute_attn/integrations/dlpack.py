@@ -5,6 +5,7 @@ before; what that library queues next runs after. Eager only: inside `jax.jit` t
 """
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ..checks import type_word
 
 IMMUTABLE = ("jax", "jaxlib")
+CUDA = 2  # kDLCUDA
 
 
 def flash_fwd(q, k, v, *, out=None, **options) -> Any:
@@ -56,7 +58,8 @@ def _writable(out, library: str) -> None:
 
 def _tensor(name: str, x) -> torch.Tensor:
     try:
-        return torch.from_dlpack(x)
+        with _on_its_gpu(x):
+            return torch.from_dlpack(x)
     except Exception as error:  # each library says in its own way what it does not share
         came, said = (
             f"{type_word(x)} does not share its memory",
@@ -71,4 +74,11 @@ def _array(x: torch.Tensor, like) -> Any:
     if _library(like) == "numpy":
         return x.numpy()
     namespace = like.__array_namespace__() if hasattr(like, "__array_namespace__") else None
-    return (namespace or importlib.import_module(_library(like))).from_dlpack(x)
+    with _on_its_gpu(x):
+        return (namespace or importlib.import_module(_library(like))).from_dlpack(x)
+
+
+def _on_its_gpu(x) -> AbstractContextManager:
+    """x's GPU as the current one: torch exports from no other, and CuPy takes the current one's stream for x's."""
+    kind, index = x.__dlpack_device__()
+    return torch.cuda.device(index) if kind == CUDA else nullcontext()

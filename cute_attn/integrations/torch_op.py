@@ -122,6 +122,7 @@ def flash_bwd_op(
     window_right: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) from o's grad, and from o and lse of the forward."""
+    checks.together(q, grad=grad, k=k, v=v, o=o, lse=lse)
     causal, window = checks.window((window_left, window_right), causal)
     if q.device.type == "cpu" or q.numel() == 0 or k.numel() == 0:
         with torch.autocast("cpu", enabled=False):
@@ -196,6 +197,7 @@ def cudnn_bwd_op(
     layout: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As flash_bwd, by cuDNN: about twice as fast on Hopper. For what `cudnn_serves`."""
+    checks.together(q, grad=grad, k=k, v=v, o=o, lse=lse)
     bhsd = (_in_order(x, layout, "bhsd") for x in (_aligned(grad), q, k, v, o))
     seqlen = q.shape[layout.index("s")]
     unused = q.new_empty((), dtype=torch.int64)  # dropout's random state

@@ -105,6 +105,7 @@ def flash_bwd_varlen_op(
     window_right: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) from o's grad, and from o and lse of the forward; 0 in the rows of no sequence."""
+    checks.together(q, grad=grad, k=k, v=v, o=o, lse=lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     causal, window = checks.window((window_left, window_right), causal)
     cu_seqlens = cu_seqlens_q, cu_seqlens_k
     if q.device.type == "cpu" or q.numel() == 0 or k.numel() == 0 or len(cu_seqlens_q) == 1:

@@ -95,6 +95,7 @@ def interpreted(
         for where, name, what in (
             (checks.Spec, "of", classmethod(lambda cls, x: of(cls, x)._replace(device=CUDA))),
             (device, "get", lambda index: gpu),
+            (device, "current", lambda: gpu.index),
             (compile, "get", found),
             (api, "_calls", {}),
             (varlen, "_calls", {}),
