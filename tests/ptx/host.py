@@ -90,7 +90,9 @@ class Host:
             "TVMFFIErrorSetRaisedFromCStrParts": ctypes.CFUNCTYPE(None, text, ctypes.POINTER(text), i)(
                 self._raised_parts
             ),
-            "CuteDSLRT_TVMFFISetRaisedCudaError": ctypes.CFUNCTYPE(i, i)(lambda code: self._errors.append(code) or 0),
+            "CuteDSLRT_TVMFFISetRaisedCudaError": ctypes.CFUNCTYPE(None, p, i)(
+                lambda _, code: self._errors.append(f"CUDA error {code}")
+            ),
         }
 
     def _get_kernel(self, to, library, name: bytes) -> int:
