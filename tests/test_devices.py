@@ -11,10 +11,11 @@ import pytest
 import torch
 from attention import inputs
 from conftest import interpreter
+from mixes import MIXES, lengths, look_alikes, mixes, packed, qkv
 from ptx import device as ptx_device
 from ptx import host
 
-from cute_attn import BlockLists, api, checks, compile, device, flash_fwd, flash_fwd_varlen, plan, varlen
+from cute_attn import api, checks, compile, device, flash_fwd, flash_fwd_varlen, plan, varlen
 from cute_attn.integrations import dlpack, torch_op, varlen_op
 from cute_attn.modifiers import Dropout
 
@@ -98,19 +99,6 @@ def two(monkeypatch):
     return found
 
 
-def qkv(gpu):
-    return [put(x, gpu) for x in inputs(2, 4, 2, 40, 50, 64, device="cpu")]
-
-
-def lengths(gpu, *ends):
-    return put(torch.tensor(ends, dtype=torch.int32), gpu)
-
-
-def packed(gpu, keys=12):
-    q, k, v = (put(torch.randn(n, 2, 64, dtype=torch.bfloat16), gpu) for n in (10, keys, keys))
-    return q, k, v, lengths(gpu, 0, 3, 10), lengths(gpu, 0, 5, keys)
-
-
 @pytest.mark.parametrize("current", [0, 1])
 def test_a_launch_is_on_the_tensors_own_gpu(two, current):
     """With its SMs and its counter, as current one; what was current before is current again, after an error too."""
@@ -119,13 +107,13 @@ def test_a_launch_is_on_the_tensors_own_gpu(two, current):
     for gpu in (0, 1, 0, 1):
         two.launches.clear()
         assert flash_fwd(*(put(many_tiles, gpu) for _ in range(3)), causal=True).get_device() == gpu
-        assert flash_fwd_varlen(*packed(gpu)).get_device() == gpu
+        assert flash_fwd_varlen(*packed(put, gpu)).get_device() == gpu
         (dense, of_sequences), sms = two.launches, two.gpus[gpu].num_sms
         assert dense[:2] == of_sequences[:2] == (gpu, gpu) and two.current == current
         assert dense[3][4:] == (0, 1000 + gpu, 0.125, sms)
         assert of_sequences[3][4:8] == (0, 1000 + gpu, 0.125, sms)
     two.failing = True
-    for call in (lambda: flash_fwd(*qkv(1)), lambda: flash_fwd_varlen(*packed(1))):
+    for call in (lambda: flash_fwd(*qkv(put, 1)), lambda: flash_fwd_varlen(*packed(put, 1))):
         with pytest.raises(ValueError, match="Mismatched"):
             call()
         assert two.current == current
@@ -137,67 +125,18 @@ def test_each_gpu_has_its_table(two, monkeypatch):
     monkeypatch.setattr(api, "plan", lambda problem, gpu: asked.append(gpu) or plan.plan(problem, gpu))
     monkeypatch.setattr(varlen, "plan_varlen", lambda *kind: asked.append(kind[4]) or plan.varlen(*kind))
     for gpu in (0, 1, 0, 1):
-        flash_fwd(*qkv(gpu))
-        flash_fwd_varlen(*packed(gpu))
+        flash_fwd(*qkv(put, gpu))
+        flash_fwd_varlen(*packed(put, gpu))
     assert asked == [gpu.name for gpu in two.gpus for _ in range(2)]
-
-
-def dense(**others):
-    """A call on cuda:1 with some arguments of cuda:0's."""
-    q, k, v = qkv(1)
-    return lambda: flash_fwd(**dict(dict(q=q, k=k, v=v), **others))
-
-
-def of_lists(name):
-    lists = BlockLists(*(put(torch.ones(shape, dtype=torch.int32), 1) for shape in ((1, 1, 1), (1, 1, 1, 1))))
-    return lists._replace(**{name: put(getattr(lists, name), 0)})
-
-
-def of_packed(name):
-    names = "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"
-    return lambda: flash_fwd_varlen(**dict(zip(names, packed(1), strict=True)) | {name: packed(0)[names.index(name)]})
-
-
-TABLE = put(torch.randn(50), 0)
-STATE = put(torch.zeros(2, dtype=torch.int64), 0)
-MIXES = {
-    "k": (dense(k=qkv(0)[1]), "k: on cuda:0, but q is on cuda:1"),
-    "v": (dense(v=qkv(0)[2]), "v: on cuda:0, but q is on cuda:1"),
-    "v on the CPU": (dense(v=qkv(0)[2].as_subclass(torch.Tensor)), "v: on cpu, but q is on cuda:1"),
-    "out": (dense(out=torch.empty_like(qkv(0)[0])), "out: on cuda:0, but q is on cuda:1"),
-    "sinks": (dense(sinks=put(torch.zeros(4), 0)), "sinks: on cuda:0, but q is on cuda:1"),
-    "alibi_slopes": (dense(alibi_slopes=put(torch.zeros(4), 0)), "alibi_slopes: on cuda:0, but q is on cuda:1"),
-    "score_mod": (
-        dense(score_mod=lambda s, b, h, q_idx, kv_idx: s + TABLE[kv_idx]),
-        "score_mod: it captures a tensor on cuda:0, but q is on cuda:1",
-    ),
-    "aux": (
-        dense(mask_mod=lambda b, h, q_idx, kv_idx, table: table[kv_idx] > 0, aux=(TABLE,)),
-        "mask_mod: it captures a tensor on cuda:0, but q is on cuda:1",
-    ),
-    "lists' counts": (dense(block_mask=of_lists("kv_num_blocks")), "block_mask: kv_num_blocks: on cuda:0, but q is on"),
-    "lists": (dense(block_mask=of_lists("kv_indices")), "block_mask: kv_indices: on cuda:0, but q is on cuda:1"),
-    "rng_state": (dense(dropout_p=0.1, rng_state=STATE), "rng_state: on cuda:0, but q is on cuda:1"),
-    **{
-        f"packed {name}": (of_packed(name), f"{name}: on cuda:0, but q is on cuda:1")
-        for name in ("k", "v", "cu_seqlens_q", "cu_seqlens_k")
-    },
-    "seqused": (lambda: flash_fwd_varlen(*packed(1), seqused_k=lengths(0, 3, 4)), "seqused_k: on cuda:0, but q is on"),
-    "packed out": (lambda: flash_fwd_varlen(*packed(1), out=packed(0)[0]), "out: on cuda:0, but q is on cuda:1"),
-    "packed sinks": (lambda: flash_fwd_varlen(*packed(1), sinks=put(torch.zeros(2), 0)), "sinks: on cuda:0, but q"),
-}
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["first", "known"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_mix_is_named(two, mix, known):
     """Before a launch; of a call, too, whose look-alike on one GPU has come before."""
-    call, words = MIXES[mix]
+    call, words = mixes(put)[mix]
     if known:
-        flash_fwd(*qkv(1))
-        flash_fwd(*qkv(1), out=qkv(1)[0])
-        flash_fwd_varlen(*packed(1))
-        flash_fwd_varlen(*packed(1), out=packed(1)[0])
+        look_alikes(put)
         two.launches.clear()
     with pytest.raises(ValueError, match=words):
         call()
@@ -207,10 +146,10 @@ def test_a_mix_is_named(two, mix, known):
 def test_no_keys_hide_no_mix(two):
     """The kernel gets others in place of a k and a v without rows."""
     for _ in range(2):
-        flash_fwd_varlen(*packed(1, keys=0)[:4], lengths(1, 0, 0, 0))
-    q, k, v, cu_q, _ = packed(1, keys=0)
+        flash_fwd_varlen(*packed(put, 1, keys=0)[:4], lengths(put, 1, 0, 0, 0))
+    q, k, v, cu_q, _ = packed(put, 1, keys=0)
     with pytest.raises(ValueError, match="k: on cuda:0, but q is on cuda:1"):
-        flash_fwd_varlen(q, put(k, 0), v, cu_q, lengths(1, 0, 0, 0))
+        flash_fwd_varlen(q, put(k, 0), v, cu_q, lengths(put, 1, 0, 0, 0))
 
 
 @pytest.mark.parametrize("of", ["cuda:0", "cpu"])
