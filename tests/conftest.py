@@ -4,6 +4,7 @@ import importlib.util
 import platform
 from pathlib import Path
 
+import away
 import built
 import pytest
 import torch
@@ -20,6 +21,9 @@ def why_no_hopper() -> str:
     return "" if (major, minor) == (9, 0) else f"needs a Hopper GPU (sm_90): this one is sm_{major}{minor}"
 
 
+pytest_addoption = away.add_option
+
+
 def pytest_configure(config):
     """Compiled kernels are shared by the workers and kept for the next run, where pytest keeps anything."""
     if hasattr(config, "cache"):
@@ -27,6 +31,7 @@ def pytest_configure(config):
         built.keep_in(folder)
         if not hasattr(config, "workerinput"):
             built.forget_old(folder)
+    away.configure(config)
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)  # each core has a worker of its own
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention import inputs
+from away import Away
 from conftest import interpreter
 from mixes import MIXES, lengths, look_alikes, mixes, packed, qkv
 from ptx import device as ptx_device
@@ -223,6 +224,34 @@ def test_dlpack_goes_to_the_arrays_gpu():
     assert not isinstance(dlpack._on_its_gpu(torch.zeros(1)), torch.cuda.device)
 
 
+def test_away_from_home_another_gpu_is_current(monkeypatch):
+    """`--device`: within a call, whatever comes of it; CPU tensors, and all else, are not meddled with."""
+    current, seen = [1], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: current.__setitem__(0, index))
+    there = Away(1)
+
+    @there.called_elsewhere
+    def call(q, *, fails=False, leaves=None):
+        seen.append(current[0])
+        current[0] = current[0] if leaves is None else leaves
+        if fails:
+            raise ValueError("as asked")
+
+    on_0, on_1 = (put(torch.zeros(1), gpu) for gpu in (0, 1))
+    call(on_1)
+    call(q=on_0)
+    call(torch.zeros(1))
+    call(None)
+    with pytest.raises(ValueError, match="as asked"):
+        call(on_1, fails=True)
+    with pytest.raises(AssertionError, match="call has left cuda:1 current, and cuda:0 was"):
+        call(on_1, leaves=1)
+    assert seen == [0, 1, 1, 1, 0, 0] and current == [1]
+    there.counted(lambda gpu, kernel: None)(SimpleNamespace(index=1), None)
+    assert there.launches == {"cuda:1": 1}
+
+
 class Noted(host.Host):
     """The compiled host code between two GPUs, of which the first is current."""
 
@@ -257,10 +286,8 @@ def test_the_compiled_call_launches_on_the_tensors_gpu(monkeypatch):
     """On that GPU's stream, and goes back to the current one, after a failed launch too; a mix launches nothing."""
     where = {}
     monkeypatch.setattr(host, "_dl", lambda x, kept: _with_index(one_dl(x, kept), where.get(x.data_ptr(), 1)))
-    monkeypatch.setattr(ptx_device, "Host", Noted)
-    config = plan.config(64, "bf16", "bhsd", False)
-    with compile.lock:
-        call = ptx_device.compiled(lambda options: compile.compile(config, options)).host
+    known = ptx_device.get(plan.config(64, "bf16", "bhsd", False))
+    call = Noted(known.image, known.symbol, known.host._bytes)
     q, k, v = inputs(1, 2, 2, 40, 50, 64, device="cpu")
     arguments = q, k, v, torch.empty_like(q), 0, 0, 0.125, 132
     for call.current in (0, 1):
