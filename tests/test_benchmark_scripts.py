@@ -404,3 +404,81 @@ def test_gpu_tests_in_parts(scripts):
     assert both["skips"] == {"x": "why"} and both["failures"] == ["y"]
     with pytest.raises(ValueError, match="--add: kernels_sha256 is 0ther there, and 5eed here"):
         together(two, dict(one, kernels_sha256="0ther"))
+
+
+SUITE = """
+import os, pytest
+from pathlib import Path
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_good(n, request):
+    request.node.user_properties.append(("launches", n))
+    with (Path(__file__).parent / "ran").open("a") as file:
+        file.write("x")
+
+def test_bad():
+    assert 1 == 2
+
+@pytest.mark.skip(reason="needs more")
+def test_skipped():
+    pass
+
+@pytest.fixture
+def broken():
+    yield
+    raise ValueError("on the way out")
+
+def test_bad_at_its_end(broken):
+    pass
+
+def test_the_end_of_the_process():
+    if not (marker := Path(__file__).parent / "been").exists():
+        marker.touch()
+        os._exit(3)
+
+def test_last():
+    pass
+"""
+
+
+def test_gpu_tests_on_two_go_on_where_a_run_was_cut_off(scripts, tmp_path, monkeypatch):
+    gpu_tests = scripts["gpu_tests"]
+    suite, folder = tmp_path / "test_suite.py", tmp_path / "log"
+    suite.write_text(SUITE)
+    here = dict(kernels_sha256="5eed", gpu="NVIDIA H200", versions=dict(torch="2"), date="1")
+    monkeypatch.setattr(gpu_tests, "where", lambda: here)
+    monkeypatch.setattr(gpu_tests, "PARTS", {"both": [str(suite)], "alone": [str(suite), "-k", "last"]})
+    rest = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    first, second, third = (gpu_tests.two(folder, 600, rest) for _ in range(3))
+    assert (first["passed"], first["failed"], first["skipped"], first["ended"]) == (3, 2, 1, False)
+    assert first["parts"]["alone"]["ended"] and first["parts"]["alone"]["passed"] == 1
+    part = second["parts"]["both"]
+    assert (part["passed"], part["failed"], part["skipped"], part["launches"], second["ended"]) == (4, 2, 1, 3, True)
+    assert part["failures"] == ["test_suite.py::test_bad", "test_suite.py::test_bad_at_its_end"]
+    assert part["skips"] == {"test_suite.py::test_skipped": "needs more"}
+    assert third == second and (tmp_path / "ran").read_text() == "xx"
+    assert (second["passed"], second["kernels_sha256"]) == (5, "5eed")
+    monkeypatch.setattr(gpu_tests, "where", lambda: dict(here, kernels_sha256="0ther"))
+    with pytest.raises(ValueError, match="kernels_sha256 is 5eed there, and 0ther here"):
+        gpu_tests.two(folder, 600, rest)
+
+
+def test_gpu_tests_on_two_want_two(scripts, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["gpu_tests.py", "--two", "--log", str(tmp_path / "log")])
+    with pytest.raises(SystemExit) as stop:
+        scripts["gpu_tests"].main()
+    assert stop.value.code == 2 and "--two: two GPUs are needed, torch sees 1" in capsys.readouterr().err
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_run_ends_at_its_limit(scripts, tmp_path):
+    (tmp_path / "test_suite.py").write_text("import time\n\ndef test_endless():\n    time.sleep(1000)\n")
+    assert not scripts["gpu_tests"].run([str(tmp_path), "-q", "-p", "no:cacheprovider"], 0.5)
+
+
+def test_gpu_tests_on_two_name_tests_that_there_are(scripts):
+    gpu_tests = scripts["gpu_tests"]
+    for name in (*gpu_tests.NEED_TWO, *gpu_tests.WANT_QUIET):
+        path, _, test = name.partition("::")
+        assert f"\ndef {test}(" in (ROOT / path).read_text() if test else (ROOT / path).exists()

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from away import LAUNCHES
+
 import cute_attn
 
 ROOT = Path(__file__).parent.parent
@@ -51,9 +54,17 @@ def test_gpu_record_names_what_it_tested():
     assert record["passed"] > 100
     sources = b"".join(p.read_bytes() for p in sorted((ROOT / "kernels").glob("*.py")))
     if record["kernels_sha256"] != hashlib.sha256(sources).hexdigest():
-        import pytest
-
         pytest.skip("kernels/ has changed since the recorded GPU run")
+
+
+def test_the_record_of_two_gpus_is_of_launches_on_the_second():
+    path = ROOT / "benchmarks" / "results" / "gpu_tests_two.json"
+    if not path.exists():
+        pytest.skip("no run on two GPUs is recorded")
+    record = json.loads(path.read_text())
+    assert record["ended"] and record["failed"] == 0
+    assert record["parts"]["both"]["passed"] > 50 and record["parts"]["second"]["passed"] > 1000
+    assert record["parts"]["second"][f"{LAUNCHES}, cuda:1"] > 1000
 
 
 def test_type_checkers_see_what_flash_fwd_returns(tmp_path):
