@@ -1,6 +1,7 @@
 """Who is compared. A contender says whether it can be here, what it refuses, and what of it is timed."""
 
 import importlib
+import importlib.metadata
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -156,12 +157,18 @@ class FlashAttention:
         version = getattr(self._module, "__version__", None) or getattr(
             importlib.import_module(package), "__version__", None
         )
-        return str(version) if version else self._module.__name__
+        return str(version) if version else _distribution(package) or self._module.__name__
 
     def prepare(self, inputs):
         q, k, v = inputs.bshd()
         function, causal = self._module.flash_attn_func, inputs.problem.causal
         return Prepared(Call(lambda: function(q, k, v, causal=causal)), _bhsd_of_first)
+
+
+def _distribution(package: str) -> str | None:
+    """Name and version of what was installed with a package in it, where it says."""
+    names = importlib.metadata.packages_distributions().get(package)
+    return f"{names[0]} {importlib.metadata.version(names[0])}" if names else None
 
 
 def _bhsd_of_first(returned):

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..plan import Problem
 from .cells import EAGER, GRAPH
 from .contenders import OURS
 from .timing import geomean
@@ -202,11 +203,50 @@ def with_best(records: list[Record], best_over_cudnn: dict[tuple, float]) -> lis
 
 def read_peers(path: Path, dtype: str) -> dict[tuple, float]:
     """(shape, causal, graph) -> best_over_cudnn of a peers file, whose cells are of one dtype."""
+    return best_over_cudnn(peers_file(path, dtype))
+
+
+def peers_file(path: Path, dtype: str) -> Record:
+    """Its content; ValueError where its cells are of another dtype."""
     peers = json.loads(path.read_text())
     if peers.get("dtype", dtype) != dtype:
         raise ValueError(f"its numbers are for {peers['dtype']}, this run is {dtype}")
-    cells = peers["cells"]
-    return {(c["shape"], c["causal"], c.get("graph", False)): float(c["best_over_cudnn"]) for c in cells}
+    return peers
+
+
+def best_over_cudnn(peers: Record) -> dict[tuple, float]:
+    """(shape, causal, graph) -> how many times as fast as cuDNN the best peer was."""
+    return {_peers_cell(cell): float(cell["best_over_cudnn"]) for cell in peers["cells"]}
+
+
+def over_cudnn(peers: Record, name: str) -> dict[tuple, float]:
+    """The same of one peer, in the cells where it was timed."""
+    timed = [cell for cell in peers["cells"] if {"cudnn", name} <= cell.get("us", {}).keys()]
+    return {_peers_cell(cell): cell["us"]["cudnn"] / cell["us"][name] for cell in timed}
+
+
+def _peers_cell(cell: Record) -> tuple:
+    return cell["shape"], cell["causal"], cell.get("graph", False)
+
+
+BY_RATIO = "by its ratio to cuDNN"  # the mode of a record that was not timed in its run
+
+
+def by_ratio(records: Sequence[Record], peers: Record, name: str) -> list[Record]:
+    """What a run without a peer says of it: cuDNN's TFLOPS of the run times the peer's ratio to cuDNN in a peers file.
+
+    None where the run has the peer, and none of another dtype than the file's.
+    """
+    if any(record["contender"] == name and record["tflops"] for record in records):
+        return []
+    ratios, found = over_cudnn(peers, name), []
+    for record in records:
+        ratio = ratios.get((record["shape"], record["causal"], False))
+        cudnn = record["contender"] == "cudnn" and record["mode"] == EAGER and record["tflops"]
+        if cudnn and ratio and peers.get("dtype") == record["dtype"]:
+            problem = {key: record[key] for key in ("shape", *Problem._fields, "flops") if key in record}
+            found.append(problem | dict(contender=name, mode=BY_RATIO, tflops=record["tflops"] * ratio))
+    return found
 
 
 def print_summary(console: Console, records: Sequence[Record], with_peers: bool) -> None:
