@@ -2,10 +2,12 @@
 
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from cute_attn import bench
 from cute_attn.benchmark import cells, contenders, machine, plot, report, static, timing
@@ -424,6 +427,23 @@ def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
     assert record["reason"] is None and record["relative_error"] < 1e-2
 
 
+def test_flash_attention_3_as_a_wheel(tmp_path, monkeypatch):
+    """As tokenspeed-fa3 has it: a module at the top with no version of its own, which the wheel's metadata has."""
+    source = "from cute_attn.flash_attn_interface import flash_attn_func"
+    (tmp_path / "flash_attn_interface.py").write_text(source)
+    metadata = tmp_path / "some_fa3-3.0.0.post1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: some-fa3\nVersion: 3.0.0.post1\n")
+    (metadata / "top_level.txt").write_text("flash_attn_interface\n")
+    (metadata / "RECORD").write_text("flash_attn_interface.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
+    peer = contenders.FlashAttention("fa3", *contenders.PEERS["fa3"]._modules)
+    assert peer.absent() is None and peer.version() == "some-fa3 3.0.0.post1"
+    assert cells.measure(SMALL, [peer], {}, fake_setup(rounds=1))[0]["reason"] is None
+    del sys.modules["flash_attn_interface"]
+
+
 def test_torch_says_which_backend_refuses():
     record = cells.measure(SMALL, [contenders.PEERS["efficient"]], {}, fake_setup(rounds=1))[0]
     assert record["reason"].startswith("not supported (")
@@ -715,6 +735,30 @@ def test_each_cell_of_the_peers_file_is_reported(fake_gpu, tmp_path, capsys, mon
     assert "no cell of this run is in that file" in capsys.readouterr().out
 
 
+def test_the_plot_has_the_peers_file(fake_gpu, tmp_path, monkeypatch):
+    class Cudnn(contenders.Sdpa):
+        def absent(self):
+            return None
+
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda path, records, facts, peers=None: drawn.append(peers))
+    monkeypatch.setitem(contenders.PEERS, "cudnn", Cudnn("cudnn", "MATH"))
+    peers = tmp_path / "peers.json"
+    peers.write_text(json.dumps(PEERS))
+    words = f"--shape 1,2,16,16 --vs cudnn --plot {tmp_path / 'x.png'}"
+    assert bench.main(words.split()) == bench.main([*words.split(), "--peers", str(peers)]) == 0
+    assert drawn == [None, PEERS]
+
+
+@pytest.mark.parametrize("us", [{"cudnn": 1.0, "fa3": 0}, {"cudnn": "1", "fa3": 2}, 3])
+def test_a_peers_file_without_numbers_is_refused_before_anything_is_timed(us, tmp_path, capsys):
+    peers = tmp_path / "peers.json"
+    peers.write_text(json.dumps({"cells": [{"shape": "1,2,16,16", "causal": True, "best_over_cudnn": 1.0, "us": us}]}))
+    with pytest.raises(SystemExit) as stop:
+        bench.parse(["--peers", str(peers)])
+    assert stop.value.code == 2 and "does not serve" in capsys.readouterr().err
+
+
 # Report
 
 
@@ -800,6 +844,160 @@ def test_a_plot_leaves_out_who_has_no_time(tmp_path):
             record.update(tflops=None, p50_us=None, reason="out of memory")
     plot.draw(tmp_path / "x.png", records, CONDITIONS)
     assert tuple(bytes.fromhex("009E73")) not in colours(tmp_path / "x.png")
+
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+PEERS = {
+    "gpu": "NVIDIA H200 SXM (132 SMs)",
+    "date": "2026-11-30",
+    "dtype": "bf16",
+    "peers": {"fa3": "some-fa3 3.0 (a wheel)"},
+    "cells": [
+        {"shape": cells.shape_word(Problem(b, h, h, s, s, d)), "causal": causal, "best_over_cudnn": 1.25, "us": us}
+        for (b, h, s, d), causal in cells.sweep()
+        for us in [{"cudnn": 100.0, "fa3": 80.0}]
+    ],
+}
+
+
+def committed(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def words_of(figure):
+    """Every text that is drawn, with its box in pixels."""
+    figure.canvas.draw()
+    hidden = {
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+        for label in (tick.label1, tick.label2)
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    }
+    texts = [text for text in figure.findobj(Text) if text not in hidden and text.get_visible()]
+    return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
+
+
+def assert_words_lie_apart(figure):
+    """Within the picture, none on another; at the size of README none smaller than 10 pixels."""
+    words = words_of(figure)
+    for i, (word, box) in enumerate(words):
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1 and 0 <= box.y0 < box.y1 <= figure.bbox.y1, word
+        on = [other for other, b in words[i + 1 :] if overlap(box, b)]
+        assert not on, (word, on)
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) * 100 / 72 > 10
+
+
+def overlap(one, other):
+    """By more than a pixel each way."""
+    return min(one.x1, other.x1) - max(one.x0, other.x0) > 1 and min(one.y1, other.y1) - max(one.y0, other.y0) > 1
+
+
+@pytest.mark.parametrize("name", ["sweep_bf16", "sweep_fp16"])
+def test_words_of_the_sweeps_lie_apart(name):
+    sweep = committed(name)
+    figure = plot.figure_of(sweep["records"], sweep["conditions"], committed("peers_h200_bf16"))
+    assert figure.get_figwidth() == 8.3  # README shows it 830 pixels wide: a point is 1.4 of them
+    assert_words_lie_apart(figure)
+
+
+@pytest.mark.parametrize("modes", [("eager",), ("eager", "graph")], ids=["eager", "graph"])
+@pytest.mark.parametrize("kind", ["sweep", "bars", "one bar"])
+def test_words_of_any_plot_lie_apart(kind, modes):
+    records = synthetic_sweep(modes=modes)
+    if kind != "sweep":
+        records = [r for r in records if r["seqlen_q"] == 2048 and (kind == "bars" or r["shape"] == "8,32,2048,64")]
+    assert_words_lie_apart(plot.figure_of(records, CONDITIONS))
+
+
+def lines_of(figure):
+    """Label of the legend -> its line in the first panel, by colour and style."""
+    handles = figure.legends[0].legend_handles
+    drawn = {(line.get_color(), line.get_linestyle()): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    return {handle.get_label(): drawn[handle.get_color(), handle.get_linestyle()] for handle in handles}
+
+
+def notes_of(figure):
+    return " ".join(text.get_text() for text in reversed(figure.texts))
+
+
+def test_the_sweep_has_flash_attention_3_by_its_ratio_to_cudnn():
+    figure = plot.figure_of(synthetic_sweep(("cute_attn", "cudnn")), CONDITIONS, PEERS)
+    lines = lines_of(figure)
+    assert lines["FlashAttention-3, by its ratio to cuDNN"] == pytest.approx([1.25 * y for y in lines["cuDNN"]])
+    for word in ("FlashAttention-3 (some-fa3 3.0) is not of this run", "2026-11-30", "on one NVIDIA H200 SXM."):
+        assert word in notes_of(figure)
+
+
+def test_the_committed_sweep_shows_flash_attention_3():
+    sweep, peers = committed("sweep_bf16"), committed("peers_h200_bf16")
+    figure = plot.figure_of(sweep["records"], sweep["conditions"], peers)
+    line = lines_of(figure)["FlashAttention-3, by its ratio to cuDNN"]
+    us = {(c["shape"], c["causal"]): c["us"] for c in peers["cells"]}
+    cudnn = [r for r in sweep["records"] if r["contender"] == "cudnn" and r["head_dim"] == 64 and not r["causal"]]
+    ratios = [us[r["shape"], False]["cudnn"] / us[r["shape"], False]["fa3"] for r in cudnn]
+    assert line == pytest.approx([r["tflops"] * x for r, x in zip(cudnn, ratios, strict=True)])
+    assert peers["date"] in notes_of(figure)
+
+
+def test_a_runs_own_flash_attention_3_is_shown_as_it_was_timed():
+    figure = plot.figure_of(synthetic_sweep(("cute_attn", "cudnn", "fa3")), CONDITIONS, PEERS)
+    lines = lines_of(figure)
+    assert "FlashAttention-3, by its ratio to cuDNN" not in lines and "is not of this run" not in notes_of(figure)
+    assert lines["FlashAttention-3"] == pytest.approx([0.88 * y for y in lines["cute_attn"]])
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_ratios_are_of_the_same_cell_type_and_mode(graph):
+    records = synthetic_sweep(("cute_attn", "cudnn"))
+    in_graph = {**PEERS, "cells": [cell | {"graph": graph} for cell in PEERS["cells"]]}
+    assert len(report.by_ratio(records, in_graph, "fa3")) == (0 if graph else 36)
+    assert report.by_ratio(records, PEERS | {"dtype": "fp16"}, "fa3") == []
+    assert len(report.by_ratio(records, PEERS | {"cells": PEERS["cells"][:3]}, "fa3")) == 3
+    assert report.by_ratio(records, PEERS | {"cells": [{**PEERS["cells"][0], "us": {"cudnn": 1.0}}]}, "fa3") == []
+
+
+AT_THE_LIMIT = {"cublas_tflops": 500.0, "cublas_watts": 690.0, "cublas_sm_mhz": 1480.0, "power_limit_watts": 700.0}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, True),
+        ({"cublas_tflops": 900.0}, False),  # ours is below
+        ({"cublas_watts": 400.0}, False),  # it is not the power
+        ({"cublas_watts": None}, False),
+        ({"power_limit_watts": None}, False),
+    ],
+    ids=["above", "below", "not at the limit", "no sensor", "no limit"],
+)
+def test_the_plot_says_why_ours_may_stand_above_cublas(other, said):
+    notes = notes_of(plot.figure_of(synthetic_sweep(), CONDITIONS | AT_THE_LIMIT | other))
+    assert ("Why ours may stand above cuBLAS's line: power (700 W)" in notes) == said
+    assert ("cuBLAS: 690 W at 1480 MHz; ours at 1,8,16384,256: 650 W at 1500 MHz." in notes) == said
+
+
+@pytest.fixture(scope="module")
+def redrawn(tmp_path_factory):
+    """A folder of results in which benchmarks/plots.py has drawn."""
+    path = tmp_path_factory.mktemp("results")
+    for name in ("peers_h200_bf16", "sweep_bf16", "sweep_fp16", "ladder", "timeline"):
+        shutil.copy(RESULTS / f"{name}.json", path)
+    spec = importlib.util.spec_from_file_location("benchmarks_plots", RESULTS.parent / "plots.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.RESULTS = path
+    module.main()
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.glob("*.png")))
+def test_the_pictures_are_those_of_the_records(redrawn, name):
+    """Opaque, so that they are read on a dark page too."""
+    want, got = (np.asarray(plot.plt.imread(path / name)) for path in (redrawn, RESULTS))
+    assert got.shape == want.shape and got[..., 3:].min(initial=1.0) == 1.0
+    assert np.abs(got - want).mean() < 0.01  # fonts of another matplotlib
 
 
 # On the GPU

@@ -11,7 +11,16 @@ import pytest
 import torch
 from nightly import sample
 from rich.console import Console
-from test_bench import CONDITIONS, FakeMonitor, FakeTimer, _right, colours
+from test_bench import (
+    CONDITIONS,
+    FakeMonitor,
+    FakeTimer,
+    _right,
+    assert_words_lie_apart,
+    colours,
+    committed,
+    words_of,
+)
 
 from cute_attn import bench, inspect
 from cute_attn.benchmark import cells, contenders, ladder, machine, plot, timing
@@ -257,6 +266,46 @@ def test_the_plot_has_a_bar_for_every_stage_and_peer(tmp_path):
     seen = colours(tmp_path / "x.png")
     assert {tuple(bytes.fromhex(code[1:])) for code in plot.LADDER} <= seen
     assert plot.plt.imread(tmp_path / "x.png").shape[1] > 1000
+
+
+def pictures():
+    """The committed ladder; those of other classes, with all peers; two cells at once."""
+    yield committed("ladder")["records"], committed("ladder")["conditions"]
+    peers = dict(
+        zip(("math", "cudnn", "flash", "fa4", "efficient"), (7000.0, 600.0, 900.0, 550.0, 1000.0), strict=True)
+    )
+    for head_dim in (64, 128, 256):
+        for causal in (False, True):
+            yield made_up(SHAPE._replace(head_dim=head_dim, causal=causal), US | peers | {"fa3": None}), CONDITIONS
+    yield made_up() + made_up(SHAPE._replace(heads_kv=4, seqlen_k=4096)), CONDITIONS | {"cublas_tflops": 500.0}
+
+
+def test_captions_lie_apart_and_bars_have_room():
+    for records, conditions in pictures():
+        figure = plot.ladder_figure(records, conditions)
+        assert figure.get_figwidth() == 8.3
+        assert_words_lie_apart(figure)
+        texts = words_of(figure)
+        for axes in figure.axes:
+            assert axes.get_position().width > 0.58, "of the picture, for bars"
+            bars = [patch.get_window_extent() for patch in axes.patches]
+            cublas = axes.get_lines()[0].get_window_extent().x0
+            assert [w for w, box in texts if box.x0 < cublas < box.x1 and _beside(box, bars)] == []
+        plot.plt.close(figure)
+
+
+def _beside(box, bars):
+    return any(bar.y0 < (box.y0 + box.y1) / 2 < bar.y1 and box.x0 > bar.x1 for bar in bars)
+
+
+def test_the_longest_caption_is_whole():
+    records = made_up()
+    figure = plot.ladder_figure(records, CONDITIONS)
+    drawn = " ".join(" ".join(word.split()) for word, _ in words_of(figure))
+    for record in records:
+        if record["tflops"]:
+            assert f"{record['tflops']:.0f}" in drawn and (record["adds"] or record["contender"]) in drawn
+    assert "cuBLAS bf16 8192³, settled: 674" in drawn
 
 
 def test_readme_has_the_ladder_once_it_was_measured(readme, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from test_bench import assert_words_lie_apart, committed
 
 from cute_attn import compile, inspect, inspect_cli
 from cute_attn.benchmark import timeline, timeline_plot
@@ -56,6 +57,68 @@ def test_picture(tmp_path):
     assert timeline_plot.window(spans) == 4000
     timeline_plot.draw(tmp_path / "t.png", spans, "a title")
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def marks_of(figure):
+    """The loads' marks, the letters above, and their boxes."""
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    letters = [text for text in axes.texts if text.get_gid() == timeline_plot.LOAD]
+    marks = [line for line in axes.get_lines() if line.get_gid() == timeline_plot.LOAD]
+    return [line.get_xdata() for line in marks], letters, [letter.get_window_extent() for letter in letters]
+
+
+def committed_spans():
+    return [Span(**span) for span in committed("timeline")["spans"]]
+
+
+def close_loads(count, gap):
+    """As many marks as a picture may have, closer than letters are wide."""
+    loads = [Span(0, ("load k", "load v")[i % 2], 700 + gap * i, 700 + gap * i) for i in range(count)]
+    return [*loads, Span(1, "QK", 1000, 5000), Span(1, "store", 19_000, 20_700)]
+
+
+PICTURES = {
+    "committed": committed_spans(),
+    "close": close_loads(12, 3),
+    "equal": close_loads(9, 0),
+    "many": close_loads(40, 450),
+    "at the end": [*close_loads(2, 100), *[Span(0, "load q", 20_400 + i, 20_400 + i) for i in range(4)]],
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_mark_has_its_letter(name):
+    spans = PICTURES[name]
+    figure = timeline_plot.figure_of(spans, "One CTA")
+    marks, letters, boxes = marks_of(figure)
+    first, end = min(span.start for span in spans if span.role == 0), figure.axes[0].get_xlim()[1]
+    loads = [span for span in spans if span.role == 0 and span.start - first < end]
+    assert [x[0] for x in marks] == [span.start - first for span in loads]
+    assert [letter.get_text() for letter in letters] == [span.what[-1].upper() for span in loads]
+    assert [x[-1] for x in marks] == [letter.get_position()[0] for letter in letters]  # a line leads to each
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert_words_lie_apart(figure)
+
+
+def test_letters_stay_above_their_marks_where_there_is_room():
+    assert timeline_plot.spread([0, 10, 20], 5) == [0, 10, 20]
+    assert timeline_plot.spread([0, 1, 2, 50], 5) == [-4, 1, 6, 50]
+    assert timeline_plot.spread([0, 0, 4, 4], 4) == [-4, 0, 4, 8]
+    assert timeline_plot.spread([], 4) == []
+
+
+@pytest.mark.parametrize("shift", [0, 5000])
+def test_the_picture_begins_at_the_first_load(shift):
+    """By whatever clock the spans are; what ended before it is left out, and what lasted until then is cut."""
+    moved = [span._replace(start=span.start + shift, end=span.end + shift) for span in committed_spans()]
+    early = [Span(1, "step", 0, shift - 100), Span(2, "step", 0, shift + 500)] if shift else []
+    figure = timeline_plot.figure_of([*early, *moved], "One CTA")
+    axes = figure.axes[0]
+    marks, _, _ = marks_of(figure)
+    assert axes.get_xlim()[0] == 0 == marks[0][0] and axes.get_xlim()[1] == 21811
+    assert min(patch.get_x() for patch in axes.patches) == (0 if shift else 7249)
+    assert [tick for tick in axes.get_xticks() if tick < 0] == []
 
 
 def test_of_many_blocks_a_few_are_drawn():

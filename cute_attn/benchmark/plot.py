@@ -179,6 +179,7 @@ class Page:
     """A figure of fixed width: the title on top, the legend below it, panels, then notes. Sizes are in inches."""
 
     LINE, LEGEND_ROW = 0.155, 0.22
+    RIGHT = 0.28  # of the panels: half of a tick's label
 
     def __init__(self, width: float, title: str, handles: Sequence[Artist], notes: Sequence[str]):
         self.width, self.title, self.handles = width, title, handles
@@ -194,7 +195,7 @@ class Page:
         """The figure and its axes, a row for each of heights with room above it and below; shares y along a row."""
         height = self.head + sum(heights) + len(heights) * (above + below) + self.foot
         figure = plt.figure(figsize=(self.width, height))
-        width = (self.width - left - 0.12 - between * (columns - 1)) / columns
+        width = (self.width - left - self.RIGHT - between * (columns - 1)) / columns
         grid = np.empty((len(heights), columns), object)
         top = height - self.head
         for i, own in enumerate(heights):

@@ -23,7 +23,7 @@ WORDS = {
 }
 LOADS = {"load q": "#222222", "load k": COLOURS["QK"], "load v": COLOURS["PV"]}
 UPPER = ("QK", "PV")
-LETTER = 0.1  # inches from one to the next
+LETTER = 0.12  # inches from one to the next
 LOAD = "load"  # the gid of a load's mark and letter
 MANY, FEW = 12, 8  # of a tile with more than MANY blocks the first FEW are drawn
 
@@ -77,7 +77,7 @@ def _loads(axes: Axes, loads: Sequence[Span]) -> None:
     for span, x in zip(loads, letters, strict=True):
         line = [span.start, span.start, x], [0.3, -0.26, -0.42]
         axes.plot(*line, color=LOADS[span.what], linewidth=1.2, clip_on=False, gid=LOAD)
-        axes.text(x, -0.45, span.what[-1].upper(), ha="center", va="bottom", fontsize=8, weight="bold", gid=LOAD)
+        axes.text(x, -0.45, span.what[-1].upper(), ha="center", va="bottom", fontsize=8, gid=LOAD)
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
