@@ -1,23 +1,30 @@
 """What decides each conditional branch of a kernel's main loop, read from the machine code. Needs no GPU.
 
-For a shipped kernel: barriers, the trip count, and one vote: on the exponents, where it skips rescaling O, or on sums
-of P, where it skips redoing the step.
+For a shipped kernel: barriers, the trip count, the thread's index in some clusters, and one vote: on the exponents,
+where it skips rescaling O, or on sums of P, where it skips redoing the step.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .inspect import _LINE, Instruction, LoopReport, _shortest, loops, parse, sass
 from .kernels.config import FwdConfig
 from .kernels.softmax import LARGEST_SUM
 
-BARRIER, TRIP_COUNT, UNKNOWN = "barrier", "trip count", "unknown"
+BARRIER, TRIP_COUNT, THREAD, UNKNOWN = "barrier", "trip count", "thread index", "unknown"
 LAZY_RESCALE, REDO = "data: lazy rescale", "data: redo"
 
 _ADDRESS = re.compile(r"\s*/\*([0-9a-f]+)\*/")
 _PREDICATE = re.compile(r"\bU?P\d\b")
 _REGISTER = re.compile(r"\b(U?R)(\d+)\b")
 _LEAVES = ("BRX", "BRXU", "JMX", "JMXU", "CALL", "EXIT", "RET", "KILL")  # ways on that `parse` does not follow
+_FIXED = re.compile(  # integers of integers: what they give depends on nothing but their operands
+    r"(?!.*(\.64|\.WIDE|IMAD\.HI))"  # these read pairs of registers
+    r"(IABS|IADD3|IMAD|IMNMX|LEA|LDC|LOP3|MOV|R2UR|S2R|S2UR|SHF|UIADD3|UIMAD|ULDC|ULEA|ULOP3|UMOV|USHF|VIADD|VIADDMNMX"
+    r"|VIMNMX)(\..*)?"
+)
+_CHANGES = re.compile(r"\bSR_CLOCK|\bSR_GLOBALTIMER|\bSR_PM")  # special registers that differ from lap to lap
 _SIGNS = re.compile(r"(GT\S* .*, -0x1|GE\S* .*, RZ), PT$")  # a compare of integers that asks for a sign
 
 
@@ -26,7 +33,7 @@ class Branch(NamedTuple):
 
     address: int  # of the instruction in the machine code
     text: str
-    depends: str  # BARRIER, TRIP_COUNT, LAZY_RESCALE, REDO or UNKNOWN
+    depends: str  # BARRIER, TRIP_COUNT, THREAD, LAZY_RESCALE, REDO or UNKNOWN
     writers: tuple[str, ...]  # of its predicate: the instructions that may have written it last
 
 
@@ -57,11 +64,12 @@ class _Flow:
     """A loop's instructions and the ways between them.
 
     A predicate is followed back along all ways. A kind is given only if all that may have written the predicate agree
-    and it was written in the same loop.
+    and it was written in the same loop. A trip count compares a counter, which each lap steps by a constant, with what
+    is the same in each lap, be it computed anew: nothing that a WGMMA or a load from memory gave.
     """
 
     def __init__(self, code: list[Instruction], matches: list[re.Match], first: int, last: int):
-        self.code, self.matches, self.last = code, matches, last
+        self.code, self.matches, self.first, self.last = code, matches, first, last
         self.guards = [(match["when"] or "").strip().lstrip("@!") for match in matches]
         self.before: list[list[int]] = [[] for _ in code]
         for i, x in enumerate(code):
@@ -99,6 +107,10 @@ class _Flow:
 
     def writers(self, start: int, predicate: str) -> set[int]:
         """What may have written `predicate` last before `start`; -1 if that was outside of the loop."""
+        return self._last(start, lambda i: self._writes(i, predicate))
+
+    def _last(self, start: int, writes: Callable[[int], bool]) -> set[int]:
+        """Going back from `start` along all ways: where each first meets one that `writes`; -1: outside of the loop."""
         found, seen, queue = set(), set(), list(self.before[start])
         while queue:
             i = queue.pop()
@@ -108,10 +120,10 @@ class _Flow:
             if i not in self.body:
                 found.add(-1)
                 continue
-            writes = self._writes(i, predicate)
-            if writes:
+            written = writes(i)
+            if written:
                 found.add(i)
-            if not writes or self.guards[i]:  # guarded: the one before may stay
+            if not written or self.guards[i]:  # guarded: the one before may stay
                 queue += self.before[i]
         return found
 
@@ -142,8 +154,8 @@ class _Flow:
             return LAZY_RESCALE
         if kind == "VOTE" and self._tests_sums(i):
             return REDO
-        if kind in ("ISETP", "UISETP") and branch == self.last and self._counts(i):
-            return TRIP_COUNT
+        if kind in ("ISETP", "UISETP"):
+            return self._compares(i, branch)
         copied = re.fullmatch(r"P\d, PT, PT, PT, (UP\d), 0x80, 0x0", x.operands) if kind == "PLOP3" else None
         reasons = {self.reason(j, branch) for j in self.writers(i, copied[1])} if copied else set()
         return reasons.pop() if len(reasons) == 1 else UNKNOWN
@@ -164,27 +176,73 @@ class _Flow:
         *_, largest, before = self._operands(i)
         return _number(largest) in LARGEST_SUM.values() and (before == "PT" or self._tests_sums(i, after | {i}))
 
-    def _counts(self, i: int) -> bool:
-        """Whether a compare is between a counter, which the loop steps by a constant, and what the loop leaves."""
-        steps = [self._steps(*register) for register in _REGISTER.findall(self.code[i].operands)]
-        return steps.count("counter") == 1 and steps.count("changes") == 0
+    def _compares(self, i: int, branch: int) -> str:
+        """What an integer compare stands for: nothing known where a predicate has a say in it."""
+        *sides, before = self._operands(i)[2:]
+        if self.guards[i] or before not in ("PT", "UPT"):
+            return UNKNOWN
+        read = [register for side in sides for register in _REGISTER.findall(side)]
+        if all(self._same(i, kind, number, outside=False) for kind, number in read):
+            return THREAD
+        kinds = [self._kind(i, kind, number) for kind, number in read]
+        counts = kinds.count("counter") == 1 and kinds.count("changes") == 0
+        return TRIP_COUNT if counts and branch == self.last else UNKNOWN
 
-    def _steps(self, kind: str, number: str) -> str:
+    def _kind(self, i: int, kind: str, number: str) -> str:
+        """What the register is that instruction `i` reads: "counter", "fixed" or "changes"."""
+        if self._same(i, kind, number):
+            return "fixed"
         name = kind + number
-        writers = [i for i in self.body if self._covers(i, kind, int(number))]
-        if not writers:
-            return "constant"
         step = re.compile(rf"{name}, (PT, )?{name}(\.reuse)?, -?0x[0-9a-f]+(, U?RZ)?")
-        adds = [self.code[i].opcode.split(".")[0] in ("IADD3", "UIADD3", "VIADD") for i in writers]
-        return "counter" if all(adds) and all(step.fullmatch(self.code[i].operands) for i in writers) else "changes"
+        writers = [j for j in self.body if self._covers(j, kind, int(number))]
+        adds = [self.code[j].opcode.split(".")[0] in ("IADD3", "UIADD3", "VIADD") for j in writers]
+        steps = all(adds) and all(step.fullmatch(self.code[j].operands) and self._once(j) for j in writers)
+        return "counter" if steps else "changes"
+
+    def _once(self, i: int) -> bool:
+        """Whether each lap runs `i`, whatever way it takes."""
+        if i == self.first or self.guards[i]:
+            return not self.guards[i]
+        before_end, before_it = (self._last(start, lambda j: j in (i, self.first)) for start in (self.last, i))
+        return before_end == {i} and i not in before_it
+
+    def _same(self, i: int, kind: str, number: str, outside: bool = True, after: frozenset[int] = frozenset()) -> bool:
+        """Whether the register that `i` reads has one value in all laps: left alone, or computed anew from such.
+
+        `outside`: what was there before the loop is allowed; else only constants and the thread's index.
+        `after`: the instructions that led here; what depends on its own value of the lap before is not the same.
+        """
+        writers = self._last(i, lambda j: self._covers(j, kind, int(number)))
+        if len(writers) != 1:  # which one it was is decided by another branch
+            return False
+        (j,) = writers
+        if j < 0:
+            return outside
+        _, _, read = self.code[j].operands.partition(",")
+        fixed = _FIXED.fullmatch(self.code[j].opcode) and not _CHANGES.search(read) and not _PREDICATE.search(read)
+        if not fixed or self.guards[j] or j in after:
+            return False
+        return all(
+            self._same(j, kind, number, outside=outside, after=after | {j}) for kind, number in _REGISTER.findall(read)
+        )
 
     def _covers(self, i: int, kind: str, number: int) -> bool:
-        """Whether an instruction writes a register; the wide ones write several from their first operand on."""
-        opcode, first = self.code[i].opcode, _REGISTER.fullmatch(self._operands(i)[0])
-        shape = re.match(r"HGMMA\.64x(\d+)x", opcode)
-        wide = 4 if ".128" in opcode else 2 if ".64" in opcode or "WIDE" in opcode else 1
-        count = int(shape[1]) // 2 if shape else wide
-        return first is not None and first[1] == kind and int(first[2]) <= number < int(first[2]) + count
+        """Whether an instruction writes a register: its first operand, behind a predicate too, and what follows it."""
+        opcode, (written, *rest) = self.code[i].opcode, self._operands(i)
+        if _PREDICATE.fullmatch(written) or written == "PT":  # SHFL, ATOM: whether all went well
+            written = (rest or [""])[0]
+        first = _REGISTER.fullmatch(written)
+        return first is not None and first[1] == kind and int(first[2]) <= number < int(first[2]) + _count(opcode)
+
+
+def _count(opcode: str) -> int:
+    """How many registers an instruction writes."""
+    if shape := re.match(r"HGMMA\.64x(\d+)x", opcode):
+        return int(shape[1]) // 2
+    if matrices := re.match(r"LDSM.*\.([24])(\.|$)", opcode):
+        return int(matrices[1])
+    pair = ".64" in opcode or "WIDE" in opcode or (opcode.startswith("CS2R") and ".32" not in opcode)
+    return 4 if ".128" in opcode or opcode.startswith("HMMA") else 2 if pair else 1
 
 
 def _number(word: str) -> float | None:

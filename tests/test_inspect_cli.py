@@ -1,6 +1,7 @@
 """`python -m cute_attn.inspect` and the audit of control flow. No GPU needed; about 2 s for each kernel."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -174,6 +175,103 @@ def test_crafted_branch_without_explanation(old, new):
     assert old in SASS
     found = depends(SASS.replace(old, new))
     assert audit.UNKNOWN in found
+
+
+# A split kernel's trip count, anew in each lap: of what the loop leaves alone, in registers that held others before.
+ANEW = """FSEL R23, R24, RZ, P5 ;
+IADD3 R6, R3.reuse, 0x7, RZ ;
+SHF.R.U32.HI R6, RZ, 0x3, R6 ;
+IMAD R36, R6, UR23, RZ ;
+VIMNMX R36, R3, R36, PT ;
+VIADDMNMX R23, R36.reuse, R6, R3, PT ;
+ISETP.NE.U32.AND P1, PT, R23, UR9, PT ;"""
+COMPARE = "ISETP.NE.U32.AND P1, PT, R5, UR9, PT ;"
+
+
+def test_a_trip_count_computed_anew_is_known():
+    assert depends(SASS.replace(COMPARE, ANEW)) == EXPLAINED
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("IADD3 R6, R3", "IADD3 R6, R24", id="a score"),
+        pytest.param("IMAD R36, R6, UR23, RZ", "FMUL R36, R6, R7", id="floating point"),
+        pytest.param("IADD3 R6, R3", "IADD3 R6, R36", id="its own value of the lap before"),
+        pytest.param("IMAD R36, R6", "LDS R36, [R7] ;\nIMAD R36, R36", id="memory"),
+        pytest.param("IADD3 R6, R3.reuse, 0x7, RZ", "S2R R6, SR_CLOCKLO", id="the clock"),
+        pytest.param("VIMNMX R36", "@P3 VIMNMX R36", id="guarded by another predicate"),
+        pytest.param("VIMNMX R36, R3, R36, PT", "VIMNMX R36, R3, R36, P3", id="selected by another predicate"),
+        pytest.param("VIMNMX R36", "SHFL.BFLY PT, R36, R24, 0x2, 0x1f ;\nVIMNMX R36", id="another lane's score"),
+        pytest.param("VIMNMX R36", "IMAD.WIDE.U32 R36, R24, R3, R6 ;\nVIMNMX R36", id="a wide product"),
+        pytest.param("VIMNMX R36", "LDSM.16.M88.4 R34, [R7] ;\nVIMNMX R36", id="matrices from memory"),
+        pytest.param("VIADDMNMX", "@P0 BRA `(.L_over) ;\nMOV R36, R7 ;\n.L_over:\nVIADDMNMX", id="one of two"),
+        pytest.param("UR9, PT ;", "UR9, P3 ;", id="and another predicate"),
+        pytest.param("ISETP", "@P3 ISETP", id="compared by another predicate"),
+    ],
+)
+def test_a_trip_count_of_something_else_is_not(old, new):
+    assert old in ANEW
+    assert depends(SASS.replace(COMPARE, ANEW.replace(old, new)))[-2] == audit.UNKNOWN
+
+
+STEP, ARM = "UIADD3 UR9, UR9, 0x1, URZ ;\n", "FMUL R88, R88, R15 ;\n"
+INNER = ".L_again:\nUIADD3 UR9, UR9, 0x1, URZ ;\nBAR.SYNC 0x1 ;\n@P3 BRA `(.L_again) ;\n"
+
+
+@pytest.mark.parametrize(
+    ("step", "arm"),
+    [("", ARM + STEP), (f"@P3 {STEP}", ARM), (INNER, ARM)],
+    ids=["in an arm", "guarded", "in a loop of its own"],
+)
+def test_a_counter_that_not_every_lap_steps_once_is_none(step, arm):
+    assert depends(SASS.replace(STEP, step).replace(ARM, arm))[-2] == audit.UNKNOWN
+
+
+# In clusters: a lane for each CTA's barrier.
+LANE = "S2R R6, SR_TID.X ;\nLOP3.LUT R9, R6, 0x1f, RZ, 0xc0, !PT ;\nISETP.GT.U32.AND P2, PT, R9, 0x1, PT ;\n"
+ARRIVE = "@P2 BRA `(.L_others) ;\nSYNCS.ARRIVE.TRANS64.RED.ART0 RZ, [R6+URZ], R9 ;\n.L_others:\n"
+
+
+def test_a_branch_on_the_threads_index_is_known():
+    with_lane = [*EXPLAINED[:2], audit.THREAD, *EXPLAINED[2:]]
+    assert depends(SASS.replace(STEP, LANE + ARRIVE + STEP)) == with_lane
+
+
+@pytest.mark.parametrize(
+    "lane",
+    [LANE.replace("S2R R6, SR_TID.X", "MOV R6, R24"), LANE.replace("S2R R6, SR_TID.X ;\n", "")],
+    ids=["a score", "from before the loop"],
+)
+def test_a_branch_on_another_integer_is_not(lane):
+    assert depends(SASS.replace(STEP, lane + ARRIVE + STEP))[2] == audit.UNKNOWN
+
+
+SPLIT = plan.Problem(1, 8, 8, 512, 512, 64, layout="bshd")
+
+
+def test_a_split_kernel_is_explained(capsys):
+    """It computes its trip count anew in each lap."""
+    config = plan.plan(SPLIT)
+    assert config.split > 1
+    assert inspect_cli.main(["--shape", "1,8,512,64"]) == 0
+    assert f"1 trip count, {1 - config.redo} data: lazy rescale, {config.redo:d} data: redo, 0 unknown" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_split_kernel_that_counts_by_a_score_is_not():
+    sass = inspect.sass(plan.plan(SPLIT))
+    (branch,) = (branch for branch in audit.control_flow(sass) if branch.depends == audit.TRIP_COUNT)
+    (compare,) = branch.writers
+    assert sass.count(compare) == 1
+    score = re.search(r"FMNMX (R\d+)", sass)[1]
+    by_score = re.sub(r"PT, U?R\d+", f"PT, {score}", compare)
+    by_both = compare.removesuffix("PT") + "P6"
+    for other in (by_score, by_both):
+        assert other != compare and audit.UNKNOWN in {
+            x.depends for x in audit.control_flow(sass.replace(compare, other))
+        }
 
 
 def test_a_copied_predicate_is_followed():
