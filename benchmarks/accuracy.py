@@ -28,6 +28,7 @@ from cute_attn.bench import WIDTH, out_file
 from cute_attn.benchmark.cells import shape_word, sweep
 from cute_attn.benchmark.contenders import OURS, PEERS, Contender, CuteAttn, Inputs, first_run, make_inputs
 from cute_attn.benchmark.machine import no_hopper
+from cute_attn.benchmark.progress import each, steps
 from cute_attn.benchmark.report import write_json
 from cute_attn.checks import TORCH_DTYPES
 from cute_attn.plan import Problem, plan
@@ -190,8 +191,10 @@ def compile_ahead(problems: Iterable[Problem]) -> None:
     """Their kernels into the disk cache, in parallel processes: one process compiles one at a time, each about 2 s."""
     configs = list(dict.fromkeys(plan(problem, device.name()) for problem in problems))
     workers = min(len(configs), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile.store, configs))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool, steps("kernels", len(configs)) as step:
+        for _ in pool.map(compile.store, configs):
+            step()
 
 
 def table(entries: Sequence[Entry]) -> Table:
@@ -255,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     every = [case for dtype in arguments.dtype for case in cases(dtype)]
     compile_ahead(problem for _, problem in every)
     on = torch.device("cuda", torch.cuda.current_device())
-    entries = [entry for kind, problem in every for entry in measure(kind, problem, cudnn, on)]
+    entries = [entry for kind, problem in each(every, "cells") for entry in measure(kind, problem, cudnn, on)]
     return finish(entries, arguments.out, {CUDNN: cudnn.version()})
 
 

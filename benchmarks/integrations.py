@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_json(out, record)
     for part in ("operator_host_us", "forward_and_backward", "prefill"):
-        print(part, record[part])
+        print(part, record[part], flush=True)
     return 0
 
 

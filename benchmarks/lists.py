@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = record_of("lists", __doc__, argv)
     found = entries(PROBLEM, torch.device("cuda"), CudaTimer())
     for entry in found:
-        print(entry)
+        print(entry, flush=True)
     shape = f"{PROBLEM.batch},{PROBLEM.heads},{PROBLEM.seqlen_q},{PROBLEM.head_dim}"
     write_json(out, {**where(), "method": METHOD, "shape": shape, "entries": found})
     return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0

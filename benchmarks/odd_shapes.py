@@ -23,6 +23,7 @@ from cute_attn.bench import out_file
 from cute_attn.benchmark.cells import ERROR_MAX, SEQLENS, Setup, Truth, cell_word, gpu_setup, shape_word, sweep
 from cute_attn.benchmark.contenders import CuteAttn, first_run, make_inputs
 from cute_attn.benchmark.machine import FLOP_FORMULA, Monitor, Nvml, no_hopper
+from cute_attn.benchmark.progress import each
 from cute_attn.benchmark.report import us, write_json
 from cute_attn.benchmark.timing import METHOD, ROUNDS, Call, Stats, compare
 from cute_attn.plan import Problem, plan
@@ -147,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_ahead(one for beside, odd in groups().items() for one in (beside, *odd))
     nvml = Nvml()
     setup = gpu_setup(monitor=lambda: Monitor(nvml.read))
-    entries = [entry for beside, odd in groups().items() for entry in measure(beside, odd, setup)]
+    entries = [
+        entry for beside, odd in each([*groups().items()], "groups of shapes") for entry in measure(beside, odd, setup)
+    ]
     return finish(entries, arguments.out)
 
 

@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     others, found = peers(), []
     for head_dim, causal in product(HEAD_DIMS, (False, True)):
         for entry in entries(head_dim, causal, others, torch.device("cuda"), CudaTimer()):
-            print(entry)
+            print(entry, flush=True)
             found.append(entry)
         write_json(out, {**where(), "method": METHOD, "lengths": drawn(), "entries": found})
     return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     for problem, left in product(problems(), LEFTS):
         for entry in entries(problem, left, peers, device, CudaTimer()):
-            print(entry)
+            print(entry, flush=True)
             found.append(entry)
         write_json(out, {**where(), "peers": versions, "method": METHOD, "entries": found})
     return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0

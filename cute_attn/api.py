@@ -1,5 +1,6 @@
 """The whole path of a call: check -> plan -> compile -> allocate -> launch."""
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, Literal, NamedTuple, TypedDict, overload
@@ -13,6 +14,8 @@ from .checks import Spec
 from .kernels.config import FwdConfig
 from .modifiers import NONE, UNMODIFIED, Modifiers
 from .plan import HEAD_DIMS, Problem, kind, plan, shipped
+
+logger = logging.getLogger("cute_attn")
 
 
 class Options(TypedDict, total=False):
@@ -285,6 +288,8 @@ def warmup(
 ) -> list[FwdConfig]:
     """Compile ahead of time, into memory and the disk cache; needs no GPU. About 2 s for each kernel not there yet.
 
+    The logger "cute_attn" tells each kernel that is ready, at level INFO.
+
     Args:
         head_dim: one or several D, multiples of 8 up to 512; default: one of each kernel up to 256.
         dtype: "bf16", "fp16" (or torch's), one or several.
@@ -303,8 +308,9 @@ def warmup(
     ratios = [checks.ratio(x) for x in (ratio if isinstance(ratio, (tuple, list)) else (ratio,))]
     every_kernel = dict.fromkeys(config for x in ratios for config in shipped(device.name(), x, dims))
     ready = [config for config in every_kernel if kind(config) in kinds]
-    for config in ready:
+    for done, config in enumerate(ready, 1):
         compile.get(config)
+        logger.info("warmup: %d of %d kernels, %s", done, len(ready), config.name)
     return ready
 
 

@@ -1,7 +1,8 @@
 """What decides each conditional branch of a kernel's main loop, read from the machine code. Needs no GPU.
 
 For a shipped kernel: barriers, the trip count, the thread's index in some clusters, and one vote: on the exponents,
-where it skips rescaling O, or on sums of P, where it skips redoing the step.
+where it skips rescaling O, or on sums of P, where it skips redoing the step. A softcap may have another vote: on the
+scores, where a polynomial serves for its tanh.
 """
 
 import re
@@ -13,7 +14,7 @@ from .kernels.config import FwdConfig
 from .kernels.softmax import LARGEST_SUM
 
 BARRIER, TRIP_COUNT, THREAD, UNKNOWN = "barrier", "trip count", "thread index", "unknown"
-LAZY_RESCALE, REDO = "data: lazy rescale", "data: redo"
+LAZY_RESCALE, REDO, SOFTCAP = "data: lazy rescale", "data: redo", "data: softcap"
 
 _ADDRESS = re.compile(r"\s*/\*([0-9a-f]+)\*/")
 _PREDICATE = re.compile(r"\bU?P\d\b")
@@ -25,7 +26,12 @@ _FIXED = re.compile(  # integers of integers: what they give depends on nothing 
     r"|VIMNMX)(\..*)?"
 )
 _CHANGES = re.compile(r"\bSR_CLOCK|\bSR_GLOBALTIMER|\bSR_PM")  # special registers that differ from lap to lap
-_SIGNS = re.compile(r"(GT\S* .*, -0x1|GE\S* .*, RZ), PT$")  # a compare of integers that asks for a sign
+_SIGNS = re.compile(r"(GT\S* .*, -0x1|GE\S* .*, RZ), (PT|P\d)$")  # a compare of integers that asks for a sign
+_LARGE = (  # some float of several is 2 or more: their bits are joined, and of these is asked the exponent's highest
+    re.compile(r"LOP3\.LUT P\d, RZ, (R)(\d+), 0x1, RZ, 0xc0, !PT"),
+    re.compile(r"SHF\.R\.U32\.HI R\d+, RZ, 0x1e, (R)(\d+)"),
+    re.compile(r"LOP3\.LUT R\d+, .*, 0xf[ce], !PT"),
+)
 
 
 class Branch(NamedTuple):
@@ -33,7 +39,7 @@ class Branch(NamedTuple):
 
     address: int  # of the instruction in the machine code
     text: str
-    depends: str  # BARRIER, TRIP_COUNT, THREAD, LAZY_RESCALE, REDO or UNKNOWN
+    depends: str  # BARRIER, TRIP_COUNT, THREAD, LAZY_RESCALE, REDO, SOFTCAP or UNKNOWN
     writers: tuple[str, ...]  # of its predicate: the instructions that may have written it last
 
 
@@ -154,6 +160,8 @@ class _Flow:
             return LAZY_RESCALE
         if kind == "VOTE" and self._tests_sums(i):
             return REDO
+        if kind == "VOTE" and self._tests_magnitude(i):
+            return SOFTCAP
         if kind in ("ISETP", "UISETP"):
             return self._compares(i, branch)
         copied = re.fullmatch(r"P\d, PT, PT, PT, (UP\d), 0x80, 0x0", x.operands) if kind == "PLOP3" else None
@@ -162,7 +170,9 @@ class _Flow:
 
     def _votes_on_signs(self, i: int) -> bool:
         texts = [self.text(j) for j in self.writers(i, self._operands(i)[-1])]
-        return bool(texts) and all(text.startswith("ISETP.") and _SIGNS.search(text) for text in texts)
+        return bool(texts) and all(
+            text.startswith("ISETP.") and _SIGNS.search(text) and text.endswith(" PT") for text in texts
+        )
 
     def _tests_sums(self, i: int, after: frozenset[int] = frozenset()) -> bool:
         """Whether the predicate that `i` reads last says that a sum of P is too large."""
@@ -170,11 +180,31 @@ class _Flow:
         return bool(writers) and all(self._is_sum_test(j, after) for j in writers)
 
     def _is_sum_test(self, i: int, after: frozenset[int]) -> bool:
-        """Of one sum, and of those tested before it; `after`: the tests that led here, no answer a lap ago."""
-        if i < 0 or i in after or not self.code[i].opcode.startswith("FSETP.GTU"):
+        """Of one sum, and of those tested before it; `after`: the tests that led here, no answer a lap ago.
+
+        With a softcap a test for signs may join them: whether its polynomial serves.
+        """
+        if i < 0 or i in after:
             return False
         *_, largest, before = self._operands(i)
-        return _number(largest) in LARGEST_SUM.values() and (before == "PT" or self._tests_sums(i, after | {i}))
+        tested = before == "PT" or self._tests_sums(i, after | {i})
+        if self.code[i].opcode.startswith("ISETP"):
+            return before != "PT" and _SIGNS.search(self.text(i)) is not None and tested
+        return self.code[i].opcode.startswith("FSETP.GTU") and _number(largest) in LARGEST_SUM.values() and tested
+
+    def _tests_magnitude(self, i: int) -> bool:
+        """Whether the predicate that `i` reads says that one of several floats is 2 or more."""
+        writers, (*tests, joined) = self.writers(i, self._operands(i)[-1]), _LARGE
+        for pattern in tests:
+            found = self._only(writers, pattern)
+            if found is None:
+                return False
+            (last,) = writers
+            writers = self._sources(last, found[1], found[2])
+        return self._only(writers, joined) is not None
+
+    def _only(self, writers: set[int], pattern: re.Pattern) -> re.Match | None:
+        return pattern.fullmatch(self.text(*writers)) if len(writers) == 1 else None
 
     def _compares(self, i: int, branch: int) -> str:
         """What an integer compare stands for: nothing known where a predicate has a say in it."""
@@ -212,7 +242,7 @@ class _Flow:
         `outside`: what was there before the loop is allowed; else only constants and the thread's index.
         `after`: the instructions that led here; what depends on its own value of the lap before is not the same.
         """
-        writers = self._last(i, lambda j: self._covers(j, kind, int(number)))
+        writers = self._sources(i, kind, number)
         if len(writers) != 1:  # which one it was is decided by another branch
             return False
         (j,) = writers
@@ -225,6 +255,10 @@ class _Flow:
         return all(
             self._same(j, kind, number, outside=outside, after=after | {j}) for kind, number in _REGISTER.findall(read)
         )
+
+    def _sources(self, i: int, kind: str, number: str) -> set[int]:
+        """What may have written last the register that `i` reads; -1 if that was outside of the loop."""
+        return self._last(i, lambda j: self._covers(j, kind, int(number)))
 
     def _covers(self, i: int, kind: str, number: int) -> bool:
         """Whether an instruction writes a register: its first operand, behind a predicate too, and what follows it."""

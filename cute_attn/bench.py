@@ -22,13 +22,13 @@ from .plan import Problem
 
 try:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 except ImportError:
     raise SystemExit('python -m cute_attn.bench: rich is missing; pip install "cute_attn[bench]"') from None
 
 from .benchmark import ladder, machine, report, static
 from .benchmark.cells import Setup, cell_word, gpu_setup, measure, sweep
 from .benchmark.contenders import DEFAULT_PEERS, PEERS, Contender, CuteAttn
+from .benchmark.progress import Progress
 from .benchmark.timing import METHOD, ROUNDS
 
 DEFAULT_SHAPE = (16, 16, 2048, 64)
@@ -255,7 +255,7 @@ class Run:
 
     def _cells(self, setup: Setup) -> None:
         steps = self.args.rounds * (len(self.contenders) - len(self.absent)) * (2 if self.args.graph else 1)
-        progress = cell_progress()
+        progress = Progress()
         task = progress.add_task("", total=len(self.problems) * steps)
         for i, problem in enumerate(self.problems):
             progress.update(task, completed=i * steps, description=f"cell {i + 1} of {len(self.problems)}")
@@ -316,13 +316,6 @@ class LadderRun(Run):
         from .benchmark import plot
 
         plot.draw_ladder(path, self.records, self.facts)
-
-
-def cell_progress() -> Progress:
-    """On stderr, gone when a cell is finished, so that tables in stdout stay clean."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    stderr = Console(stderr=True)
-    return Progress(*columns, console=stderr, transient=True, redirect_stdout=False, redirect_stderr=False)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 For each class (head dim, mask, type) it compiles the candidates in parallel, drops those whose machine code is not
 healthy (spills, serialised WGMMAs), checks each one's output, times all for a short while and the best few for longer,
 and keeps what is there unless something is clearly faster (`tuning/choose.py`). The file is whole after each class;
-with `--resume` the same command goes on where it was. Without a Hopper GPU it lists the candidates, which takes about a
-second each. Needs `pip install "cute_attn[bench]"`.
+with `--resume` the same command goes on where it was. `--list` needs no GPU: it shows the candidates and what is wrong
+with their machine code, for about a second each. Needs `pip install "cute_attn[bench]"`.
 """
 
 import argparse
@@ -29,9 +29,10 @@ except ImportError:
     raise SystemExit('python -m cute_attn.tune: rich is missing; pip install "cute_attn[bench]"') from None
 
 from . import tuned
-from .bench import NOT_TIMED, WIDTH, cell_progress, out_file, positive
+from .bench import NOT_TIMED, WIDTH, out_file, positive
 from .benchmark import machine
 from .benchmark.cells import SEQLENS
+from .benchmark.progress import Progress, steps
 from .benchmark.timing import ROUNDS
 from .kernels.config import DTYPES, FwdConfig
 from .plan import HEAD_DIMS
@@ -44,15 +45,22 @@ from .tuning.trial import SCREEN, Effort, Lab, Stuck, finalists, gpu_lab, proble
 
 BEST = 3  # of the screening over all lengths; the best at each length and what is there come along
 STUCK, INTERRUPTED = 3, 130
+WITHOUT = "--list shows what a tune would time, without one"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done or out of budget, 1 where a class has no kernel that works, 2 bad arguments, 3 run it again, 130."""
+    """0 when done or out of budget, 1 where a class has no kernel that works, 2 for bad arguments or no Hopper GPU.
+
+    3: run it again; 130: interrupted.
+    """
     args = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else max(WIDTH, Console().width), highlight=False)
     reason = machine.no_hopper()
-    if reason is not None or args.list:
+    if args.list:
         return list_candidates(args, console, reason)
+    if reason is not None:
+        print(f"python -m cute_attn.tune: a Hopper GPU is needed, and {reason}; {WITHOUT}", file=sys.stderr)
+        return 2
     torch.set_float32_matmul_precision("highest")  # the reference's products in float32, not TF32
     found = open_results(args, machine.conditions(machine.Nvml()), console)
     if found is None:
@@ -121,7 +129,7 @@ def open_results(args: argparse.Namespace, conditions: dict[str, Any], console: 
 
 
 def list_candidates(args: argparse.Namespace, console: Console, reason: str | None) -> int:
-    """Each class's candidates, and the verdicts on their machine code."""
+    """Each class's candidates, and the verdicts on their machine code; `reason`: why a tune would time none of them."""
     unseen = False
     for key in args.keys:
         verdicts = _listed(key, candidates(key, incumbents(tuned.table().classes[key]), args.wide))
@@ -135,9 +143,8 @@ def list_candidates(args: argparse.Namespace, console: Console, reason: str | No
 
 
 def _listed(key: Key, configs: Sequence[FwdConfig]) -> dict[FwdConfig, Verdict]:
-    with cell_progress() as progress:
-        task = progress.add_task(tables.class_word(key), total=len(configs))
-        return _judged(key, configs, False, lambda: progress.advance(task))
+    with steps(tables.class_word(key), len(configs)) as step:
+        return _judged(key, configs, False, step)
 
 
 def _judged(
@@ -245,8 +252,8 @@ class Tune:
             raise Spent
 
     def _progress(self, words: str, total: int):
-        """A bar on stderr that the lab's steps advance."""
-        progress = cell_progress()
+        """On stderr; the lab's steps advance it."""
+        progress = Progress()
         task = progress.add_task(words, total=total)
         self.lab = replace(self.lab, step=lambda: progress.advance(task))
         return progress if total else nullcontext()

@@ -30,6 +30,7 @@ from .bench import WIDTH, out_file
 from .benchmark import edges, gates, machine, report
 from .benchmark.cells import Setup, cell_word, gpu_setup, measure
 from .benchmark.contenders import OURS, PEERS, CuteAttn, first_line, make_inputs
+from .benchmark.progress import each
 from .benchmark.timing import Call, compare
 from .kernels.config import FwdConfig
 from .plan import Problem, plan
@@ -99,7 +100,7 @@ def machine_code(lab: Lab) -> Finding:
 
 def _each_kernel(lab: Lab, verb: str, problems: Callable[[FwdConfig], list[str]]) -> Finding:
     found: dict[str, list[str]] = {}
-    for config in lab.kernels:
+    for config in each(lab.kernels, "kernels"):
         name = f"{config.name} {config.layout}"
         try:
             found[name] = problems(config)
@@ -119,7 +120,7 @@ def _first(broken: dict[str, list[str]]) -> Iterator[str]:
 
 def right_at_edges(lab: Lab) -> Finding:
     found = {}
-    for problem in lab.edges:
+    for problem in each(lab.edges, "edge shapes"):
         name = f"{problem.seqlen_q}x{problem.seqlen_k} d{problem.head_dim} {'causal' if problem.causal else 'full'}"
         found[name] = edges.check(make_inputs(problem, lab.device))
     worst = max(found, key=lambda name: _share(found[name]))
@@ -158,7 +159,7 @@ def over_cudnn(lab: Lab) -> Finding:
     assert lab.setup is not None
     ours, peer, cells, records = CuteAttn(), PEERS[gates.PEER], lab.cells, []
     absent = {gates.PEER: reason} if (reason := peer.absent()) else {}
-    for problem in cells.values():
+    for problem in each([*cells.values()], "cells over cuDNN"):
         records += measure(problem, [ours, peer], absent, lab.setup)
     found = gates.compare({name: lab.recorded["gates"][name] for name in cells}, records)
     least = min(found, key=lambda cell: (cell.ratio or 0.0) / cell.gate)

@@ -22,7 +22,7 @@ import torch
 from matplotlib.text import Text
 
 from cute_attn import bench
-from cute_attn.benchmark import cells, contenders, machine, plot, report, static, timing
+from cute_attn.benchmark import cells, contenders, machine, plot, progress, report, static, timing
 from cute_attn.benchmark.cells import Setup
 from cute_attn.plan import Problem, plan
 
@@ -616,6 +616,15 @@ def test_a_run_writes_everything(fake_gpu, tmp_path, capsys):
     assert len(rows) == 6 and rows[0]["over_math"] == "1.2" and rows[0]["rounds_us"] == "100.000 100.000 100.000"
     assert rows[2]["reason"].startswith("not installed") and rows[0]["kernels_sha256"] == machine.kernel_hash()
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_into_a_pipe_a_line_now_and_then(fake_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    assert bench.main(RUN.split()) == 0
+    lines = capsys.readouterr().err.splitlines()
+    steps = 3 * 2  # rounds, contenders that are there
+    cells = [f"cell {1 + i // steps} of 2: {1 + i} of {2 * steps} after 0 s" for i in range(2 * steps)]
+    assert lines == cells
 
 
 def test_an_interrupted_run_keeps_its_finished_cells(fake_gpu, tmp_path, monkeypatch, capsys):

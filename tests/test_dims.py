@@ -307,10 +307,13 @@ def test_a_pairs_tiles_are_those_of_the_wider_one():
     assert found.smem_bytes < wide.smem_bytes or found.stages_o > wide.stages_o
 
 
-def test_warmup_compiles_a_pairs_kernels(monkeypatch):
+def test_warmup_compiles_a_pairs_kernels(monkeypatch, caplog):
     compiled = []
     monkeypatch.setattr(compile, "get", compiled.append)
-    ready = warmup(192, head_dim_v=128, dtype="bf16", layout="bhsd", causal=True)
+    with caplog.at_level("INFO", "cute_attn"):
+        ready = warmup(192, head_dim_v=128, dtype="bf16", layout="bhsd", causal=True)
+    told = [f"warmup: {i} of {len(ready)} kernels, {config.name}" for i, config in enumerate(ready, 1)]
+    assert [record.getMessage() for record in caplog.records] == told
     assert ready == compiled and {(c.head_dim, c.d_v) for c in ready} == {(192, 128)}
     assert plan.plan(problem((192, 128), causal=True)) in ready
     large = warmup((512, 384), head_dim_v=(None, 64), dtype="fp16", layout="bshd", causal=False)

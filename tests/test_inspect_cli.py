@@ -144,6 +144,41 @@ def test_sums_that_are_too_large_are_known():
     assert depends(SASS.replace(SIGNS, SUMS)) == redo
 
 
+CAPPED = SUMS + "\nISETP.GT.OR P0, PT, R14, -0x1, P0 ;"
+
+
+def test_a_softcaps_doubt_joins_the_sums():
+    redo = [audit.REDO if kind == audit.LAZY_RESCALE else kind for kind in EXPLAINED]
+    assert depends(SASS.replace(SIGNS, CAPPED)) == redo
+    assert audit.UNKNOWN in depends(SASS.replace(SIGNS, CAPPED.replace("-0x1, P0", "0x7, P0")))
+    assert audit.UNKNOWN in depends(SASS.replace(SIGNS, CAPPED.replace("-0x1, P0", "-0x1, P3")))
+
+
+LARGE = """LOP3.LUT R6, R48, R6, R47, 0xfe, !PT ;
+SHF.R.U32.HI R6, RZ, 0x1e, R6 ;
+LOP3.LUT P0, RZ, R6, 0x1, RZ, 0xc0, !PT ;"""
+
+
+def test_a_vote_on_large_scores_is_known():
+    softcap = [audit.SOFTCAP if kind == audit.LAZY_RESCALE else kind for kind in EXPLAINED]
+    assert depends(SASS.replace(SIGNS, LARGE)) == softcap
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("0xfe", "0x80"),
+        ("0x1e", "0x1f"),
+        ("R6, 0x1, RZ", "R6, 0x3, RZ"),
+        ("SHF", "@P3 SHF"),
+        ("LOP3.LUT R6", "FADD R6"),
+    ],
+)
+def test_a_vote_on_other_bits_is_not(old, new):
+    assert old in LARGE
+    assert audit.UNKNOWN in depends(SASS.replace(SIGNS, LARGE.replace(old, new)))
+
+
 ITSELF = "FSETP.GTU.OR P4, PT, R4, 1073741824, P4 ;\n" + SUMS.replace("PT ;\n", "P4 ;\n")
 ALWAYS = SIGNS.replace("P0", "P3") + "\nVOTE.ANY P0, PT ;"
 
@@ -248,6 +283,15 @@ def test_a_branch_on_another_integer_is_not(lane):
 
 
 SPLIT = plan.Problem(1, 8, 8, 512, 512, 64, layout="bshd")
+
+
+@pytest.mark.parametrize(("head_dim", "data"), [(64, {audit.REDO}), (224, {audit.LAZY_RESCALE, audit.SOFTCAP})])
+def test_a_softcaps_kernel_is_explained(head_dim, data):
+    kinds = plan.Kinds(softcap=True)
+    problem = plan.Problem(4, 16, 16, 2048, 2048, head_dim, layout="bshd", causal=True, kinds=kinds)
+    found = [branch.depends for branch in audit.audit(plan.plan(problem))]
+    assert set(found) == {audit.BARRIER, audit.TRIP_COUNT, *data}
+    assert all(found.count(kind) == 1 for kind in data)
 
 
 def test_a_split_kernel_is_explained(capsys):

@@ -16,7 +16,7 @@ from nightly import sample
 from rich.console import Console
 
 from cute_attn import api, compile, device, plan, reference, tune, tuned
-from cute_attn.benchmark import machine
+from cute_attn.benchmark import machine, progress
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.kernels.mask import Causal
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
@@ -633,6 +633,14 @@ def test_a_tune_writes_a_table_that_plans(tmp_path, few, monkeypatch):
     assert plan.plan(asked) == expected(asked), "as it was before"
 
 
+def test_into_a_pipe_a_line_now_and_then(tmp_path, few, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    assert tuner(tmp_path / "t.json", FakeGpu(faster(80)), "--head-dim", "64", "--full").run() == 0
+    lines = capsys.readouterr().err.splitlines()
+    for words in ("class 1 of 1, d64 full bf16: screening: ", "class 1 of 1, d64 full bf16: the best "):
+        assert any(line.startswith(words) and line.endswith(" s") for line in lines)
+
+
 def test_nothing_changes_without_a_clear_win(tmp_path, few):
     path = tmp_path / "t.json"
     assert (
@@ -778,10 +786,18 @@ def test_bad_arguments(capsys, tmp_path):
     assert len(tune.parse([]).keys) == 16
 
 
-@pytest.mark.parametrize("words", [[], ["--list"]], ids=str)
-def test_without_a_gpu_it_lists_and_says_so(few, monkeypatch, capsys, tmp_path, words):
+def test_without_a_gpu_it_says_so_at_once(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(machine, "no_hopper", lambda: "no CUDA device is available")
-    assert tune.main(["--head-dim", "256", "--full", "--out", str(tmp_path / "t.json"), *words]) == 0
+    monkeypatch.setattr(tune, "judge_all", None)
+    assert tune.main(["--out", str(tmp_path / "t.json")]) == 2
+    out, error = capsys.readouterr()
+    assert "a Hopper GPU is needed, and no CUDA device is available; --list" in error and not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_gpu_it_lists_when_asked(few, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(machine, "no_hopper", lambda: "no CUDA device is available")
+    assert tune.main(["--head-dim", "256", "--full", "--out", str(tmp_path / "t.json"), "--list"]) == 0
     out = capsys.readouterr().out
     assert "No Hopper GPU here: nothing was timed. (no CUDA device is available" in out
     assert "d256 full bf16: 4 candidates, 3 to be timed" in out

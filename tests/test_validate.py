@@ -13,7 +13,7 @@ from test_bench import FakeMonitor, FakeTimer
 
 import cute_attn
 from cute_attn import inspect, plan, validate
-from cute_attn.benchmark import cells, contenders, gates, machine
+from cute_attn.benchmark import cells, contenders, gates, machine, progress
 from cute_attn.plan import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,6 +90,14 @@ def test_all_gates_pass(lab, capsys):
     _, row = statuses(lab)
     assert "18 of 18 right" in row["edge shapes"]["measured"]
     assert f"1 of 1 cells; least 1.000 of its gate ({CELL}: 1.200, gate 1.200)" == row["over cuDNN"]["measured"]
+
+
+def test_into_a_pipe_a_line_now_and_then(lab, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    assert lab.main() == 0
+    err = capsys.readouterr().err
+    for line in ("kernels: 10 of 10 after", "edge shapes: 18 of 18 after", "cells over cuDNN: 1 of 1 after"):
+        assert line in err
 
 
 def wrong_where(wrong):

@@ -14,6 +14,7 @@ from ..kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from ..plan import Problem, plan
 from . import report, static
 from .contenders import DEFAULT_PEERS, CuteAttn, Inputs, Prepared
+from .progress import each
 from .report import Column, Record
 from .timing import Call
 
@@ -155,7 +156,7 @@ def describe(problem: Problem) -> list[Record]:
     return [
         static.describe(stage.config(problem))
         | dict(stage=stage.number, contender=stage.name, mode=report.EAGER, adds=stage.adds(problem))
-        for stage in STAGES
+        for stage in each(STAGES, "stages")
     ]
 
 
