@@ -1,9 +1,11 @@
 """What the host keeps per GPU: its size, and the counters from which running launches draw their tiles."""
 
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import cutlass
 import torch
 
 from . import tuned
@@ -86,12 +88,30 @@ _lock = threading.Lock()
 
 
 def get(index: int) -> Device:
-    """The device with this index; ValueError where it is no Hopper GPU."""
+    """The device with this index; ValueError where it is no Hopper GPU. The first warns by `other_cuda`."""
     found = _devices.get(index)
     if found is None:
         with _lock:
-            found = _devices.setdefault(index, _devices.get(index) or Device(index))
+            found = _devices.get(index) or Device(index)
+            if not _devices and (text := other_cuda()):
+                warnings.warn(text, stacklevel=2)
+            _devices[index] = found
     return found
+
+
+def other_cuda() -> str | None:
+    """What there is to say where torch is built for a later major version of CUDA than the DSL compiles with.
+
+    The DSL brings its own compiler, ptxas, and takes the latest of those installed that the driver supports.
+    """
+    torchs, ours = torch.version.cuda, cutlass.CUDA_VERSION
+    if torchs is None or int(torchs.split(".")[0]) <= ours.major:
+        return None
+    return (
+        f"torch is built for CUDA {torchs}, but nvidia-cutlass-dsl has libraries for CUDA {ours.major} only: kernels "
+        f"compiled by CUDA {ours.major}.{ours.minor}'s ptxas run, but are not the machine code that was tested and timed; "
+        'pip install "cute_attn[cu13]"'
+    )
 
 
 def name() -> str | None:
