@@ -109,8 +109,8 @@ def other_cuda() -> str | None:
         return None
     return (
         f"torch is built for CUDA {torchs}, but nvidia-cutlass-dsl has libraries for CUDA {ours.major} only: kernels "
-        f"compiled by CUDA {ours.major}.{ours.minor}'s ptxas run, but are not the machine code that was tested and timed; "
-        'pip install "cute_attn[cu13]"'
+        f"compiled by CUDA {ours.major}.{ours.minor}'s ptxas run, but are not the machine code that was tested and "
+        'timed; pip install "cute_attn[cu13]"'
     )
 
 
