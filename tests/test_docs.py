@@ -1,6 +1,7 @@
 """README and docs/: links resolve, names and options exist, numbers are the records', and the code runs."""
 
 import ast
+import builtins
 import importlib
 import importlib.util
 import inspect
@@ -88,6 +89,44 @@ def test_a_broken_link_is_seen(tmp_path):
 def test_code_compiles(page):
     for _, code in blocks(page):
         ast.parse(code)
+
+
+def undefined(code):
+    """Names that a block of code reads, and neither it nor Python defines."""
+    nodes = list(ast.walk(ast.parse(code)))
+    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    made = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    made |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    imports = [name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names]
+    made |= {name.asname or name.name.partition(".")[0] for name in imports}
+    return sorted(read - made - set(dir(builtins)))
+
+
+def test_every_block_of_the_readme_imports_what_it_uses():
+    found = blocks(ROOT / "README.md")
+    assert len(found) >= 4 and [undefined(code) for _, code in found] == [[]] * len(found)
+
+
+def test_a_missing_import_is_seen():
+    assert undefined("import x.y\nfrom a import b as c\nfor i in c(x, d): e = f'{i} {g}'") == ["d", "g"]
+
+
+def test_the_first_block_of_the_readme_says_what_it_needs_and_runs_without():
+    before, _, rest = (ROOT / "README.md").read_text().partition("```python\n")
+    assert before.splitlines()[-2].startswith("This needs a Hopper GPU.")
+    code = rest.partition("```")[0]
+    assert 'device="cuda"' in code and "(16, 16, 2048, 64," in code
+    here = {}
+    exec(code.replace("cuda", "cpu").replace("(16, 16, 2048, 64,", "(1, 16, 32, 64,"), here)
+    assert here["o"].shape == (1, 16, 32, 64) and not here["o"].isnan().any()
+
+
+@pytest.mark.gpu
+def test_the_first_block_of_the_readme_runs_on_the_gpu(monkeypatch):
+    monkeypatch.setenv("CUTE_ATTN_CACHE", "0")
+    here = {}
+    exec(blocks(ROOT / "README.md")[0][1], here)
+    assert here["o"].shape == (16, 16, 2048, 64) and not here["o"].isnan().any()
 
 
 @docs
