@@ -1,27 +1,29 @@
 """FwdConfig -> compiled callable: kept in memory, and on disk for the next process.
 
-A file of the disk cache is the object code followed by its SHA-256; whatever does not end in its own digest is compiled
-again. Its name is the digest of the config, the kernel sources, the DSL's and the FFI's versions and the target, so a
-file is never stale. `CUTE_ATTN_CACHE_DIR` moves the cache, `CUTE_ATTN_CACHE=0` turns it off.
+A file of the disk cache is the object code followed by its SHA-256; whatever does not end in its own digest, or may be
+written by others (`cache.refused`), is compiled again. Its name is the digest of the config, the kernel sources, the
+DSL's and the FFI's versions and the target, so a file is never stale. `CUTE_ATTN_CACHE_DIR` moves the cache,
+`CUTE_ATTN_CACHE=0` turns it off.
 """
 
 import hashlib
 import importlib.metadata
 import os
 import platform
-import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
 import cutlass
-import filelock
 import platformdirs
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
 
+from . import cache, notices
 from .kernels.config import FwdConfig
 from .kernels.flash_fwd_columns_sm90 import SharedRows
 from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
@@ -61,19 +63,25 @@ def get(config: FwdConfig) -> Callable:
 
 
 def store(config: FwdConfig) -> Path | None:
-    """Compile into the disk cache where it is not there yet, without loading it; its file, or None without a cache."""
+    """Compile into the disk cache where it is not there yet, without loading it; its file, None where none serves."""
     path = cache_file(config)
-    if path is None or not _writable(path.parent):
+    if path is None:
         return None
     with lock:
-        return _stored(path, config)
+        _kept(path, config)
+    return path if cache.read(path) is not None else None
 
 
 def cache_dir() -> Path | None:
     """Where compiled kernels are kept; None where the disk cache is off."""
     if os.environ.get("CUTE_ATTN_CACHE", "1") == "0":
         return None
-    return Path(os.environ.get("CUTE_ATTN_CACHE_DIR") or platformdirs.user_cache_dir("cute_attn"))
+    named = os.environ.get("CUTE_ATTN_CACHE_DIR")
+    folder = Path(named or platformdirs.user_cache_dir("cute_attn"))
+    if not named and not folder.is_absolute():  # "~" stays where nobody knows the user
+        cache.warn(folder, "this user has no home")
+        return None
+    return folder
 
 
 def cache_file(config: FwdConfig) -> Path | None:
@@ -149,50 +157,42 @@ def _plain(config: FwdConfig) -> type[FlashFwdSm90]:
 
 def _load_or_compile(config: FwdConfig) -> Callable:
     path = cache_file(config)
-    if path is None or not _writable(path.parent):
-        with tempfile.TemporaryDirectory() as directory:
-            return _load(_write(Path(directory) / f"{config.name}.o", config))
-    return _load(_stored(path, config))
+    return _load(_code(config) if path is None else _kept(path, config))
 
 
-def _stored(path: Path, config: FwdConfig) -> Path:
-    with filelock.FileLock(path.with_suffix(".lock")):  # many processes: one compiles, the others find it
-        if not _intact(path):
-            _write(path, config)
-    return path
+def _kept(path: Path, config: FwdConfig) -> bytes:
+    """The object code, from the disk cache, or compiled and put there if that can be."""
+    code = cache.read(path)
+    if code is None:
+        with cache.alone(path):  # many processes: one compiles, the others find it
+            code = cache.read(path)
+            if code is None:
+                code = _code(config)
+                cache.write(path, code)
+    return code
 
 
-def _writable(directory: Path) -> bool:
+def _code(config: FwdConfig) -> bytes:
+    """Compiled anew."""
+    started = time.perf_counter()
+    with _in_memory() as path:
+        compile(config).export_to_c(path, SYMBOL)
+        code = Path(path).read_bytes()
+    notices.logger.info("compiled %s for %s in %.1f s", config.name, ARCH, time.perf_counter() - started)
+    return code
+
+
+def _load(code: bytes) -> Callable:
+    with _in_memory() as path:
+        Path(path).write_bytes(code)
+        return getattr(load_module(path, enable_tvm_ffi=True), SYMBOL)
+
+
+@contextmanager
+def _in_memory() -> Iterator[str]:
+    """A file's name for the DSL, which takes no bytes: no disk can be full, and nobody else can write it."""
+    descriptor = os.memfd_create(SYMBOL)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(directory, os.W_OK | os.X_OK)
-
-
-def _write(path: Path, config: FwdConfig) -> Path:
-    """Compile into `path`, which appears whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp.o")
-    os.close(descriptor)
-    try:
-        compile(config).export_to_c(temporary, SYMBOL)
-        with open(temporary, "r+b") as file:
-            digest = hashlib.sha256(file.read()).digest()
-            file.write(digest)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
-
-
-def _intact(path: Path) -> bool:
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    return len(data) > 32 and hashlib.sha256(data[:-32]).digest() == data[-32:]
-
-
-def _load(path: Path) -> Callable:
-    return getattr(load_module(str(path), enable_tvm_ffi=True), SYMBOL)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

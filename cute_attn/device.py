@@ -1,5 +1,6 @@
 """What the host keeps per GPU: its size, and the counters from which running launches draw their tiles."""
 
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -116,6 +117,6 @@ def other_cuda() -> str | None:
 
 def name() -> str | None:
     """Of torch's current GPU, to plan by; None where there is none, and unasked where the user has no tables."""
-    if not tuned.user_folder().is_dir() or not torch.cuda.is_available():
+    if not os.path.isdir(tuned.user_folder()) or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_name()

@@ -111,7 +111,7 @@ def table(gpu: str | None = None) -> Table:
     if named:
         return _read(Path(named)) or shipped()
     path = None if gpu is None else user_file(gpu)
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):  # Path.exists raises where the home is another user's
         return shipped()
     return _read(path, gpu) or shipped()
 
