@@ -3,12 +3,14 @@
 from typing import Any, NamedTuple
 
 import cutlass
-from cutlass import Boolean, Int32, cute
+from cutlass import Boolean, Int32, Uint32, cute
 
 from . import mask as mask_ops
 from .flash_fwd_sm90 import ROWS, Problem, Warpgroup, release_if
 from .mask import UserMask
 from .tile_scheduler import Tile
+
+INT_MAX = 2**31 - 1
 
 
 class Listed(NamedTuple):
@@ -71,14 +73,15 @@ class Sparse:
 
     @cute.jit
     def _counts(self, tile: Tile, problem: Problem):
-        """Blocks that the mask may cut, and whole ones."""
+        """Blocks that the mask may cut, and whole ones; of each no more than its list has places, whatever is counted."""
         sparse, cut, whole = self.config.sparse, Int32(0), Int32(0)
         counts: Any = problem.others[-sparse.arguments :: 2]
+        indices: Any = problem.others[-sparse.arguments + 1 :: 2]
         if tile.valid:
             at = tile.batch, tile.head, self._list_of(tile.m_block * self.config.tile_m)
-            cut = counts[0][at]
+            cut = cutlass.max(cutlass.min(counts[0][at], indices[0].shape[3]), 0)
             if cutlass.const_expr(sparse.whole):
-                whole = counts[1][at]
+                whole = cutlass.max(cutlass.min(counts[1][at], indices[1].shape[3]), 0)
         return cut, whole
 
     def _list_of(self, row0):
@@ -116,10 +119,14 @@ class Sparse:
         if i < 0:
             n_block = (problem.seqlen_k + self.config.tile_n - 1) // self.config.tile_n
         elif cut:
-            n_block = lists.cut_index[i] * self._each + n % self._each
+            n_block = self._inside(lists.cut_index[i]) * self._each + n % self._each
         else:
-            n_block = lists.whole_index[i - lists.cut] * self._each + n % self._each
+            n_block = self._inside(lists.whole_index[i - lists.cut]) * self._each + n % self._each
         return n_block, cut
+
+    def _inside(self, block: Int32) -> Int32:
+        """The block, or for one below 0 or so far out that its keys overflow, one behind every last key."""
+        return Int32(cutlass.min(Uint32(block), Uint32(INT_MAX // self.config.sparse.block_n - 1)))
 
     @cute.jit
     def _tile(self, w: Warpgroup, rows: ListedRows, blocks, q_state, kv_state):
