@@ -154,12 +154,15 @@ def flash_fwd(
         modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, dropout, row_max)
     if torch.compiler.is_compiling():
         return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
-    if type(q) is not Tensor and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
-        from .integrations import dlpack
+    if not type(q) is type(k) is type(v) is Tensor:
+        if not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
+            from .integrations import dlpack
 
-        how = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
-        how |= dict(zip(ASKED, asked, strict=True))
-        return dlpack.flash_fwd(q, k, v, out=out, **how, **modifiers.by_name())
+            how = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
+            how |= dict(zip(ASKED, asked, strict=True))
+            return dlpack.flash_fwd(q, k, v, out=out, **how, **modifiers.by_name())
+        if checks.stands_in(q, k, v):
+            return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
     how = causal, layout, constant_time, UNMODIFIED if modifiers is NONE else modifiers.kinds

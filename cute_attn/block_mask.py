@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .kernels.config import SparseBlocks
 from .mods import Mod
+from .scalars import integer
 
 GRAIN = 64  # of the lists' blocks: a warpgroup's rows, and the narrowest block of keys
 
@@ -23,6 +24,7 @@ class BlockLists(NamedTuple):
     full_kv_num_blocks: Tensor | None = None  # those of which every pair attends (causal and window apply too)
     full_kv_indices: Tensor | None = None
     block_size: tuple[int, int] = (128, 128)
+    check: bool = False  # hold what the lists contain against their sizes on a GPU too, which waits for it
 
     @property
     def blocks(self) -> SparseBlocks:
@@ -85,19 +87,25 @@ def prepare(block_mask, mask_mod) -> tuple[BlockLists | None, Any]:
 
 
 def _checked(lists: BlockLists) -> BlockLists:
-    size = lists.block_size
-    if len(size) != 2 or any(type(n) is not int or n <= 0 or n % GRAIN for n in size):
-        raise ValueError(f"block_mask: blocks of {size}; (queries, keys) are needed, multiples of {GRAIN}")
+    size = tuple(map(integer, lists.block_size)) if isinstance(lists.block_size, (tuple, list)) else ()
+    if len(size) != 2 or any(n is None or n <= 0 or n % GRAIN for n in size):
+        what = f"block_size {lists.block_size!r} came"
+        raise ValueError(f"block_mask: {what}; a pair (queries, keys) is needed, multiples of {GRAIN}, as (128, 128)")
+    if type(lists.check) is not bool:
+        raise TypeError(f"block_mask: check: a bool is needed, {lists.check!r} came")
+    if lists.kv_num_blocks is None or lists.kv_indices is None:
+        raise TypeError("block_mask: kv_num_blocks and kv_indices are needed, int32 tensors; None came")
     if (lists.full_kv_num_blocks is None) != (lists.full_kv_indices is None):
         raise ValueError("block_mask: full_kv_num_blocks and full_kv_indices come together, or neither")
-    return lists
+    return lists._replace(block_size=size)
 
 
 def fit(lists: BlockLists, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device) -> Sparsity:
     """The lists for one problem.
 
     Raises:
-        TypeError, ValueError: they are not for it; the message says how they should be.
+        TypeError, ValueError: they are not for it, or, where that is looked at, contain what they cannot; the message
+            says how they should be.
     """
     m, n = lists.block_size
     rows, columns = -(-seqlen_q // m), -(-seqlen_k // n)
@@ -116,4 +124,33 @@ def fit(lists: BlockLists, batch: int, heads: int, seqlen_q: int, seqlen_k: int,
         if x.device != device:
             raise ValueError(f"{what}: on {x.device}, but q is on {device}; move it with .to(device)")
         found.append(x.expand(batch, heads, *want))
+    if lists.check or device.type == "cpu":
+        _contents(lists)
     return Sparsity(lists.blocks, tuple(found))
+
+
+def _contents(lists: BlockLists) -> None:
+    """The lists count and name blocks that there are, each once. Read on the host."""
+    if lists.kv_indices.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("block_mask: check=True, and nothing can be read while a CUDA graph is captured; pass False")
+    columns, named = lists.kv_indices.shape[-1], []
+    places = torch.arange(columns, device=lists.kv_indices.device)
+    pairs: Any = [lists[:2]] if lists.full_kv_num_blocks is None else [lists[:2], lists[2:4]]
+    for (counts, indices), prefix in zip(pairs, ("", "full_"), strict=False):
+        listed = places < counts[..., None]
+        _within(f"{prefix}kv_num_blocks", counts, columns)
+        _within(f"{prefix}kv_indices", indices[listed], columns - 1)
+        times = indices.new_zeros(*indices.shape[:-1], columns + 1)
+        times.scatter_add_(-1, indices.long().where(listed, columns), torch.ones_like(indices))
+        named.append(times[..., :-1])
+    twice = (named[0] + named[-1] > 1 if named[1:] else named[0] > 1).nonzero()
+    if len(twice):
+        b, h, m, n = twice[0].tolist()
+        what = f"block {n} of keys is named more than once for block {m} of queries, sequence {b}, head {h}"
+        raise ValueError(f"block_mask: {what}; name it once, in one of the lists")
+
+
+def _within(name: str, x: Tensor, most: int) -> None:
+    outside = x[(x < 0) | (x > most)]
+    if len(outside):
+        raise ValueError(f"block_mask: {name}: {outside[0]} came; 0 to {most} are possible for a list of its size")

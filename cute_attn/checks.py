@@ -12,6 +12,7 @@ from .modifiers import Dropout, Modifiers
 from .mods import Mod, prepare
 from .plan import Kinds, Problem
 from .reference import LEVELS, levels_kept
+from .scalars import integer
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 TORCH_DTYPES = {word: dtype for dtype, word in DTYPES.items()}
@@ -56,12 +57,64 @@ def type_word(x) -> str:
 
 def tensor(name: str, x) -> None:
     if not isinstance(x, torch.Tensor):
-        way_out = f"; torch.from_dlpack({name}) shares its memory" if hasattr(x, "__dlpack__") else ""
+        source = f"{name}.copy()" if backwards(x) else name  # torch ends the process over views that run backwards
+        way_out = f"; torch.from_dlpack({source}) shares its memory" if hasattr(x, "__dlpack__") else ""
         raise TypeError(f"{name}: a torch.Tensor is needed, {type_word(x)} came{way_out}")
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         way_out = "differentiate with torch.autograd, and put what vmap would map over into the batch"
         raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and flash_fwd has no rule; {way_out}")
+    if x.is_nested:
+        raise TypeError(
+            f"{name}: a nested tensor came, whose sequences flash_fwd_varlen takes; {_packed_by_hand(name, x)}"
+        )
     _dense(name, x.layout)
+    memory(name, x)
+
+
+def backwards(x) -> bool:
+    """Whether an array that is not torch's has a negative stride."""
+    strides = getattr(x, "strides", None)
+    return isinstance(strides, tuple) and any(stride < 0 for stride in strides)
+
+
+def _packed_by_hand(name: str, x: torch.Tensor) -> str:
+    if x.layout != torch.jagged:
+        return f"make it jagged, torch.nested.nested_tensor({name}.unbind(), layout=torch.jagged), and pass its parts"
+    bshd = name if getattr(x, "_ragged_idx", 1) == 1 else f"{name}.transpose(1, 2)"
+    return f"pass {bshd}.values(), (total, H, D), and {name}.offsets().to(torch.int32) as its cu_seqlens"
+
+
+def memory(name: str, x: torch.Tensor) -> None:
+    """x has memory of its own: nothing else can a kernel read."""
+    if type(x) is not torch.Tensor and wraps(x):
+        ways = dict(to_local="to_local(), sharded along the batch or the heads", wait="wait()")
+        way_out = next((f"{name}.{way}" for has, way in ways.items() if hasattr(x, has)), "the tensor that it wraps")
+        raise TypeError(f"{name}: a {type_word(x)} came, which has no memory of its own; pass {way_out}")
+
+
+def wraps(x: torch.Tensor) -> bool:
+    """Whether x is of a class that has other tensors in place of memory, as DTensor has."""
+    kind = type(x)
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and (
+        x.is_nested or x.data_ptr() == 0 < x.numel()
+    )
+
+
+def stands_in(*tensors: torch.Tensor) -> bool:
+    """Whether one is a stand-in of torch's tracers, for which the operator says what comes back.
+
+    Raises:
+        TypeError: one is of another class without memory.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in tensors):
+        return True
+    for name, x in zip("qkv", tensors, strict=True):
+        if isinstance(x, torch.Tensor):
+            memory(name, x)
+    return False
 
 
 def _dense(name: str, storage: torch.layout) -> None:
@@ -105,11 +158,12 @@ def window(sides, causal) -> tuple[bool, tuple[int, int] | None]:
     return False, (UNBOUNDED if left is None else left, UNBOUNDED if right is None else right)
 
 
-def _side(name, keys):
-    if keys is None:
+def _side(name, given):
+    if given is None:
         return None
-    if type(keys) is not int and (isinstance(keys, bool) or not isinstance(keys, (int, torch.SymInt))):
-        raise TypeError(f"window: {name} {keys!r} came; an int of at least 0 is needed, or None for no bound")
+    keys = integer(given)
+    if keys is None:
+        raise TypeError(f"window: {name} {given!r} came; an int of at least 0 is needed, or None for no bound")
     if keys < 0:
         raise ValueError(f"window: {name} {keys} is below 0; use a number of keys, or None for no bound")
     return keys if keys < UNBOUNDED else UNBOUNDED
@@ -149,9 +203,10 @@ def other_head_dim(q: Spec | torch.Tensor, v: Spec | torch.Tensor) -> int:
     return 0 if v.shape[-1] == q.shape[-1] else v.shape[-1]
 
 
-def ratio(heads) -> int:
-    if type(heads) is not int or heads < 1:
-        raise ValueError(f"ratio: {heads!r} came; the number of query heads to a K/V head is needed, 1 or more")
+def ratio(given) -> int:
+    heads = integer(given)
+    if heads is None or heads < 1:
+        raise ValueError(f"ratio: {given!r} came; the number of query heads to a K/V head is needed, 1 or more")
     return heads
 
 
@@ -242,11 +297,13 @@ def lengths(name: str, x: Spec, count: int | None, q: Spec) -> None:
         raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move it with .to(device)")
 
 
-def max_seqlen(name: str, value) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
-        raise TypeError(f"{name}: an int or None is needed, {value!r} came; for a tensor pass its .item()")
+def max_seqlen(name: str, given) -> Any:
+    value = integer(given)
+    if value is None and given is not None:
+        raise TypeError(f"{name}: an int or None is needed, {given!r} came; for a tensor pass its .item()")
     if value is not None and value < 0:
         raise ValueError(f"{name}: {value} is below 0; use the longest sequence's length, or None")
+    return value
 
 
 def packed_gradients(max_seqlen_q, max_seqlen_k, seqused_q, seqused_k) -> None:
@@ -327,7 +384,12 @@ def dropout(p, generator, rng_state) -> Dropout | None:
         raise TypeError(
             "generator: it cannot pass the operator that torch.compile sees; draw rng_state from it instead"
         )
-    return None if levels_kept(p) == LEVELS else Dropout(p, generator, rng_state)
+    if levels_kept(p) < LEVELS:
+        return Dropout(p, generator, rng_state)
+    for name, given in (("generator", generator), ("rng_state", rng_state)):
+        if given is not None:
+            raise ValueError(f"{name}: given with dropout_p {p}, by which nothing is left out; omit it, or dropout")
+    return None
 
 
 def random_state(given: Dropout, device: torch.device) -> None:
@@ -341,6 +403,7 @@ def random_state(given: Dropout, device: torch.device) -> None:
         return
     if not isinstance(state, torch.Tensor):
         raise TypeError(f"rng_state: a torch.Tensor is needed, int64 (2,): seed, offset; {type_word(state)} came")
+    memory("rng_state", state)
     if state.dtype != torch.int64 or state.shape != (2,) or state.stride(0) != 1:
         what = f"{state.dtype} of shape {tuple(state.shape)} and strides {state.stride()} came"
         raise ValueError(f"rng_state: {what}; int64 (2,), contiguous, is needed: seed, offset")
@@ -377,6 +440,9 @@ def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modi
     lists = modifiers.block_mask
     if not isinstance(lists, block_masks.BlockLists):
         return modifiers
+    for name, x in zip(lists._fields[:4], lists[:4], strict=True):
+        if isinstance(x, torch.Tensor):
+            memory(f"block_mask: {name}", x)
     sizes = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
     return modifiers._replace(block_mask=block_masks.fit(lists, *sizes, device))
 
@@ -384,6 +450,8 @@ def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modi
 def captured(name: str, mod: Mod | None, device: torch.device) -> None:
     """What a function captures, and its aux, is where q is, and learns nothing."""
     for x in () if mod is None else mod.arguments:
+        if isinstance(x, torch.Tensor):
+            memory(name, x)
         if isinstance(x, torch.Tensor) and x.device != device:
             raise ValueError(
                 f"{name}: it captures a tensor on {x.device}, but q is on {device}; move it with .to(device)"
@@ -404,6 +472,7 @@ def per_head(modifiers: Modifiers, problem: Problem, device: torch.device) -> No
         want = " or ".join(map(str, shapes))
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: a torch.Tensor is needed, float32 {want}; {type_word(x)} came")
+        memory(name, x)
         if x.dtype != torch.float32:
             raise TypeError(f"{name}: {x.dtype} came, torch.float32 is needed; use {name}.float()")
         if tuple(x.shape) not in shapes:
@@ -481,6 +550,7 @@ def out(o: Spec, q: Spec, v: Spec, layout: str) -> None:
 
 def out_memory(o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, nbytes) -> None:
     """`out` shares no element with q, k or v; nbytes: from the first to past the last element of q, k, v and out."""
+    memory("out", o)
     if o.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: requires grad; pass out.detach(), or call under torch.no_grad()")
     q_start, k_start, v_start, start = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr()

@@ -84,6 +84,12 @@ def flash_fwd_varlen(
         return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     if type(causal) is not bool or type(return_lse) is not bool:
         checks.flags(causal=causal, return_lse=return_lse)
+    if not type(q) is type(k) is type(v) is type(cu_seqlens_q) is type(cu_seqlens_k) is Tensor:
+        if checks.stands_in(q, k, v):
+            return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
+        _have_memory(lengths)
+    elif not seqused_q is seqused_k is None:
+        _have_memory(lengths)
     call = _call(q, k, v, lengths, hints, out, causal, UNMODIFIED if modifiers is NONE else modifiers.kinds)
     scale = call.scale if scale is None else checks.scale(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
@@ -105,7 +111,17 @@ def flash_fwd_varlen(
     return api.results(o, lse, modifiers.row_max, None, asked)
 
 
-def _by_operator(modifiers, *arguments):
+LENGTHS = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
+HINTS = "max_seqlen_q", "max_seqlen_k"
+
+
+def _have_memory(lengths):
+    for name, x in zip(LENGTHS, lengths, strict=True):
+        if isinstance(x, Tensor):
+            checks.memory(name, x)
+
+
+def _by_operator(modifiers, q, k, v, lengths, hints, *arguments):
     from .integrations.varlen_op import traced  # which imports this file
 
     given = [name for name, x in modifiers._asdict().items() if name != "window" and x is not None and x is not False]
@@ -114,7 +130,7 @@ def _by_operator(modifiers, *arguments):
         what = "asked for of packed sequences, with inputs that require grad or under torch.compile"
         way_out = "call under torch.no_grad(), from a function under torch.compiler.disable"
         raise ValueError(f"{names}: {what}; {way_out}")
-    return traced(*arguments)
+    return traced(q, k, v, lengths, tuple(map(checks.max_seqlen, HINTS, hints)), *arguments)
 
 
 class Call(NamedTuple):
@@ -159,16 +175,15 @@ def _call(q, k, v, lengths, hints, out, causal, kinds) -> Call:
 
 
 def _prepared(q, k, v, lengths, hints, out, causal, kinds) -> Call:
-    names = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
-    for name, x in (*zip("qkv", (q, k, v), strict=True), *zip(names, lengths, strict=True), ("out", out)):
-        if x is not None or name in ("q", "k", "v", *names[:2]):
+    for name, x in (*zip("qkv", (q, k, v), strict=True), *zip(LENGTHS, lengths, strict=True), ("out", out)):
+        if x is not None or name in ("q", "k", "v", *LENGTHS[:2]):
             checks.tensor(name, x)
-    for name, value in zip(("max_seqlen_q", "max_seqlen_k"), hints, strict=True):
+    for name, value in zip(HINTS, hints, strict=True):
         checks.max_seqlen(name, value)
     q, k, v, o = (Spec.of(x) for x in (q, k, v, q if out is None else out))
-    checks.lengths(names[0], Spec.of(lengths[0]), None, q)
+    checks.lengths(LENGTHS[0], Spec.of(lengths[0]), None, q)
     batch = len(lengths[0]) - 1
-    for name, x, count in zip(names, lengths, (None, batch + 1, batch, batch), strict=True):
+    for name, x, count in zip(LENGTHS, lengths, (None, batch + 1, batch, batch), strict=True):
         if x is not None:
             checks.lengths(name, Spec.of(x), count, q)
     checks.packed(q, k, v, batch)

@@ -73,7 +73,7 @@ class Sparse:
 
     @cute.jit
     def _counts(self, tile: Tile, problem: Problem):
-        """Blocks that the mask may cut, and whole ones; of each no more than its list has places, whatever is counted."""
+        """Blocks that the mask may cut, and whole ones; of each no more than its list has places."""
         sparse, cut, whole = self.config.sparse, Int32(0), Int32(0)
         counts: Any = problem.others[-sparse.arguments :: 2]
         indices: Any = problem.others[-sparse.arguments + 1 :: 2]

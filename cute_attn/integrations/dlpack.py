@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checks import type_word
+from ..checks import backwards, type_word
 
 IMMUTABLE = ("jax", "jaxlib")
 CUDA = 2  # kDLCUDA
@@ -57,6 +57,7 @@ def _writable(out, library: str) -> None:
 
 
 def _tensor(name: str, x) -> torch.Tensor:
+    _forwards(name, x)
     try:
         with _on_its_gpu(x):
             return torch.from_dlpack(x)
@@ -67,6 +68,14 @@ def _tensor(name: str, x) -> torch.Tensor:
         )
         way_out = "flash_fwd runs eagerly, so call it outside of jax.jit; otherwise pass a dense bf16 or fp16 array"
         raise TypeError(f"{name}: {came} ({said[0][:160]}); {way_out}") from error
+
+
+def _forwards(name: str, x) -> None:
+    """NumPy and CuPy share views that run backwards, and torch ends the process over them."""
+    if backwards(x):
+        raise ValueError(
+            f"{name}: strides {x.strides} bytes came, which run backwards; torch has none: use {name}.copy()"
+        )
 
 
 def _array(x: torch.Tensor, like) -> Any:
