@@ -2,7 +2,8 @@
 
 from .api import flash_fwd, warmup
 from .block_mask import BlockLists
+from .explanation import explain
 from .varlen import flash_fwd_varlen
 
 __version__ = "0.1.0"
-__all__ = ["BlockLists", "__version__", "flash_fwd", "flash_fwd_varlen", "warmup"]
+__all__ = ["BlockLists", "__version__", "explain", "flash_fwd", "flash_fwd_varlen", "warmup"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import checks, compile, device, reference
+from . import checks, compile, device, notices, reference
 from .checks import Spec
 from .kernels.config import FwdConfig
 from .modifiers import NONE, UNMODIFIED, Modifiers
@@ -262,7 +262,16 @@ def _call(q, k, v, out, how) -> Call:
     return call
 
 
-def _prepared(q, k, v, out, causal, layout, constant_time, kinds) -> Call:
+def _prepared(q, k, v, out, *how) -> Call:
+    problem, gpu, config, specs = planned(q, k, v, out, *how)
+    kernel = None if gpu is None or problem.empty else compile.get(config)
+    plain = not any(checks.odd(x.stride) for x in specs)
+    nbytes = tuple(x.nbytes for x in specs)
+    return Call(problem, problem.head_dim**-0.5, gpu, kernel, config.scheduler.draws, plain, nbytes)
+
+
+def planned(q, k, v, out, causal, layout, constant_time, kinds):
+    """Checked: the problem, its GPU (None: the CPU), the kernel's config, and what was seen of q, k, v and o."""
     checks.words(causal, layout, constant_time)
     for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
         checks.tensor(name, x)
@@ -272,10 +281,7 @@ def _prepared(q, k, v, out, causal, layout, constant_time, kinds) -> Call:
         checks.out(o, q, v, layout)
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
     config = plan(problem, None if gpu is None else gpu.name)
-    kernel = None if gpu is None or problem.empty else compile.get(config)
-    plain = not any(checks.odd(x.stride) for x in (q, k, v, o))
-    nbytes = tuple(x.nbytes for x in (q, k, v, o))
-    return Call(problem, problem.head_dim**-0.5, gpu, kernel, config.scheduler.draws, plain, nbytes)
+    return problem, gpu, config, (q, k, v, o)
 
 
 def warmup(
@@ -332,6 +338,7 @@ def _on_cpu(problem, q, k, v, scale, modifiers, asked, out):
     how = dict(
         causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers.for_reference()
     )
+    notices.once("flash_fwd: CPU tensors are computed by torch, in float32")
     with torch.autocast("cpu", enabled=False):
         o, lse, row_max = reference.attention(q.detach(), k.detach(), v.detach(), **how, return_row_max=True)
     o = (o_like(q, v) if out is None else out).copy_(o)

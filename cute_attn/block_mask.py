@@ -93,8 +93,6 @@ def _checked(lists: BlockLists) -> BlockLists:
         raise ValueError(f"block_mask: {what}; a pair (queries, keys) is needed, multiples of {GRAIN}, as (128, 128)")
     if type(lists.check) is not bool:
         raise TypeError(f"block_mask: check: a bool is needed, {lists.check!r} came")
-    if lists.kv_num_blocks is None or lists.kv_indices is None:
-        raise TypeError("block_mask: kv_num_blocks and kv_indices are needed, int32 tensors; None came")
     if (lists.full_kv_num_blocks is None) != (lists.full_kv_indices is None):
         raise ValueError("block_mask: full_kv_num_blocks and full_kv_indices come together, or neither")
     return lists._replace(block_size=size)
@@ -111,11 +109,12 @@ def fit(lists: BlockLists, batch: int, heads: int, seqlen_q: int, seqlen_k: int,
     rows, columns = -(-seqlen_q // m), -(-seqlen_k // n)
     found = []
     for name, x in zip(lists._fields[:4], lists[:4], strict=True):
-        if x is None:
+        if x is None and name.startswith("full"):
             continue
         what = f"block_mask: {name}"
         if not isinstance(x, Tensor) or x.dtype != torch.int32:
-            raise TypeError(f"{what}: {getattr(x, 'dtype', type(x).__name__)} came; an int32 tensor is needed")
+            came = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{what}: {came} came; an int32 tensor is needed")
         want = (rows,) if name.endswith("num_blocks") else (rows, columns)
         shared = x.dim() == 2 + len(want) and x.shape[0] in (1, batch) and x.shape[1] in (1, heads)
         if not shared or x.shape[2:] != want:

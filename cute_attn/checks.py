@@ -95,21 +95,25 @@ def memory(name: str, x: torch.Tensor) -> None:
 def wraps(x: torch.Tensor) -> bool:
     """Whether x is of a class that has other tensors in place of memory, as DTensor has."""
     kind = type(x)
-    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and (
-        x.is_nested or x.data_ptr() == 0 < x.numel()
-    )
+    if kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or _of_a_tracer(x):
+        return False
+    return x.is_nested or x.data_ptr() == 0 < x.numel()
+
+
+def _of_a_tracer(x) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(x, (FakeTensor, FunctionalTensor))
 
 
 def stands_in(*tensors: torch.Tensor) -> bool:
-    """Whether one is a stand-in of torch's tracers, for which the operator says what comes back.
+    """Whether q, k or v is a stand-in of torch's tracers, for which the operator says what comes back.
 
     Raises:
         TypeError: one is of another class without memory.
     """
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in tensors):
+    if any(map(_of_a_tracer, tensors)):
         return True
     for name, x in zip("qkv", tensors, strict=True):
         if isinstance(x, torch.Tensor):

@@ -11,12 +11,14 @@ where tiles are few, as the plan has it, and merged in a fixed order), `pack_gqa
 take every SM).
 """
 
+import numbers
 from typing import Any, NamedTuple
 
 from torch import Tensor, are_deterministic_algorithms_enabled
 
 from . import api, varlen
-from .checks import learns
+from .checks import flags, learns
+from .scalars import integer
 
 
 def flash_attn_func(
@@ -61,8 +63,9 @@ def flash_attn_func(
     """
     asked = Asked(q, k, v, causal, window_size, softcap, deterministic)
     asked.check(dict(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale), attention_chunk)
+    flags(return_attn_probs=return_attn_probs)
     hints(num_splits, pack_gqa, sm_margin)
-    how = dict(causal=causal, scale=softmax_scale, window=asked.window(), softcap=softcap or None, layout="bshd")
+    how = dict(causal=causal, scale=softmax_scale, window=asked.window(), softcap=asked.cap(), layout="bshd")
     return api.flash_fwd(q, k, v, return_lse=return_attn_probs, **how)  # type: ignore[call-overload]
 
 
@@ -109,11 +112,12 @@ def flash_attn_varlen_func(
     """
     asked = Asked(q, k, v, causal, window_size, softcap, deterministic)
     asked.check(dict(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale), attention_chunk)
+    flags(return_attn_probs=return_attn_probs)
     hints(num_splits, pack_gqa, sm_margin)
     lengths: dict[str, Any] = dict(
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k
     )
-    how: dict[str, Any] = dict(causal=causal, scale=softmax_scale, window=asked.window(), softcap=softcap or None)
+    how: dict[str, Any] = dict(causal=causal, scale=softmax_scale, window=asked.window(), softcap=asked.cap())
     return varlen.flash_fwd_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=return_attn_probs, **lengths, **how)
 
 
@@ -134,7 +138,11 @@ class Asked(NamedTuple):
             attention_chunk="use window_size, or torch.nn.attention.flex_attention for chunks",
         )
         scaled = "FP8 is not supported; dequantise to bf16: (x.float() * descale).to(torch.bfloat16)"
-        for name, x in dict(**tensors, attention_chunk=attention_chunk or None).items():
+        chunk = integer(attention_chunk)
+        if chunk is None:
+            raise TypeError(f"attention_chunk: {attention_chunk!r} came; 0 is needed: chunks are not supported")
+        flags(causal=self.causal, deterministic=self.deterministic)
+        for name, x in dict(**tensors, attention_chunk=chunk or None).items():
             if x is not None:
                 raise NotImplementedError(f"{name}: not supported; {ways.get(name, scaled)}")
         if self.deterministic and learns(self.q, self.k, self.v) and not are_deterministic_algorithms_enabled():
@@ -149,6 +157,8 @@ class Asked(NamedTuple):
         if not isinstance(sides, (tuple, list)) or len(sides) != 2:
             raise ValueError(f"window_size: {sides!r} came; a pair (left, right) is needed, -1 for no bound")
         for side in sides:
+            if side is not None and integer(side) is None:
+                raise TypeError(f"window_size: {side!r} came; an int is needed, -1 for no bound")
             if side is not None and side < -1:
                 raise ValueError(f"window_size: {side} is below -1; use a number of keys, or -1 for no bound")
         left, right = (None if side == -1 else side for side in sides)
@@ -156,11 +166,18 @@ class Asked(NamedTuple):
             right = None  # which causality bounds, as there
         return None if left is right is None else (left, right)
 
+    def cap(self) -> float | None:
+        """In `flash_fwd`'s words; 0 is none."""
+        given = self.softcap
+        if isinstance(given, bool) or not isinstance(given, numbers.Real):
+            raise TypeError(f"softcap: {given!r} came; a number is needed, 0.0 for no cap")
+        return float(given) or None
+
 
 def hints(num_splits: Any, pack_gqa: Any, sm_margin: Any) -> None:
     """Of the right type, if nothing else."""
     for name, value in dict(num_splits=num_splits, sm_margin=sm_margin).items():
-        if type(value) is not int or value < 0:
+        if integer(value) is None or value < 0:
             raise ValueError(f"{name}: {value!r} came; an int of at least 0 is needed (a hint that is not followed)")
     if pack_gqa is not None and type(pack_gqa) is not bool:
         raise ValueError(f"pack_gqa: {pack_gqa!r} came; a bool or None is needed (a hint that is not followed)")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import api, checks, compile, device, reference
+from . import api, checks, compile, device, notices, reference
 from .checks import Spec
 from .modifiers import NONE, UNMODIFIED, Modifiers
 from .plan import Problem
@@ -124,13 +124,18 @@ def _have_memory(lengths):
 def _by_operator(modifiers, q, k, v, lengths, hints, *arguments):
     from .integrations.varlen_op import traced  # which imports this file
 
+    operator_takes(modifiers)
+    return traced(q, k, v, lengths, tuple(map(checks.max_seqlen, HINTS, hints)), *arguments)
+
+
+def operator_takes(modifiers):
+    """A window; ValueError for anything else, which it and its backward have not."""
     given = [name for name, x in modifiers._asdict().items() if name != "window" and x is not None and x is not False]
     if given:
         names = ", ".join(given).replace("row_max", "return_row_max, return_max_logit")
         what = "asked for of packed sequences, with inputs that require grad or under torch.compile"
         way_out = "call under torch.no_grad(), from a function under torch.compiler.disable"
         raise ValueError(f"{names}: {what}; {way_out}")
-    return traced(q, k, v, lengths, tuple(map(checks.max_seqlen, HINTS, hints)), *arguments)
 
 
 class Call(NamedTuple):
@@ -174,7 +179,16 @@ def _call(q, k, v, lengths, hints, out, causal, kinds) -> Call:
     return call
 
 
-def _prepared(q, k, v, lengths, hints, out, causal, kinds) -> Call:
+def _prepared(q, k, v, lengths, hints, out, *how) -> Call:
+    batch, gpu, config, specs = planned(q, k, v, lengths, hints, out, *how)
+    total_q, heads, head_dim = q.shape
+    kernel = None if gpu is None or 0 in (batch, total_q, heads) else compile.get(config)
+    plain = not any(checks.odd(x.stride) for x in specs) and k.shape[0] > 0
+    return Call(head_dim**-0.5, gpu, kernel, plain, tuple(x.nbytes for x in specs))
+
+
+def planned(q, k, v, lengths, hints, out, causal, kinds):
+    """As `api.planned`, with the number of sequences in the place of the problem."""
     for name, x in (*zip("qkv", (q, k, v), strict=True), *zip(LENGTHS, lengths, strict=True), ("out", out)):
         if x is not None or name in ("q", "k", "v", *LENGTHS[:2]):
             checks.tensor(name, x)
@@ -190,12 +204,9 @@ def _prepared(q, k, v, lengths, hints, out, causal, kinds) -> Call:
     if out is not None:
         checks.out(o, q, v, "thd")
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
-    total_q, heads, head_dim = q.shape
-    kind = head_dim, checks.DTYPES[q.dtype], causal, kinds
+    kind = q.shape[2], checks.DTYPES[q.dtype], causal, kinds
     config = plan_varlen(*kind, None if gpu is None else gpu.name, checks.other_head_dim(q, v))
-    kernel = None if gpu is None or 0 in (batch, total_q, heads) else compile.get(config)
-    plain = not any(checks.odd(x.stride) for x in (q, k, v, o)) and k.shape[0] > 0
-    return Call(head_dim**-0.5, gpu, kernel, plain, tuple(x.nbytes for x in (q, k, v, o)))
+    return batch, gpu, config, (q, k, v, o)
 
 
 def _launch(call: Call, tensors, lengths, lse, scale, extras):
@@ -239,6 +250,7 @@ def _for_tma(q, k, v, o):
 def _on_cpu(q, k, v, lengths, o, lse, causal, scale, modifiers):
     cu_q, cu_k, used_q, used_k = lengths
     q, k, v = q.detach(), k.detach(), v.detach()
+    notices.once("flash_fwd_varlen: CPU tensors are computed by torch, in float32")
     how = dict(causal=causal, scale=scale, dtype=torch.float32, **modifiers.for_reference())
     row_max = None if modifiers.row_max is False else modifiers.row_max
     with torch.autocast("cpu", enabled=False):

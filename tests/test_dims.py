@@ -140,12 +140,12 @@ def test_other_ways_in():
 
 def test_transformers_trains_what_torch_trains():
     q, k, v = of((64, 128), 1, 2, 2, 8, 8, device="cpu")
-    assert transformers.serves(q, k, v, 0.0, {})
-    assert not transformers.serves(q.requires_grad_(), k, v, 0.0, {})
+    assert transformers.unserved(q, k, v, 0.0, {}) is None
+    assert "gradients" in transformers.unserved(q.requires_grad_(), k, v, 0.0, {})
     q, k, v = of((320, 320), 1, 2, 2, 8, 8, device="cpu")
-    assert transformers.serves(q, k, v, 0.0, {})
-    assert not transformers.serves(q, k, v.requires_grad_(), 0.0, {})
-    assert not transformers.serves(*of((520, 64), 1, 2, 2, 8, 8, device="cpu"), 0.0, {})
+    assert transformers.unserved(q, k, v, 0.0, {}) is None
+    assert "gradients" in transformers.unserved(q, k, v.requires_grad_(), 0.0, {})
+    assert "up to 512" in transformers.unserved(*of((520, 64), 1, 2, 2, 8, 8, device="cpu"), 0.0, {})
 
 
 @pairs([(64, 128), (320, 320)])

@@ -83,6 +83,10 @@ FROZEN.flags.writeable = False
         (lambda: flash_fwd(Stranger(), Stranger(), Stranger()), TypeError, "q: .*Stranger does not share its memory"),
         (lambda: flash_fwd([1.0], K, V), TypeError, "q: a torch.Tensor is needed, builtins.list came"),
         (lambda: flash_fwd(Q, K, V, layout="sbhd"), ValueError, "layout"),
+        (lambda: flash_fwd(Q[:, :, ::-1], K, V), ValueError, r"q: strides \(.*-32.*\) bytes came, .* use q.copy\(\)"),
+        (lambda: flash_fwd(Q, K, V[..., ::-1]), ValueError, r"v: strides .* run backwards"),
+        (lambda: flash_fwd(Q, K, V, out=Q[::-1]), ValueError, r"out: strides .* run backwards"),
+        (lambda: flash_fwd(torch.from_numpy(Q), K[::-1], V), TypeError, r"k: .*torch.from_dlpack\(k.copy\(\)\)"),
     ],
 )
 def test_what_is_wrong_is_said(call, error, words):

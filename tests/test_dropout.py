@@ -326,6 +326,21 @@ WRONG = {
     "int32": (dict(dropout_p=0.5, rng_state=state(1, 2).int()), ValueError, "rng_state: torch.int32 of shape"),
     "seed alone": (dict(dropout_p=0.5, rng_state=state(1, 2)[:1]), ValueError, r"of shape \(1,\)"),
     "elsewhere": (dict(dropout_p=0.5, rng_state=state(1, 2).to("meta")), ValueError, "rng_state: on meta, but q is on"),
+    "a state without dropout": (
+        dict(rng_state=state(1, 2)),
+        ValueError,
+        "rng_state: given with dropout_p 0.0, by which",
+    ),
+    "a state, and too little": (
+        dict(dropout_p=1e-9, rng_state=state(1, 2)),
+        ValueError,
+        "rng_state: given with dropout_p",
+    ),
+    "a generator without": (
+        dict(generator=torch.Generator()),
+        ValueError,
+        "generator: given with dropout_p 0.0, by which",
+    ),
     "a flag": (dict(return_rng_state=1), TypeError, "return_rng_state: a bool is needed, 1 came"),
 }
 

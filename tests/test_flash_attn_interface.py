@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from attention import bound, inputs
@@ -68,6 +69,8 @@ def asked(monkeypatch):
         ((0, 0), False, (0, 0)),
         ([5, 3], False, (5, 3)),
         ((None, None), False, None),
+        (np.array([5, -1]).tolist(), False, (5, None)),
+        (tuple(np.array([5, 3])), False, (5, 3)),
         ((5, 3), True, (5, None)),  # causality bounds the right side, whatever comes
         ((-1, 3), True, None),
         ((0, -1), True, (0, None)),
@@ -95,6 +98,16 @@ WRONG = [
     (dict(v_descale=torch.ones(1)), NotImplementedError, "v_descale: not supported; FP8"),
     (dict(attention_chunk=64), NotImplementedError, "attention_chunk: not supported; use window_size"),
     (dict(window_size=(-2, -1)), ValueError, "window_size: -2 is below -1"),
+    (dict(window_size=("1", -1)), TypeError, "window_size: '1' came; an int"),
+    (dict(window_size=(-1, True)), TypeError, "window_size: True came; an int"),
+    (dict(deterministic="x"), TypeError, "deterministic: a bool is needed, 'x' came"),
+    (dict(causal=0), TypeError, "causal: a bool is needed, 0 came"),
+    (dict(return_attn_probs=1), TypeError, "return_attn_probs: a bool is needed, 1 came"),
+    (dict(attention_chunk=None), TypeError, "attention_chunk: None came; 0 is needed"),
+    (dict(attention_chunk=False), TypeError, "attention_chunk: False came"),
+    (dict(softcap=False), TypeError, "softcap: False came; a number is needed, 0.0 for no cap"),
+    (dict(softcap=None), TypeError, "softcap: None came"),
+    (dict(softcap=""), TypeError, "softcap: '' came"),
     (dict(window_size=5), ValueError, "window_size: 5 came; a pair"),
     (dict(window_size=(1, 2, 3)), ValueError, "window_size: .* came; a pair"),
     (dict(num_splits=-1), ValueError, "num_splits: -1 came"),

@@ -9,7 +9,7 @@ from ptx import Deadlock, Fault, get, interpreted
 from ptx.cases import SEQUENCES, run
 from test_dropout import check as check_dropout
 from test_maxima import check as check_maxima
-from test_mods import beyond, held_to_the_bound, mask_mods, pairs_of, score_mods
+from test_mods import beyond, beyond_lists, held_to_the_bound, mask_mods, never_beyond, of, pairs_of, score_mods
 from test_varlen import check as check_varlen
 from test_varlen import packed
 from test_varlen_modifiers import cases as modifiers_of_packed
@@ -17,7 +17,7 @@ from test_varlen_modifiers import check as check_more
 from test_varlen_modifiers import functions as functions_of_packed
 from torch.nn.attention.flex_attention import create_block_mask
 
-from cute_attn import BlockLists, flash_fwd, plan
+from cute_attn import BlockLists, block_mask, flash_fwd, plan
 from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.plan import Problem
@@ -212,6 +212,27 @@ def test_lists_of_blocks(size, whole):
     with interpreted() as asked:
         held_to_the_bound(q, k, v, causal=True, block_mask=lists, dense=dense)
     assert asked[0].sparse.whole == whole
+
+
+@beyond_lists
+def test_no_list_reads_beyond_a_tensor(counts, indices, seen, monkeypatch):
+    monkeypatch.setattr(block_mask, "_contents", lambda lists: None)  # as on a GPU
+    with interpreted() as asked:
+        never_beyond(counts, indices, seen, "cpu")
+    assert asked[0].sparse
+
+
+def test_no_list_of_whole_blocks_reads_beyond_a_tensor(monkeypatch):
+    """And what is counted in both is counted once over each list's places."""
+    monkeypatch.setattr(block_mask, "_contents", lambda lists: None)
+    q, k, v = inputs(1, 2, 2, 64, 190, 64, device="cpu")
+    for cut, whole, seen in ((9, -3, 190), (-7, 2**30, 128), (-1, -1, 0)):
+        lists = of([cut], [0, 1, 2])._replace(
+            full_kv_num_blocks=of([whole], [0])[0], full_kv_indices=of([1], [0, 1, 7])[1]
+        )
+        with interpreted():
+            o = flash_fwd(q, k, v, block_mask=lists)
+        torch.testing.assert_close(o, flash_fwd(q, k[:, :, :seen], v[:, :, :seen]), atol=0.02, rtol=0.02)
 
 
 MASKS = {"full": {}, "causal": dict(causal=True), "window": dict(window=(40, 10))}

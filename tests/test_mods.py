@@ -252,6 +252,97 @@ def test_tiles_of_lists():
     assert all(tile_m == min(rows, 128) for (_, rows, _), tile_m in found.items() if rows != 192)
 
 
+def of(counts, *indices, **how):
+    """Lists of one sequence and head, of blocks of 64: a row of each for every block of queries."""
+    made = torch.tensor(counts, dtype=torch.int32), torch.tensor(indices, dtype=torch.int32)
+    return BlockLists(*(x[None, None] for x in made), block_size=(64, 64), **how)
+
+
+CONTENTS = {
+    "more than there are": (of([4], [0, 1, 2]), "kv_num_blocks: 4 came; 0 to 3 are possible"),
+    "fewer than none": (of([-1], [0, 1, 2]), "kv_num_blocks: -1 came"),
+    "a block too far": (of([2], [0, 3, 0]), "kv_indices: 3 came; 0 to 2 are possible"),
+    "a block before": (of([2], [0, -1, 0]), "kv_indices: -1 came"),
+    "twice": (of([3], [0, 2, 0]), "block 0 of keys is named more than once for block 0 of queries, sequence 0, head 0"),
+    "in both": (
+        of([1], [2, 0, 0])._replace(full_kv_num_blocks=of([2], [0])[0], full_kv_indices=of([2], [1, 2, 0])[1]),
+        "block 2 of keys is named more than once",
+    ),
+    "of the full": (
+        of([1], [2, 0, 0])._replace(full_kv_num_blocks=of([9], [0])[0], full_kv_indices=of([2], [1, 2, 0])[1]),
+        "full_kv_num_blocks: 9 came",
+    ),
+}
+contents = pytest.mark.parametrize(("wrong", "words"), CONTENTS.values(), ids=CONTENTS)
+
+
+@contents
+def test_what_lists_contain_is_looked_at_on_the_cpu(wrong, words):
+    with pytest.raises(ValueError, match=f"block_mask: {words}"):
+        flash_fwd(*inputs(1, 2, 1, 64, 190, 64, device="cpu"), block_mask=wrong)
+
+
+def test_behind_the_counts_lists_may_contain_anything():
+    """As those of create_block_mask do."""
+    q, k, v = inputs(1, 2, 1, 64, 190, 64, device="cpu")
+    o = flash_fwd(q, k, v, block_mask=of([1], [2, 99, -5]))
+    torch.testing.assert_close(o, flash_fwd(q, k[:, :, 128:], v[:, :, 128:]), atol=0.01, rtol=0.01)
+
+
+BEYOND = {
+    "counted beyond the list": ([2**31 - 1], [2, 1, 0], [0, 1, 2]),
+    "counted by one too many": ([4], [2, 1, 0], [0, 1, 2]),
+    "counted below 0": ([-(2**31)], [2, 1, 0], []),
+    "blocks that are none": ([3], [1, 3, -1], [1]),
+    "blocks far out": ([3], [2**31 - 1, -(2**31), 0], [0]),
+    "blocks whose keys overflow": ([3], [2**25, 2**26 + 1, 2], [2]),
+}
+
+
+def never_beyond(counts, indices, seen, device):
+    """What is counted beyond a list is not read, a block that there is not has no keys; behind k and v lies NaN."""
+    room = [torch.full((1, 2, 300, 64), torch.nan, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    q, *kv = inputs(1, 2, 2, 64, 190, 64, device=device)
+    k, v = (x[:, :, 50:240].copy_(y) for x, y in zip(room, kv, strict=True))
+    mask = BlockLists(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in of(counts, indices)))
+    o, lse = flash_fwd(q, k, v, block_mask=mask, return_lse=True)
+    which = torch.tensor([n // 64 in seen for n in range(190)], device=device)
+    want, want_lse = flash_fwd(q, k[:, :, which], v[:, :, which], return_lse=True)
+    torch.testing.assert_close(o, want, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse, want_lse, atol=1e-3, rtol=1e-3)
+
+
+beyond_lists = pytest.mark.parametrize(("counts", "indices", "seen"), BEYOND.values(), ids=BEYOND)
+
+
+@pytest.mark.gpu
+@beyond_lists
+def test_no_list_reads_beyond_a_tensor(counts, indices, seen):
+    never_beyond(counts, indices, seen, "cuda")
+
+
+@pytest.mark.gpu
+@contents
+def test_what_lists_contain_is_looked_at_where_asked(wrong, words):
+    wrong = BlockLists(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in wrong))
+    with pytest.raises(ValueError, match=f"block_mask: {words}"):
+        flash_fwd(*inputs(1, 2, 1, 64, 190, 64), block_mask=wrong._replace(check=True))
+    flash_fwd(*inputs(1, 2, 1, 64, 190, 64), block_mask=wrong)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_contents_cannot_be_looked_at_in_a_capture():
+    q, k, v = inputs(1, 2, 1, 64, 190, 64)
+    good = BlockLists(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in of([2], [0, 1, 2])))
+    flash_fwd(q, k, v, block_mask=good._replace(check=True))
+    with (
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+        pytest.raises(ValueError, match="check=True, and nothing can be read"),
+    ):
+        flash_fwd(q, k, v, block_mask=good._replace(check=True))
+
+
 @pytest.mark.gpu
 def test_what_no_list_names_is_not_read():
     q, k, v = inputs(1, 2, 2, 512, 512, 64)
@@ -423,6 +514,18 @@ WRONG = {
     "lists": (dict(block_mask=torch.ones(3)), TypeError, "block_mask: Tensor came; a BlockMask of torch"),
     "sizes": (dict(block_mask=BlockLists(None, None, block_size=(100, 64))), ValueError, "multiples of 64"),
     "half": (dict(block_mask=BlockLists(None, None, torch.ones(1))), ValueError, "come together, or neither"),
+    "nothing": (dict(block_mask=BlockLists(None, None)), TypeError, "kv_num_blocks: NoneType came; an int32 tensor is"),
+    "counts alone": (
+        dict(block_mask=BlockLists(torch.ones(1, 1, 1, dtype=torch.int32), None)),
+        TypeError,
+        "block_mask: kv_indices: NoneType came; an int32 tensor is needed",
+    ),
+    "a side": (
+        dict(block_mask=BlockLists(*[torch.ones(1, 1, 1, dtype=torch.int32)] * 2, block_size=128)),
+        ValueError,
+        r"block_mask: block_size 128 came; a pair \(queries, keys\) is needed, multiples of 64, as \(128, 128\)",
+    ),
+    "check": (dict(block_mask=BlockLists(*[torch.ones(1)] * 2, check=1)), TypeError, "check: a bool is needed, 1 came"),
     "types": (dict(block_mask=BlockLists(torch.ones(1, 1, 1), None)), TypeError, "kv_num_blocks: torch.float32 came"),
     "shapes": (
         dict(block_mask=lists(torch.ones(1, 3, 1, 1, dtype=torch.bool))),

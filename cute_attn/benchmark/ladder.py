@@ -27,8 +27,10 @@ def configs(problem: Problem) -> tuple[FwdConfig, ...]:
     """The kernel of each stage."""
     tuned = plan(problem, device.name())
     kind = tuned.head_dim, tuned.dtype, tuned.layout, tuned.mask
-    tile_n = 128 if tuned.head_dim <= 128 else 64  # two stages of it fit
-    one_tile = FwdConfig(*kind, 128, tile_n, stages=1, scheduler=OneTile, pingpong=False, overlap=False)
+    tile_m, tile_n = 128, 128 if tuned.head_dim <= 128 else 64  # two stages of it fit
+    if tuned.parts_v > 1:  # two warpgroups share the rows, with fewer keys at a time
+        tile_m, tile_n = tuned.tile_m, tuned.tile_n
+    one_tile = FwdConfig(*kind, tile_m, tile_n, stages=1, scheduler=OneTile, pingpong=False, overlap=False)
     ring = replace(one_tile, stages=2)
     persistent = replace(ring, scheduler=DynamicLongest if problem.causal else StaticTiles)
     overlap = replace(persistent, overlap=True, pingpong=True)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend
 
-from .. import api, checks
+from .. import api, checks, notices
 
 NAME = "cute_attn"
 FLASH = SDPBackend.FLASH_ATTENTION.value
@@ -78,15 +78,45 @@ def _priorities() -> list[int]:
 
 def attention(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     """aten::_scaled_dot_product_flash_attention."""
-    fits = scale is None or scale > 0 or not checks.learns(query, key, value)  # torch's backward takes no other scale
-    fits = fits and query.shape[3] == value.shape[3] <= checks.GRADIENTS_HEAD_DIM_MAX  # as torch's own forward does
-    # Dropout is torch's: its backward draws the mask again from its own Philox state, which ours does not follow.
-    if fits and dropout_p == 0 and not return_debug_mask:
+    why = obstacle(query, key, value, dropout_p, return_debug_mask, scale)
+    if why is None:
         try:
             return ours(query, key, value, is_causal, scale)
-        except (TypeError, ValueError):
-            pass  # flash_fwd does not take it, and has launched nothing
+        except (TypeError, ValueError) as error:  # flash_fwd does not take it, and has launched nothing
+            why = str(error)
+    notices.once(f"scaled_dot_product_attention: computed by torch's flash attention, not by cute_attn: {why}")
     return torchs(query, key, value, dropout_p, is_causal, return_debug_mask, scale)
+
+
+def elsewhere(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> str | None:
+    """Why torch does not ask flash attention at all, so that a call never comes here; None where it does."""
+    if not query.is_cuda:
+        return f"query: on {query.device}; torch asks flash attention for CUDA tensors only"
+    if attn_mask is not None:
+        return "attn_mask: flash attention takes none; use is_causal, torch.nn.attention.bias, or flash_fwd's arguments"
+    if query.dtype not in checks.DTYPES:
+        return f"query: {query.dtype}; flash attention takes torch.bfloat16 and torch.float16"
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "torch.backends.cuda.enable_flash_sdp(False), or torch.nn.attention.sdpa_kernel, excludes it"
+    asked = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.backends.cuda.can_use_flash_attention(asked, debug=True):
+            return None
+    lines = [str(x.message).partition(" (Triggered")[0] for x in said]
+    return " ".join(lines) or "torch finds it unfit for flash attention"
+
+
+def obstacle(query, key, value, dropout_p=0.0, return_debug_mask=False, scale=None) -> str | None:
+    """Why a call stays torch's before flash_fwd is asked; None where it is."""
+    if dropout_p != 0 or return_debug_mask:  # its backward draws the mask again by its Philox state, not by ours
+        return f"dropout_p {dropout_p}: dropout is torch's, whose backward draws its own mask again"
+    if not query.shape[3] == value.shape[3] <= checks.GRADIENTS_HEAD_DIM_MAX:  # as torch's own forward does
+        what = f"head_dim {query.shape[3]} of query, {value.shape[3]} of value"
+        return f"{what}; torch's flash attention takes one for both, up to {checks.GRADIENTS_HEAD_DIM_MAX}"
+    if scale is not None and scale <= 0 and checks.learns(query, key, value):
+        return f"scale {scale}: torch's backward takes a positive one only"
+    return None
 
 
 def ours(query, key, value, is_causal, scale):

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import api, varlen
-from ..checks import DTYPES, GRADIENTS_HEAD_DIM_MAX, HEAD_DIM_MAX, learns
+from .. import api, notices, varlen
+from ..checks import DTYPES, GRADIENTS_HEAD_DIM_MAX, HEAD_DIM_MAX, learns, type_word, wraps
 from .transformers_masks import BLOCK, CausalMask, Packing, Padding, Sequences, mask
 
 NAME = "cute_attn"
@@ -51,18 +51,17 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
             of a model that has no eager attention.
         ValueError: for causal attention of fewer queries than keys, if no mask says which keys the queries see.
     """
-    for name in SPARSE:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f'{name}: sparse attention is not supported; use attn_implementation="eager"')
+    not_sparse(kwargs)
     told = sequences(query, kwargs)
     seen = visible(module, query, key, attention_mask, is_causal, told)
-    if seen is None or not (serves(query, key, value, dropout, kwargs) and goes(seen, query, key, value, kwargs)):
+    why = obstacle(seen, attention_mask, query, key, value, dropout, kwargs)
+    if seen is None or why is not None:
+        if not torch.compiler.is_compiling():
+            notices.once(f"{type(module).__name__}: computed by {other(kwargs)}, not by cute_attn: {why}")
         if seen is not None and seen.among is told is not None:  # of which sdpa attention would know nothing
             attention_mask, is_causal = told.mask(query.shape[2], key.shape[2], seen.causal, seen.window), False
         return others(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
-    how: dict[str, Any] = dict(causal=seen.causal, scale=scaling, window=seen.window, softcap=kwargs.get("softcap"))
-    if kwargs.get("s_aux") is not None:
-        how["sinks"] = kwargs["s_aux"].float()
+    how = options(seen, scaling, kwargs)
     if isinstance(seen.among, Sequences):
         return packed(query, key, value, seen.among, how), None
     key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
@@ -77,14 +76,19 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
 
 
 def padded(query, key, value, out, padding: Padding, how: dict[str, Any]):
+    """`flash_fwd` of a padded batch."""
+    query, out = (grouped(x, key, how) for x in (query, out))
+    api.flash_fwd(query, key, value, **how, **padding.options, out=out)
+
+
+def grouped(x, key, how: dict[str, Any]):
     """A query's heads that share a K/V head are queries of one head where nothing else tells them apart.
 
-    So a decoding step reads the cache once for all of them.
+    So a decoding step reads the cache once for all of them. x: query, or out.
     """
-    heads_kv, ratio = key.shape[1], query.shape[1] // key.shape[1]
-    if query.shape[2] == 1 and ratio <= BLOCK and how["window"] is None and "sinks" not in how:
-        query, out = (x.squeeze(2).unflatten(1, (heads_kv, ratio)) for x in (query, out))
-    api.flash_fwd(query, key, value, **how, **padding.options, out=out)
+    heads_kv, ratio = key.shape[1], x.shape[1] // key.shape[1]
+    alike = x.shape[2] == 1 and ratio <= BLOCK and how["window"] is None and "sinks" not in how
+    return x.squeeze(2).unflatten(1, (heads_kv, ratio)) if alike else x
 
 
 def packed(query, key, value, lengths: Sequences, how: dict[str, Any]) -> torch.Tensor:
@@ -96,6 +100,18 @@ def packed(query, key, value, lengths: Sequences, how: dict[str, Any]) -> torch.
     o = q.new_zeros(*q.shape[:2], v.shape[2])
     varlen.flash_fwd_varlen(q, k, v, lengths.queries, lengths.keys, **how, out=o)
     return o[None]
+
+
+def not_sparse(kwargs: dict[str, Any]) -> None:
+    for name in SPARSE:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f'{name}: sparse attention is not supported; use attn_implementation="eager"')
+
+
+def options(seen: "Visible", scaling: float | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`flash_fwd`'s, but for padding."""
+    how = dict(causal=seen.causal, scale=scaling, window=seen.window, softcap=kwargs.get("softcap"))
+    return how if kwargs.get("s_aux") is None else how | dict(sinks=kwargs["s_aux"].float())
 
 
 class Visible(NamedTuple):
@@ -148,13 +164,28 @@ def _by_mask(mask: CausalMask, told: Sequences | None) -> Visible | None:
     return Visible(mask.keys, mask.shape[2] > 1, window, among)
 
 
-def goes(seen: Visible, query, key, value, kwargs: dict[str, Any]) -> bool:
-    """Whether the kernel has padding, or packed sequences, together with the rest."""
+def obstacle(seen: Visible | None, mask, query, key, value, dropout: float, kwargs: dict[str, Any]) -> str | None:
+    """Why transformers computes a call; None where the kernel does."""
+    if seen is None and mask is not None and not isinstance(mask, CausalMask):
+        return "attention_mask: a tensor of its own; causality, a causal sliding window and its padding are taken"
+    if seen is None:
+        return "attention_mask: it does not say which keys these queries see, or does not fit their number"
+    return unserved(query, key, value, dropout, kwargs) or unfit(seen, query, key, value, kwargs)
+
+
+def unfit(seen: Visible, query, key, value, kwargs: dict[str, Any]) -> str | None:
+    """Why the kernel has no padding, or packed sequences, together with the rest."""
     compiling = torch.compiler.is_compiling()
     if isinstance(seen.among, Padding):
-        return not compiling and not learns(query, key, value)
+        learning = learns(query, key, value)
+        return (
+            "attention_mask: padding under torch.compile, or on the left with gradients"
+            if compiling or learning
+            else None
+        )
     modified = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
-    return seen.among is None or not (compiling and modified)
+    both = seen.among is not None and compiling and modified
+    return "softcap, s_aux: of packed sequences under torch.compile" if both else None
 
 
 def ordered(module, is_causal: bool | None) -> bool:
@@ -162,26 +193,43 @@ def ordered(module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
-def serves(query, key, value, dropout: float, kwargs: dict[str, Any]) -> bool:
-    """Whether the kernel computes just this."""
-    if dropout or any(kwargs.get(name) is not None for name in BEYOND) or not _on_hopper(query.device):
-        return False  # dropout trains, and torch's backward cannot redo our mask
+def unserved(query, key, value, dropout: float, kwargs: dict[str, Any]) -> str | None:
+    """What the kernel does not compute just so."""
+    learning = learns(query, key, value)
+    if dropout:
+        return "dropout: torch's backward cannot redo our mask"
+    for name in BEYOND:
+        if kwargs.get(name) is not None:
+            return f"{name}: the kernel has none"
+    if not _on_hopper(query.device):
+        return "query: its GPU is no Hopper GPU (sm_90)"
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if sinks is not None and (sinks.shape != query.shape[1:2] or learns(sinks, sinks, sinks)):
-        return False
-    if (softcap is not None or sinks is not None) and learns(query, key, value):
-        return False  # there is no backward for them
+        return "s_aux: it requires grad, or is not a number for each head"
+    if learning and not softcap is sinks is None:
+        return "softcap, s_aux: they have no backward"
+    if not torch.compiler.is_compiling() and any(map(wraps, (query, key, value))):
+        return f"query, key, value: {type_word(query)} has no memory of its own"
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+        return f"query: {query.dtype}; torch.bfloat16 and torch.float16 are taken, the same for all three"
     d, d_v = query.shape[3], value.shape[3]
-    fits = d % 8 == d_v % 8 == 0 and max(d, d_v) <= HEAD_DIM_MAX
-    if learns(query, key, value):
-        fits = fits and d == d_v <= GRADIENTS_HEAD_DIM_MAX
-    return fits and query.dtype in DTYPES and query.dtype == key.dtype == value.dtype
+    if d % 8 or d_v % 8 or max(d, d_v) > HEAD_DIM_MAX:
+        return f"query, value: head dims are taken that are multiples of 8 up to {HEAD_DIM_MAX}"
+    if learning and not d == d_v <= GRADIENTS_HEAD_DIM_MAX:
+        return f"query, value: gradients take one head dim for both, up to {GRADIENTS_HEAD_DIM_MAX}"
+    return None
 
 
 @lru_cache
 def _on_hopper(device: torch.device) -> bool:
     """A Hopper GPU; or the CPU, where torch computes for us, so that the same code runs anywhere."""
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0))
+
+
+def other(kwargs: dict[str, Any]) -> str:
+    """Whose attention computes what the kernel does not."""
+    only = any(kwargs.get(name) is not None for name in EAGER)
+    return "the model's own eager attention" if only else "transformers' sdpa attention"
 
 
 def others(module, query, key, value, mask, dropout, scaling, is_causal, kwargs):
