@@ -63,10 +63,7 @@ def tensor(name: str, x) -> None:
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         way_out = "differentiate with torch.autograd, and put what vmap would map over into the batch"
         raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and flash_fwd has no rule; {way_out}")
-    if x.is_nested:
-        raise TypeError(
-            f"{name}: a nested tensor came, whose sequences flash_fwd_varlen takes; {_packed_by_hand(name, x)}"
-        )
+    _flat(name, x)
     _dense(name, x.layout)
     memory(name, x)
 
@@ -77,16 +74,20 @@ def backwards(x) -> bool:
     return isinstance(strides, tuple) and any(stride < 0 for stride in strides)
 
 
-def _packed_by_hand(name: str, x: torch.Tensor) -> str:
-    if x.layout != torch.jagged:
-        return f"make it jagged, torch.nested.nested_tensor({name}.unbind(), layout=torch.jagged), and pass its parts"
-    bshd = name if getattr(x, "_ragged_idx", 1) == 1 else f"{name}.transpose(1, 2)"
-    return f"pass {bshd}.values(), (total, H, D), and {name}.offsets().to(torch.int32) as its cu_seqlens"
+def _flat(name: str, x: torch.Tensor) -> None:
+    if not x.is_nested:
+        return
+    way_out = f"make it jagged, torch.nested.nested_tensor({name}.unbind(), layout=torch.jagged), and pass its parts"
+    if x.layout == torch.jagged:
+        bshd = name if getattr(x, "_ragged_idx", 1) == 1 else f"{name}.transpose(1, 2)"
+        way_out = f"pass {bshd}.values(), (total, H, D), and {name}.offsets().to(torch.int32) as its cu_seqlens"
+    raise TypeError(f"{name}: a nested tensor came, whose sequences flash_fwd_varlen takes; {way_out}")
 
 
 def memory(name: str, x: torch.Tensor) -> None:
     """x has memory of its own: nothing else can a kernel read."""
     if type(x) is not torch.Tensor and wraps(x):
+        _flat(name, x)
         ways = dict(to_local="to_local(), sharded along the batch or the heads", wait="wait()")
         way_out = next((f"{name}.{way}" for has, way in ways.items() if hasattr(x, has)), "the tensor that it wraps")
         raise TypeError(f"{name}: a {type_word(x)} came, which has no memory of its own; pass {way_out}")

@@ -76,10 +76,10 @@ def _flash_fwd(*args, **options) -> Explanation:
     checks.flags(**{name: getattr(a, name) for name in api.ASKED})
     causal, modifiers = _modifiers(a, checks.dropout(a.dropout_p, a.generator, a.rng_state))
     if not isinstance(a.q, torch.Tensor) and hasattr(a.q, "__dlpack__"):
-        from .integrations.dlpack import _tensor
+        from .integrations import dlpack
 
-        a.q, a.k, a.v = (_tensor(name, getattr(a, name)) for name in "qkv")
-        a.out = None if a.out is None else _tensor("out", a.out)
+        given = dict(q=a.q, k=a.k, v=a.v) | ({} if a.out is None else dict(out=a.out))
+        vars(a).update(zip(given, dlpack.shared(**given), strict=True))
     problem, gpu, config, specs = api.planned(a.q, a.k, a.v, a.out, causal, a.layout, a.constant_time, modifiers.kinds)
     scale = None if a.scale is None else checks.scale(a.scale)
     checks.fitted(modifiers, problem, a.q.device)

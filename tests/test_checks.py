@@ -1,5 +1,7 @@
 """Everything wrong raises before any launch, naming the argument, what came, what is allowed and the way out."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from cute_attn import checks, flash_fwd, warmup
+from cute_attn import BlockLists, checks, flash_fwd, flash_fwd_varlen, warmup
 from cute_attn.checks import Spec
 from cute_attn.modifiers import NONE
 from cute_attn.reference import attention
@@ -192,3 +195,138 @@ def test_cpu_is_computed_by_torch():
             assert (o.dtype, lse.dtype) == (q.dtype, torch.float32)
             torch.testing.assert_close(o.double(), want, rtol=0.01, atol=0.01)
             torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
+class Wrapped(torch.Tensor):
+    """Has another tensor in place of memory."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device, strides=inner.stride()
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*(x.inner if isinstance(x, Wrapped) else x for x in args), **(kwargs or {}))
+
+
+class Named(torch.Tensor):
+    """Has memory, and dispatches as torch does."""
+
+
+ONE = torch.ones(4)
+PACKED = x(22, 4, 64), x(22, 2, 64), x(22, 2, 64)
+CU = torch.tensor([0, 10, 22], dtype=torch.int32)
+LISTS = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+WRAPPED = {
+    "q": lambda: flash_fwd(Wrapped(Q), K, K),
+    "k": lambda: flash_fwd(Q, Wrapped(K), K),
+    "v": lambda: flash_fwd(Q, K, Wrapped(K), return_lse=True),
+    "out": lambda: flash_fwd(Q, K, K, out=Wrapped(Q)),
+    "alibi_slopes": lambda: flash_fwd(Q, K, K, alibi_slopes=Wrapped(ONE)),
+    "sinks": lambda: flash_fwd(Q, K, K, sinks=Wrapped(ONE)),
+    "rng_state": lambda: flash_fwd(Q, K, K, dropout_p=0.5, rng_state=Wrapped(torch.ones(2, dtype=torch.int64))),
+    "score_mod": lambda: flash_fwd(Q, K, K, score_mod=lambda s, b, h, i, j, t: s + t[h], aux=(Wrapped(ONE),)),
+    "block_mask: kv_num_blocks": lambda: flash_fwd(Q, K, K, block_mask=BlockLists(Wrapped(LISTS[0]), LISTS[1])),
+    "cu_seqlens_q": lambda: flash_fwd_varlen(*PACKED, Wrapped(CU), CU),
+    "seqused_k": lambda: flash_fwd_varlen(*PACKED, CU, CU, seqused_k=Wrapped(CU[1:] - CU[:-1])),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_tensors_without_memory_are_refused(name):
+    """Also where the like, with memory, has come before."""
+    flash_fwd(Q, K, K)
+    for _ in range(2):
+        with pytest.raises(
+            TypeError, match=f"^{name}: a .*Wrapped came, which has no memory of its own; pass the tensor"
+        ):
+            WRAPPED[name]()
+    with torch.no_grad(), pytest.raises(TypeError, match="no memory of its own"):
+        WRAPPED[name]()
+
+
+def test_a_dtensor_is_told_to_local():
+    code = (
+        "import torch, torch.distributed as dist, cute_attn\n"
+        "from torch.distributed.tensor import Shard, distribute_tensor\n"
+        "dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())\n"
+        "mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (1,))\n"
+        "q = distribute_tensor(torch.randn(1, 2, 8, 16).bfloat16(), mesh, [Shard(1)])\n"
+        "assert cute_attn.flash_fwd(q.to_local(), q.to_local(), q.to_local()).shape == q.shape\n"
+        "for call in (lambda: cute_attn.flash_fwd(q, q, q), lambda: cute_attn.flash_fwd(q.to_local(), q, q)):\n"
+        "    try: call()\n"
+        "    except TypeError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 2 and "DTensor came" in said[0], done.stderr
+    assert [line.partition("pass ")[2] for line in said] == [
+        f"{name}.to_local(), sharded along the batch or the heads" for name in "qk"
+    ]
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda x: x.as_subclass(Named)], ids=["Parameter", "a subclass"])
+def test_subclasses_with_memory_run(kind):
+    want = flash_fwd(Q, K, K)
+    with torch.no_grad():
+        assert torch.equal(flash_fwd(kind(Q), kind(K), kind(K)), want)
+        packed = flash_fwd_varlen(*map(kind, PACKED), CU.as_subclass(Named), CU)
+    assert torch.equal(packed, flash_fwd_varlen(*PACKED, CU, CU))
+
+
+def test_stand_ins_of_tracers_get_the_operator():
+    with FakeTensorMode():
+        fake = torch.empty(2, 4, 10, 64, dtype=torch.bfloat16)
+        o, lse = flash_fwd(fake, fake[:, :2], fake[:, :2], causal=True, return_lse=True)
+    assert isinstance(o, FakeTensor) and (o.shape, lse.shape, lse.dtype) == (fake.shape, (2, 4, 10), torch.float32)
+
+
+def test_nested_tensors_are_told_what_runs():
+    jagged = torch.nested.nested_tensor([x(10, 4, 64), x(12, 4, 64)], layout=torch.jagged)
+    with pytest.raises(
+        TypeError, match=r"q: a nested tensor came.*pass q.values\(\), .*q.offsets\(\).to\(torch.int32\)"
+    ):
+        flash_fwd(jagged, jagged, jagged, layout="bshd")
+    q = jagged.transpose(1, 2)
+    with pytest.raises(TypeError, match=r"q: .*pass q.transpose\(1, 2\).values\(\)"):
+        flash_fwd(q, q, q)
+    rows, cu_seqlens = q.transpose(1, 2).values(), q.offsets().to(torch.int32)
+    found = flash_fwd_varlen(rows, rows, rows, cu_seqlens, cu_seqlens)
+    for part, sequence in zip(found.split([10, 12]), jagged.unbind(), strict=True):
+        assert torch.equal(part, flash_fwd(*[sequence[None]] * 3, layout="bshd")[0])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_of_torchs_first_kind_too():
+    strided = torch.nested.nested_tensor([x(4, 10, 64), x(4, 12, 64)])
+    with pytest.raises(
+        TypeError, match=r"k: a nested tensor came.*make it jagged, torch.nested.nested_tensor\(k.unbind"
+    ):
+        flash_fwd(Q, strided, strided)
+
+
+def test_numpys_integers_are_integers():
+    for sides in ((np.int64(3), np.int32(1)), (np.uint8(3), None)):
+        plain = tuple(None if side is None else int(side) for side in sides)
+        assert torch.equal(flash_fwd(Q, K, K, window=sides), flash_fwd(Q, K, K, window=plain))
+        assert all(type(side) is int for side in checks.window(sides, False)[1])
+    learns = [y.clone().requires_grad_() for y in PACKED]
+    for qkv in (PACKED, learns):
+        o = flash_fwd_varlen(*qkv, CU, CU, max_seqlen_q=np.int64(12), max_seqlen_k=np.int32(12))
+        assert torch.equal(o, flash_fwd_varlen(*PACKED, CU, CU))
+    o.sum().backward()
+    assert warmup(64, dtype="bf16", layout="bhsd", causal=True, ratio=np.int64(1))
+    lists = BlockLists(*LISTS, block_size=(np.int64(64), np.int32(64)))
+    assert torch.equal(flash_fwd(Q, K, K, block_mask=lists), flash_fwd(Q, K, K))
+
+
+@pytest.mark.parametrize("wrong", [np.float64(3), np.bool_(True), True, "3", torch.tensor(3)], ids=str)
+def test_what_is_no_integer(wrong):
+    with pytest.raises(TypeError, match=r"window: left .* came; an int of at least 0 is needed"):
+        flash_fwd(Q, K, K, window=(wrong, None))
+    with pytest.raises(TypeError, match=r"max_seqlen_q: an int or None is needed"):
+        flash_fwd_varlen(*PACKED, CU, CU, max_seqlen_q=wrong)

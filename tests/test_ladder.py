@@ -9,7 +9,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import interpreter
 from nightly import sample
+from ptx.cases import run
 from rich.console import Console
 from test_bench import (
     CONDITIONS,
@@ -25,7 +27,7 @@ from test_bench import (
 from cute_attn import bench, inspect
 from cute_attn.benchmark import cells, contenders, ladder, machine, plot, timing
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
-from cute_attn.plan import HEAD_DIMS, Problem, plan
+from cute_attn.plan import EVERY_HEAD_DIM, HEAD_DIMS, Problem, plan
 
 SHAPE = Problem(16, 16, 16, 2048, 2048, 64, "bf16", "bhsd")
 US = dict(zip(ladder.NAMES, (1000.0, 800.0, 750.0, 600.0, 500.0), strict=True))
@@ -49,6 +51,27 @@ def test_stages_differ_one_step_at_a_time(head_dim, causal):
     ]
     assert stages[-1] == plan(problem)
     assert all(_kind(c) == _kind(plan(problem)) for c in stages)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [d for d in EVERY_HEAD_DIM if d > 256])
+def test_stages_of_shared_rows(head_dim, causal):
+    """Where two warpgroups share them, in tiles that fit from the first stage on."""
+    problem = SHAPE._replace(head_dim=head_dim, causal=causal)
+    stages = ladder.configs(problem)
+    assert {(c.tile_m, c.tile_n, c.parts_v) for c in stages} == {(64, plan(problem).tile_n, 2)}
+    assert [sorted(ladder.changed(*pair)) for pair in pairwise(stages[:-1])] == [
+        ["stages"],
+        ["scheduler"],
+        ["overlap", "pingpong"],
+    ]
+    assert stages[-1] == plan(problem)
+
+
+@interpreter
+def test_a_stage_of_shared_rows_is_right():
+    """One after the other, which only the ladder has."""
+    run(ladder.configs(SHAPE._replace(head_dim=320))[0], 33, 70)
 
 
 def _kind(config):

@@ -25,16 +25,7 @@ def flash_fwd(q, k, v, *, out=None, **options) -> Any:
     from .. import api
 
     given = dict(q=q, k=k, v=v) | ({} if out is None else dict(out=out))
-    library = _library(q)
-    for name, x in given.items():
-        if _library(x) != library:
-            came = f"{type_word(x)} came with q of {type_word(q)}"
-            raise TypeError(
-                f"{name}: {came}; pass arrays of one library, torch.from_dlpack({name}) makes a tensor of one"
-            )
-    if out is not None:
-        _writable(out, library)
-    q, k, v, *o = (_tensor(name, x) for name, x in given.items())
+    q, k, v, *o = shared(**given)
     options |= {name: _tensor(name, x) for name, x in options.items() if hasattr(x, "__dlpack__")}
     found = api.flash_fwd(q, k, v, out=o[0] if o else None, **options)
     several = isinstance(found, tuple)
@@ -42,6 +33,20 @@ def flash_fwd(q, k, v, *, out=None, **options) -> Any:
     if out is not None:
         results[0] = out
     return tuple(results) if several else results[0]
+
+
+def shared(**given) -> list[torch.Tensor]:
+    """q, k, v and out as tensors of the same memory, if they are of one library."""
+    library = _library(given["q"])
+    for name, x in given.items():
+        if _library(x) != library:
+            came = f"{type_word(x)} came with q of {type_word(given['q'])}"
+            raise TypeError(
+                f"{name}: {came}; pass arrays of one library, torch.from_dlpack({name}) makes a tensor of one"
+            )
+    if "out" in given:
+        _writable(given["out"], library)
+    return [_tensor(name, x) for name, x in given.items()]
 
 
 def _library(x) -> str:
