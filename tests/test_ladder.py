@@ -314,7 +314,6 @@ def test_captions_lie_apart_and_bars_have_room():
             bars = [patch.get_window_extent() for patch in axes.patches]
             cublas = axes.get_lines()[0].get_window_extent().x0
             assert [w for w, box in texts if box.x0 < cublas < box.x1 and _beside(box, bars)] == []
-        plot.plt.close(figure)
 
 
 def _beside(box, bars):

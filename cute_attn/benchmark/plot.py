@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -194,7 +192,8 @@ class Page:
     ) -> tuple[Figure, Any]:
         """The figure and its axes, a row for each of heights with room above it and below; shares y along a row."""
         height = self.head + sum(heights) + len(heights) * (above + below) + self.foot
-        figure = plt.figure(figsize=(self.width, height))
+        figure = Figure(figsize=(self.width, height))
+        FigureCanvasAgg(figure)
         width = (self.width - left - self.RIGHT - between * (columns - 1)) / columns
         grid = np.empty((len(heights), columns), object)
         top = height - self.head
@@ -231,7 +230,6 @@ def _legend_columns(width: float, labels: Sequence[str]) -> int:
 def save(figure: Figure, path: Path) -> None:
     png = io.BytesIO()
     figure.savefig(png, dpi=DPI, format="png", facecolor="white")
-    plt.close(figure)
     path.write_bytes(png.getvalue())
 
 
