@@ -147,7 +147,12 @@ def flash_fwd(
     if type(dropout_p) is not float or dropout_p != 0.0 or generator is not None or rng_state is not None:
         dropout = checks.dropout(dropout_p, generator, rng_state)
     more = return_row_max or return_max_logit or dropout is not None
-    if more or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None:
+    if (
+        more
+        or type(aux) is not tuple
+        or aux
+        or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None
+    ):
         causal, window = checks.window(window, causal)
         mods = checks.mods(score_mod, mask_mod, aux, block_mask)
         row_max = return_row_max or return_max_logit

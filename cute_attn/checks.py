@@ -8,6 +8,7 @@ import torch
 
 from . import block_mask as block_masks
 from .kernels.config import HEAD_DIM_MAX
+from .mod_types import PLACE_MAX
 from .modifiers import Dropout, Modifiers
 from .mods import Mod, prepare
 from .plan import Kinds, Problem
@@ -431,6 +432,8 @@ def mods(score_mod, mask_mod, aux, block_mask) -> tuple[Mod | None, Mod | None, 
             "from a function under torch.compiler.disable"
         )
     lists, mask_mod = block_masks.prepare(block_mask, mask_mod)
+    if len(aux) and score_mod is mask_mod is None:
+        raise ValueError(f"aux: {len(aux)} came without a score_mod or a mask_mod, which alone take them; omit it")
     score = None if score_mod is None else prepare("score_mod", score_mod, tuple(aux))
     return score, None if mask_mod is None else prepare("mask_mod", mask_mod, tuple(aux)), lists
 
@@ -438,8 +441,10 @@ def mods(score_mod, mask_mod, aux, block_mask) -> tuple[Mod | None, Mod | None, 
 def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modifiers:
     """Held against the problem; a block mask's lists are then those of every sequence and head."""
     per_head(modifiers, problem, device)
-    for name, mod in (("score_mod", modifiers.score_mod), ("mask_mod", modifiers.mask_mod)):
-        captured(name, mod, device)
+    for name, mod in modifiers.mods.items():
+        if mod is not None:
+            places(name, problem)
+            captured(name, mod, device)
     if modifiers.dropout is not None:
         random_state(modifiers.dropout, device)
     lists = modifiers.block_mask
@@ -452,9 +457,16 @@ def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modi
     return modifiers._replace(block_mask=block_masks.fit(lists, *sizes, device))
 
 
-def captured(name: str, mod: Mod | None, device: torch.device) -> None:
+def places(name: str, problem: Problem) -> None:
+    """Those that a function sees are int32, and so are their sums."""
+    most = max(problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k)
+    if most > PLACE_MAX:
+        raise ValueError(f"{name}: given with {most} places in a dimension; up to {PLACE_MAX} are taken")
+
+
+def captured(name: str, mod: Mod, device: torch.device) -> None:
     """What a function captures, and its aux, is where q is, and learns nothing."""
-    for x in () if mod is None else mod.arguments:
+    for x in mod.arguments:
         if isinstance(x, torch.Tensor):
             memory(name, x)
         if isinstance(x, torch.Tensor) and x.device != device:

@@ -66,6 +66,10 @@ class Modifiers(NamedTuple):
     def rng_state(self) -> Tensor | None:
         return None if self.dropout is None else self.dropout.rng_state
 
+    @property
+    def mods(self) -> dict[str, Mod | None]:
+        return dict(score_mod=self.score_mod, mask_mod=self.mask_mod)
+
     def arguments(self) -> tuple:
         """What the compiled call takes behind the stream: `FwdConfig.signature`."""
         slopes, sinks, score, mask = self.alibi_slopes, self.sinks, self.score_mod, self.mask_mod
@@ -82,17 +86,19 @@ class Modifiers(NamedTuple):
         )
 
     def for_reference(self) -> dict:
-        """As `reference.attention` takes them: a block mask is part of mask_mod."""
+        """As `reference.attention` takes them: functions with their aux, and a block mask is part of mask_mod."""
         named = self.by_name()
-        lists, _ = named.pop("block_mask"), named.pop("generator", None)
+        lists, _, _ = named.pop("block_mask"), named.pop("generator", None), named.pop("aux", None)
+        named |= {name: None if mod is None else mod.function for name, mod in self.mods.items()}
         if isinstance(lists, Sparsity):
             named["mask_mod"] = partial(lists.visible, self.mask_mod)
         return named
 
     def by_name(self) -> dict:
-        """As `flash_fwd` takes them, but for outputs: mods as functions, which hold their aux."""
-        mods = dict(score_mod=self.score_mod, mask_mod=self.mask_mod)
-        named = self._asdict() | {name: None if mod is None else mod.function for name, mod in mods.items()}
+        """As `flash_fwd` takes them, but for outputs."""
+        named = self._asdict() | {name: None if mod is None else mod.given for name, mod in self.mods.items()}
+        given = [mod.aux for mod in self.mods.values() if mod is not None]
+        named |= {"aux": given[0]} if given else {}  # both have the same
         del named["row_max"]
         dropout = named.pop("dropout")
         return named | ({} if dropout is None else dict(zip(("dropout_p", *dropout._fields[1:]), dropout, strict=True)))

@@ -1,166 +1,116 @@
-"""A user's score_mod or mask_mod, taken apart: its code, the tensors that it captures, and how a kernel calls it.
+"""A user's score_mod or mask_mod, made a kernel's: what is compiled for it, and what it takes at run time.
 
-What a function captures is what its closure, its defaults and the globals that it names hold: tensors become arguments
-of the kernel, so other values compile nothing; numbers, strings and functions are part of the code.
+Each call runs the function once, on symbols (`mod_trace`), and what comes of it is the key: constants are in it by
+value, wherever they were read. Tensors that it reads become arguments of the kernel, so other values compile nothing.
 """
 
-import builtins
-import functools
 import hashlib
-import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from .kernels.user_mod import ELEMENT, UserMod
+from .mod_torch import call
+from .mod_trace import KINDS, Refused, Taken, take
+from .mod_types import NUMBER_MAX, PLACES, typed
 
 ARGUMENTS = dict(score_mod="score, b, h, q_idx, kv_idx", mask_mod="b, h, q_idx, kv_idx")
+WORDS = {getattr(torch, word): word for word in ELEMENT}
+KNOWN_MAX = 4096  # functions looked up; with one more all are forgotten
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Mod(NamedTuple):
-    """One call's function: what chooses the kernel, what the kernel takes, and the function itself for torch."""
+    """One call's function: what chooses the kernel, what the kernel takes, the same for the CPU, and what was given."""
 
     kernel: UserMod
     arguments: tuple
-    function: Callable
+    function: Callable  # of tensors: what the kernel computes
+    given: Callable
+    aux: tuple
+
+
+_known: dict[tuple, UserMod] = {}
 
 
 def prepare(name: str, function, aux: tuple) -> Mod:
     """aux: tensors and numbers that the function takes behind its places, and that are run-time arguments too.
 
     Raises:
-        TypeError: it is no Python function, or captures what a kernel cannot hold; the message names it.
+        TypeError, ValueError: it is no function of symbols, or reads or does what a kernel cannot; the message says it.
     """
     if not callable(function):
         raise TypeError(f"{name}: {function!r} came; a function of ({ARGUMENTS[name]}, *aux) is needed")
-    for i, x in enumerate(aux):
-        if not isinstance(x, (torch.Tensor, int, float)) or isinstance(x, bool):
-            raise TypeError(f"aux: {type(x).__name__} at {i}; tensors and numbers are taken")
-    found = _Captured(name)
-    code = found.of(function, name)
-    tensors = [*found.tensors, *aux]
-    arrays = tuple(_array(name, x) for x in tensors)
-    key = hashlib.sha256(repr((name, code, len(aux), arrays)).encode()).hexdigest()[:32]
-    slots = [Slot() for _ in found.tensors]  # so that a kernel, which is kept, keeps no tensor alive
-    empty = _rebuilt(function, {id(x): slot for x, slot in zip(found.tensors, slots, strict=True)})
-
-    def build(stand_ins: list) -> Callable:
-        mine, given = stand_ins[: len(slots)], stand_ins[len(slots) :]
-        filled = _rebuilt(empty, {id(slot): x for slot, x in zip(slots, mine, strict=True)})
-        return lambda *places: filled(*places, *given)
-
-    arguments = tuple(x.view(torch.uint8) if getattr(x, "dtype", None) == torch.bool else x for x in tensors)
-    return Mod(UserMod(key, arrays, build), arguments, functools.partial(_call, function, aux))
+    given = tuple(_number(i, x) for i, x in enumerate(aux))
+    taken = _taken(name, function, given)
+    arrays = tuple(_array(name, x) for x in taken.slots)
+    key = name, taken.nodes, taken.result, arrays
+    kernel = _known.get(key)
+    if kernel is None:
+        if len(_known) >= KNOWN_MAX:
+            _known.clear()
+        kernel = _known[key] = _kernel(name, taken, arrays)
+    arguments = tuple(x.view(torch.uint8) if getattr(x, "dtype", None) == torch.bool else x for x in taken.slots)
+    return Mod(kernel, arguments, partial(call, kernel, taken.slots), function, aux)
 
 
-class Slot:
-    """Where a function without its tensors had one."""
+def _number(i: int, x):
+    """As a Python number, if it is no tensor."""
+    if isinstance(x, torch.Tensor) or type(x) in (int, float):
+        return x
+    for real, number in KINDS:
+        if isinstance(x, real) and not isinstance(x, bool):
+            return number(x)
+    raise TypeError(f"aux: {type(x).__name__} at {i}; tensors and numbers are taken")
 
 
-def _call(function, aux, *places):
-    return function(*places, *aux)
+def _taken(name: str, function: Callable, aux: tuple) -> Taken:
+    try:
+        return take(function, len(PLACES[name]), aux)
+    except Refused as e:
+        raise TypeError(f"{name}: {e}") from e
+    except Exception as e:  # the function's own
+        called = f"({ARGUMENTS[name]}{', *aux' if aux else ''})"
+        raise TypeError(f"{name}: called once with {called}, as symbols, it raised {type(e).__name__}: {e}") from e
+
+
+def _kernel(name: str, taken: Taken, arrays: tuple) -> UserMod:
+    try:
+        nodes, result = typed(name, taken, [word for word, *_ in arrays])
+    except Refused as e:
+        raise TypeError(f"{name}: {e}") from e
+    key = hashlib.sha256(repr((name, nodes, result, arrays)).encode()).hexdigest()[:32]
+    return UserMod(key, arrays, nodes, result)
 
 
 def _array(name: str, x) -> tuple[str, int, bool]:
-    if not isinstance(x, torch.Tensor):
-        return type(x).__name__, 0, False
-    word = str(x.dtype).removeprefix("torch.")
-    if word not in ELEMENT:
+    if isinstance(x, float):
+        return "float", 0, False
+    if isinstance(x, int):
+        if not -(1 << 63) <= x < 1 << 63:
+            raise ValueError(f"aux: {x} came, and whole numbers of 64 bits are taken; use a float")
+        return "int" if abs(x) <= NUMBER_MAX else "long", 0, False
+    _in_memory(name, x)
+    word = WORDS.get(x.dtype)
+    if word is None:
         raise TypeError(f"{name}: it captures a tensor of {x.dtype}; {', '.join(ELEMENT)} are taken")
     if x.numel() == 0:
         raise ValueError(f"{name}: it captures a tensor of shape {tuple(x.shape)}, of which no element can be read")
-    return word, x.dim(), x.dim() > 0 and x.stride(-1) == 1
+    rank = x.dim()
+    return word, rank, rank > 0 and x.stride(-1) == 1
 
 
-class _Captured:
-    """The tensors that a function holds, and everything else of it as text."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.tensors: list[torch.Tensor] = []  # in the order of finding
-        self.functions: list[types.FunctionType] = []
-
-    def of(self, x, path: str) -> Any:
-        if isinstance(x, torch.Tensor):
-            return "tensor", self._place(self.tensors, x)
-        if isinstance(x, (int, float, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.device)):
-            return repr(x)
-        if isinstance(x, types.ModuleType):
-            return "module", x.__name__
-        if isinstance(x, (tuple, list)):
-            return type(x).__name__, [self.of(y, f"{path}[{i}]") for i, y in enumerate(x)]
-        if isinstance(x, dict):
-            return "dict", [(repr(key), self.of(y, f"{path}[{key!r}]")) for key, y in x.items()]
-        if isinstance(x, functools.partial):
-            return "partial", [self.of(y, path) for y in (x.func, x.args, x.keywords)]
-        if isinstance(x, types.FunctionType):
-            return self._function(x, path)
-        if isinstance(x, (types.BuiltinFunctionType, type)) or getattr(x, "__module__", "").startswith("torch"):
-            return "known", f"{x.__module__}.{getattr(x, '__qualname__', x)}"
-        way_out = "capture tensors, numbers and functions"
-        raise TypeError(f"{self.name}: {path} is a {type(x).__name__}, which a kernel cannot hold; {way_out}")
-
-    def _function(self, function, path: str) -> Any:
-        if any(function is known for known in self.functions):
-            return "again", self._place(self.functions, function)
-        self.functions.append(function)
-        held = {
-            **dict(
-                zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True)
-            ),
-            **_globals(function),
-            **dict(enumerate((function.__defaults__, function.__kwdefaults__))),
-        }
-        return "function", _code(function.__code__), [(k, self.of(x, f"{path}'s {k}")) for k, x in held.items()]
-
-    @staticmethod
-    def _place(known: list, x) -> int:
-        for i, y in enumerate(known):
-            if x is y:
-                return i
-        known.append(x)
-        return len(known) - 1
-
-
-def _globals(function) -> dict[str, Any]:
-    """Those that the function's code names, and no builtin hides."""
-    return {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
-
-
-def _names(code: types.CodeType) -> list[str]:
-    inner = [name for x in code.co_consts if isinstance(x, types.CodeType) for name in _names(x)]
-    return list(dict.fromkeys([*code.co_names, *inner]))
-
-
-def _code(code: types.CodeType) -> tuple:
-    """What it does, whatever the file and line."""
-    constants = tuple(_code(x) if isinstance(x, types.CodeType) else repr(x) for x in code.co_consts)
-    return code.co_code.hex(), constants, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
-
-
-def _rebuilt(x, known: dict[int, Any]) -> Any:
-    """The same with a stand-in for each tensor; known: by its id, what stands for a tensor, or a function made anew."""
-    if id(x) in known:
-        return known[id(x)]
-    if isinstance(x, (tuple, list)):
-        items = [_rebuilt(y, known) for y in x]
-        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
-    if isinstance(x, dict):
-        return {key: _rebuilt(y, known) for key, y in x.items()}
-    if isinstance(x, functools.partial):
-        function, args, keywords = (_rebuilt(y, known) for y in (x.func, x.args, x.keywords))
-        return functools.partial(function, *args, **keywords)
-    return _function_anew(x, known) if isinstance(x, types.FunctionType) else x
-
-
-def _function_anew(x: types.FunctionType, known: dict[int, Any]) -> types.FunctionType:
-    namespace: dict[str, Any] = {"__builtins__": builtins}
-    cells = tuple(types.CellType() for _ in x.__closure__ or ())
-    new = types.FunctionType(x.__code__, namespace, x.__name__, None, cells)
-    known[id(x)] = new  # before what it holds, which may be itself
-    namespace.update({name: _rebuilt(y, known) for name, y in _globals(x).items()})
-    new.__defaults__, new.__kwdefaults__ = _rebuilt(x.__defaults__, known), _rebuilt(x.__kwdefaults__, known)
-    for cell, old in zip(cells, x.__closure__ or (), strict=True):
-        cell.cell_contents = _rebuilt(old.cell_contents, known)
-    return new
+def _in_memory(name: str, x: torch.Tensor) -> None:
+    """A kernel reads a tensor's memory as it is."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if type(x) in PLAIN and x.layout is torch.strided and not x.is_neg() and not wrapped:
+        return
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: it captures a tensor of {x.layout}; a dense one is needed: use .to_dense()")
+    if x.is_neg():
+        raise TypeError(f"{name}: it captures a tensor whose sign is kept beside its memory; use .resolve_neg()")
+    if wrapped or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        kind = f"{type(x).__module__}.{type(x).__name__}"
+        raise TypeError(f"{name}: it captures a {kind}, whose memory is not its own; a plain torch.Tensor is needed")

@@ -207,8 +207,16 @@ def _changed(b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod, 
         slope = alibi_slopes[h] if alibi_slopes.dim() == 1 else alibi_slopes[b, h]
         s = s - slope.to(s.dtype) * (rows + s.shape[1] - seqlen_q - columns).abs()
     places = *(torch.tensor(x, device=s.device) for x in (b, h)), rows, columns
-    s = s if score_mod is None else score_mod(s, *places).to(s.dtype).expand_as(s)
-    return s if mask_mod is None else s.masked_fill(~mask_mod(*places).expand_as(s), -torch.inf)
+    if score_mod is not None:
+        s = torch.as_tensor(score_mod(s, *places), dtype=s.dtype, device=s.device).expand_as(s)
+    return s if mask_mod is None else s.masked_fill(~_truths(mask_mod(*places), s.device).expand_as(s), -torch.inf)
+
+
+def _truths(mask, device) -> torch.Tensor:
+    found = torch.as_tensor(mask, device=device)
+    if found.dtype != torch.bool:
+        raise TypeError(f"mask_mod: its result is {found.dtype}; torch.bool is needed: say which attend, as by `!= 0`")
+    return found
 
 
 def _scores(q, k, scale, seen, change=lambda s: s):

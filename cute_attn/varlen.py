@@ -75,7 +75,12 @@ def flash_fwd_varlen(
     if type(return_row_max) is not bool or type(return_max_logit) is not bool:
         checks.flags(return_row_max=return_row_max, return_max_logit=return_max_logit)
     row_max = return_row_max or return_max_logit
-    if row_max or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None:
+    if (
+        row_max
+        or type(aux) is not tuple
+        or aux
+        or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None
+    ):
         causal, window = checks.window(window, causal)
         mods = checks.mods(score_mod, mask_mod, aux, None)
         modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, row_max=row_max)

@@ -1,7 +1,7 @@
 """A user's function inside the kernel: FlexAttention's score_mod and mask_mod (Dong et al., arXiv:2412.05496).
 
-It is called once for each score while the kernel is traced, with a `Value` for each number, and an `Array` for each
-tensor that it captures. What it may do with them are Python's operators, and the torch functions in FUNCTIONS.
+It comes as a list of nodes, which `cute_attn/mods.py` makes of it, and is worked out once for each score while the
+kernel is traced, with a `Value` for each number and an `Array` for each tensor that it reads.
 """
 
 import operator
@@ -28,16 +28,26 @@ ELEMENT = {
 }
 AHEAD = 12  # columns whose tensors' elements are read at once: ptxas would read all, and spill
 FAR = 1 << 30  # differences of places and of smaller numbers are int32
-NUMBER = {"int": Int32, "float": Float32}  # arguments that are no tensors
+NUMBER = {"int": Int32, "long": Int64, "float": Float32}  # arguments that are no tensors
+CONSTANT: dict[str, Callable] = {
+    "int": partial(int, base=16),
+    "float": float.fromhex,
+    "bool": "1".__eq__,
+}  # from its text
 
 
 @dataclass(frozen=True)
 class UserMod:
-    """A function of scores or of places, and what it takes at run time. Two are equal whose keys are."""
+    """A function of scores or of places, and what it takes at run time. Two are equal whose keys are.
 
-    key: str  # of its code, of what it captures, and of the types below
-    arrays: tuple[tuple[str, int, bool], ...]  # element type, rank, last stride of 1; "int" or "float": a number
-    build: Callable[[list], Callable] = field(compare=False, repr=False)  # from an object for each of `arrays`
+    A node is ("load", which of `arrays`, *indices) or one of FUNCTIONS and its arguments. An index, an argument or the
+    result is the number of a place or, counted on from these, of a node; or a constant: its type and its text.
+    """
+
+    key: str  # of all that follows
+    arrays: tuple[tuple[str, int, bool], ...]  # element type, rank, last stride of 1; a word of NUMBER: a number
+    nodes: tuple[tuple, ...] = field(compare=False, repr=False)
+    result: Any = field(compare=False, repr=False)
 
     def signature(self) -> tuple:
         return tuple(NUMBER[word](0) if word in NUMBER else _fake(word, *how) for word, *how in self.arrays)
@@ -45,8 +55,9 @@ class UserMod:
     def bind(self, args: tuple, reach: "Reach | None" = None) -> Callable:
         """The function on numbers of the kernel; args: those of `signature`."""
         stand_ins = [_stand_in(x, word, reach) for x, (word, *_) in zip(args, self.arrays, strict=True)]
-        fn = self.build(stand_ins)
-        return lambda *numbers: number(fn(*(x if isinstance(x, Value) else Value(x) for x in numbers)))
+        return lambda *numbers: number(
+            worked_out(self, [x if isinstance(x, Value) else Value(x) for x in numbers], stand_ins, FUNCTIONS)
+        )
 
     @cute.jit
     def of_block(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, args, change: cutlass.Constexpr):
@@ -64,6 +75,22 @@ class UserMod:
                 block.each(self.bind(args), change)
         else:
             block.each(self.bind(args), change)
+
+
+def worked_out(mod: UserMod, places: list, arrays, functions: dict[str, Callable]) -> Any:
+    """A mod's result; arrays: of each of its own what is indexed, or is a number; functions: of each operation."""
+    values = list(places)
+
+    def of(argument):
+        return CONSTANT[argument[0]](argument[1]) if isinstance(argument, tuple) else values[argument]
+
+    for operation, *arguments in mod.nodes:
+        if operation == "load":
+            array, *index = arguments
+            values.append(arrays[array][tuple(map(of, index))] if index else arrays[array])
+        else:
+            values.append(functions[operation](*map(of, arguments)))
+    return of(mod.result)
 
 
 def _fake(word: str, rank: int, packed: bool):
@@ -145,18 +172,12 @@ class Reach:
 
 
 class Array:
-    """A tensor that a mod captures. An index beyond its end is taken for the last: nothing is read outside of it."""
+    """A tensor that a mod reads. An index beyond its end is taken for the last: nothing is read outside of it."""
 
-    def __init__(self, tensor: cute.Tensor, word: str, reach: Reach | None = None, index: tuple = ()):
-        self.tensor, self.word, self.reach, self.index = tensor, word, reach, index
+    def __init__(self, tensor: cute.Tensor, word: str, reach: Reach | None = None):
+        self.tensor, self.word, self.reach = tensor, word, reach
 
-    def __getitem__(self, index):
-        index = (*self.index, *(index if isinstance(index, tuple) else (index,)))
-        rank = cute.rank(self.tensor)
-        if len(index) > rank:
-            raise IndexError(f"{len(index)} indices for a tensor of {rank} dimensions")
-        if len(index) < rank:
-            return Array(self.tensor, self.word, self.reach, index)
+    def __getitem__(self, index: tuple):
         x = self._at([self._inside(i, axis) for axis, i in enumerate(index)])
         if self.word == "bool":
             return Value(x != 0)
@@ -167,7 +188,10 @@ class Array:
         last = Int32(self.tensor.shape[axis]) - 1
         if self.reach and self.reach.covers(i, last):
             return i.shared, i.own
-        return cutlass.max(cutlass.min(Int32(number(i)), last), 0), 0
+        i = number(i)
+        if isinstance(i, Int64):
+            return Int32(cutlass.max(cutlass.min(i, Int64(last)), Int64(0))), 0
+        return cutlass.max(cutlass.min(Int32(i), last), 0), 0
 
     def _at(self, index: list[tuple]):
         """An element, by an address that the elements of a block share, as far as they do."""
@@ -253,15 +277,6 @@ def power(a, exponent) -> "Value":
     return Value(cute.math.pow(*alike(a, exponent, least=2)))
 
 
-def clamp(a, min=None, max=None) -> "Value":  # noqa: A002 - torch's names
-    a = a if min is None else maximum(a, min)
-    return a if max is None else minimum(a, max)
-
-
-def of_truths(function) -> Callable:
-    return lambda *xs: function(*(Value(truth(x)) for x in xs))
-
-
 def _sigmoid(x):
     return cute.arch.rcp_approx(1.0 + cute.math.exp2(x * -1.4426950408889634, fastmath=True))
 
@@ -282,16 +297,17 @@ OPERATORS: dict[str, Callable] = {
     "xor": logic(operator.xor),
 }
 FUNCTIONS: dict[str, Callable] = {
+    **{name: OPERATORS[name] for name in ("add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne", "pow")},
+    "floor_divide": OPERATORS["floordiv"],
+    "remainder": OPERATORS["mod"],
+    "true_divide": OPERATORS["truediv"],
+    **{f"bitwise_{name}": OPERATORS[name] for name in ("and", "or", "xor")},
+    "invert": invert,
     "where": where,
     "minimum": minimum,
     "maximum": maximum,
-    "min": minimum,
-    "max": maximum,
-    "clamp": clamp,
     "abs": lambda a: maximum(a, -a),
     "neg": lambda a: -a,
-    "square": lambda a: a * a,
-    "relu": lambda a: maximum(a, 0),
     "exp": of_float(partial(cute.math.exp, fastmath=True)),
     "exp2": of_float(partial(cute.math.exp2, fastmath=True)),
     "log": of_float(partial(cute.math.log, fastmath=True)),
@@ -303,62 +319,24 @@ FUNCTIONS: dict[str, Callable] = {
     "floor": of_float(cute.math.floor),
     "tanh": of_float(_tanh),
     "sigmoid": of_float(_sigmoid),
-    "logical_not": of_truths(invert),
-    "logical_and": of_truths(OPERATORS["and"]),
-    "logical_or": of_truths(OPERATORS["or"]),
-    "logical_xor": of_truths(OPERATORS["xor"]),
-    "bitwise_not": invert,
-    **{f"bitwise_{name}": OPERATORS[name] for name in ("and", "or", "xor")},
-    **{name: OPERATORS[name] for name in ("add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne", "pow")},
-    "floor_divide": OPERATORS["floordiv"],
-    "remainder": OPERATORS["mod"],
-    "true_divide": OPERATORS["truediv"],
-    "div": OPERATORS["truediv"],
     "float": of_float(lambda a: a),
     "int": lambda a: Value(Int32(number(a))),
-    "long": lambda a: Value(Int32(number(a))),
+    "long": lambda a: Value(Int64(number(a))),
     "bool": lambda a: Value(truth(a)),
-    "to": lambda a, dtype: FUNCTIONS[CASTS[str(dtype).removeprefix("torch.")]](a),
-    "new_ones": lambda a, *_, dtype=None, **__: Value(True) if str(dtype) == "torch.bool" else Value(1.0),
-    "new_zeros": lambda a, *_, dtype=None, **__: Value(False) if str(dtype) == "torch.bool" else Value(0.0),
-    "ones_like": lambda a, **_: Value(type(number(a))(1)),
-    "zeros_like": lambda a, **_: Value(type(number(a))(0)),
-    "full_like": lambda a, value, **_: Value(type(number(a))(value)),
 }
-CASTS = dict(float32="float", float="float", int32="int", int="int", int64="long", long="long", bool="bool")
 
 
 class Value:
     """A number of the kernel: a score, a place, or an element of an Array."""
 
-    device = None  # FlexAttention's own mods ask for it
-
     def __init__(self, x):
         self.x = number(x)
 
-    def __getattr__(self, name: str):
-        if name in FUNCTIONS:
-            return partial(FUNCTIONS[name], self)
-        raise AttributeError(f"{name} is not known to a kernel; known are {', '.join(FUNCTIONS)}")
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
-        name = func.__name__
-        if name not in FUNCTIONS:
-            raise TypeError(f"torch.{name} is not known to a kernel; known are {', '.join(FUNCTIONS)}")
-        return FUNCTIONS[name](*args, **(kwargs or {}))
-
     def __bool__(self):
-        raise TypeError("a kernel's number has no value yet: use torch.where for `if`, & and | for `and` and `or`")
+        raise TypeError("a kernel's number has no value yet")
 
     def __neg__(self):
         return Value(-alike(self)[0])
-
-    def __abs__(self):
-        return FUNCTIONS["abs"](self)
-
-    def __invert__(self):
-        return invert(self)
 
     __hash__ = None  # type: ignore[assignment]
 
