@@ -35,8 +35,8 @@ READ = frozenset(
 )
 
 
-class Refused(TypeError):
-    """What a kernel cannot hold or do."""
+class Refused(Exception):
+    """What a kernel cannot hold or do. No TypeError, which torch's operators would take for an operand not theirs."""
 
 
 class Taken(NamedTuple):
@@ -52,8 +52,8 @@ def take(function: Callable, places: int, aux: tuple) -> Taken:
     trace = Trace(places)
     given = [trace.number(x) if not isinstance(x, torch.Tensor) else x for x in map(trace.slot, aux)]
     with trace:
-        result = function(*(Symbol(trace, i) for i in range(places)), *given)
-        return Taken(tuple(trace.nodes), trace.result(result), trace.slots)
+        result = trace.result(function(*(Symbol(trace, i) for i in range(places)), *given))
+    return Taken(tuple(trace.nodes), result, trace.slots)
 
 
 class Trace(TorchFunctionMode):

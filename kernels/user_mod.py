@@ -243,12 +243,12 @@ def is_truth(*xs) -> bool:
 
 
 def quotient(a, b):
-    """Rounded down, as torch does; the hardware's, of whole numbers, is rounded towards 0."""
+    """Rounded down, as torch does; the DSL's, of whole numbers, is so for some of its values, and for some towards 0."""
     if isinstance(a, Float32):
         return cute.math.floor(a / b)
-    towards_0 = a // b
-    wrong = (towards_0 * b != a) & ((a < 0) ^ (b < 0))
-    return towards_0 - type(a)(wrong)
+    found = a // b
+    rest = a - found * b
+    return found - type(a)((rest != 0) & ((rest < 0) ^ (b < 0)))
 
 
 def of_float(function) -> Callable:

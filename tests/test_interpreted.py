@@ -1,6 +1,7 @@
 """The kernels themselves, without a GPU: `ptx` interprets what the DSL compiles. Against float64, as on a GPU."""
 
 import pytest
+import test_mod_values as values
 import torch
 from attention import check, close_lse, inputs
 from conftest import interpreter
@@ -172,6 +173,51 @@ def test_an_index_beyond_the_end_is_the_last():
     with interpreted():
         ours, inside = (flash_fwd(q, k, v, score_mod=mod) for mod in beyond("cpu"))
     torch.testing.assert_close(ours, inside)
+
+
+@pytest.mark.parametrize("name", values.TOGETHER)
+def test_what_a_score_mod_holds(name):
+    """As on the CPU, which computes the same nodes: every operation, whole numbers beyond 32 bits, constant scores."""
+    tensors, mod = inputs(1, 2, 2, 9, 7, 64, device="cpu"), values.together(values.TOGETHER[name])
+    want, want_lse = flash_fwd(*tensors, score_mod=mod, return_lse=True)
+    with interpreted() as asked:
+        o, lse = flash_fwd(*tensors, score_mod=mod, return_lse=True)
+    torch.testing.assert_close(o, want, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(lse, want_lse, atol=2e-3, rtol=1e-4)
+    assert len(asked) == 1
+
+
+def test_numbers_of_64_bits_and_a_constant_mask():
+    """aux beyond int32 on both sides of a comparison; a table's index beyond it; then no pair at all."""
+    tensors, table = inputs(1, 1, 1, 33, 70, 64, device="cpu"), torch.tensor([2**40, 5, 2**33], dtype=torch.int64)
+
+    def mod(b, h, i, j, x):
+        return (j + x < table[j % 3] + 2**31 + i) & (table[2**35 + j] > j * x)
+
+    for x in (2**31, 2**31 + 3):
+        want, want_lse = flash_fwd(*tensors, mask_mod=mod, aux=(x,), return_lse=True)
+        with interpreted() as asked:
+            o, lse = flash_fwd(*tensors, mask_mod=mod, aux=(x,), return_lse=True)
+        torch.testing.assert_close(o, want, atol=0.01, rtol=0.01)
+        torch.testing.assert_close(lse, want_lse, atol=2e-3, rtol=1e-4)
+        assert len(asked) == 1
+    with interpreted():
+        o, lse = flash_fwd(*tensors, mask_mod=lambda *_: False, return_lse=True)
+    assert not o.any() and (lse == -torch.inf).all()
+
+
+def test_a_constant_of_a_class_that_changes():
+    """The next call asks for another kernel; a tensor of a module stays an argument."""
+    tensors, configs = inputs(1, 1, 1, 20, 20, 64, device="cpu"), []
+    for n, factor in ((3, 1.0), (9, 1.0), (9, -1.0)):
+        layer, mask = values.Layer(n), values.readers(n)["class"]
+        layer.slopes *= factor
+        want = flash_fwd(*tensors, mask_mod=mask, score_mod=layer.bias)
+        with interpreted() as asked:
+            o = flash_fwd(*tensors, mask_mod=mask, score_mod=layer.bias)
+        torch.testing.assert_close(o, want, atol=0.01, rtol=0.01)
+        configs += asked
+    assert configs[0] != configs[1] == configs[2]
 
 
 def test_mask_mods():
