@@ -109,8 +109,8 @@ def flash_fwd(
             key without a value (arXiv:2309.17453). A new value of any of these compiles nothing.
         score_mod, mask_mod: FlexAttention's (arXiv:2412.05496): score_mod(score, b, h, q_idx, kv_idx, *aux) of the
             scaled score, capped and biased before, and mask_mod(b, h, q_idx, kv_idx, *aux), which holds for the pairs
-            that attend; causal and window apply too. Compiled into the kernel, some 2 s for a new function; the tensors
-            that they capture, and aux, tensors and numbers, are run-time arguments.
+            that attend; causal and window apply too. Compiled into the kernel, some 2 s for a new function or constant,
+            wherever it is read; the tensors that they read, and aux, tensors and numbers, are run-time arguments.
         block_mask: FlexAttention's BlockMask, whose mask_mod then applies, or `cute_attn.BlockLists`: the blocks of
             keys that each block of queries needs; the others cost nothing.
         return_row_max: also return each row's largest score as the softmax takes it: scaled, capped, biased, after the

@@ -4,6 +4,8 @@ Places and other whole numbers are int32, and int64 where a tensor is, or where 
 32 bits. Floats are float32. What torch refuses of truths, whole numbers and floats is refused here.
 """
 
+import ctypes
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,10 +95,13 @@ class Typing:
         return len(self.kinds) - 1
 
     def constant(self, x: tuple[str, str]) -> Argument:
-        """A whole number beyond int32 is int64."""
-        if x[0] != "int":
+        """A whole number beyond int32 is int64; a float beyond float32 is infinite or 0, as torch has it."""
+        value = CONSTANT[x[0]](x[1])
+        if x[0] == "float":
+            near = ctypes.c_float(value).value
+            return ("float", near.hex()) if value and (math.isinf(near) or not near) else x
+        if x[0] == "bool":
             return x
-        value = CONSTANT["int"](x[1])
         if within((value, value), "int32"):
             return x
         if not within((value, value), "int64"):

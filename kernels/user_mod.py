@@ -243,7 +243,7 @@ def is_truth(*xs) -> bool:
 
 
 def quotient(a, b):
-    """Rounded down, as torch does; the DSL's, of whole numbers, is so for some of its values, and for some towards 0."""
+    """Rounded down, as torch does; the DSL rounds some whole numbers down, and some towards 0."""
     if isinstance(a, Float32):
         return cute.math.floor(a / b)
     found = a // b
