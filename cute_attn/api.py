@@ -7,9 +7,15 @@ from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch._C import _is_torch_function_mode_enabled as _function_modes
+from torch._C import _is_tracing as _jit_traces
+from torch._C import _len_torch_dispatch_stack as _dispatch_modes
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from typing_extensions import Unpack
 
-from . import checks, compile, device, notices, reference
+from . import checks, compile, device, notices, reference, strides
 from .checks import Spec
 from .kernels.config import FwdConfig
 from .modifiers import NONE, UNMODIFIED, Modifiers
@@ -157,7 +163,12 @@ def flash_fwd(
         mods = checks.mods(score_mod, mask_mod, aux, block_mask)
         row_max = return_row_max or return_max_logit
         modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, dropout, row_max)
-    if torch.compiler.is_compiling():
+    if is_compiling() or (
+        (_dispatch_modes() or _function_modes() or _jit_traces() or forward_ad._current_level >= 0)
+        and traced(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
+    ):
+        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
+    if type(q) is not Tensor and isinstance(q, RECORDED):
         return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if not type(q) is type(k) is type(v) is Tensor:
         if not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
@@ -171,7 +182,7 @@ def flash_fwd(
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
     how = causal, layout, constant_time, UNMODIFIED if modifiers is NONE else modifiers.kinds
-    problem, default_scale, gpu, kernel, draws, plain, nbytes = _call(q, k, v, out, how)
+    problem, default_scale, gpu, kernel, draws, plain, nbytes, like = _call(q, k, v, out, how)
     scale = default_scale if scale is None else checks.scale(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
         for name, x in zip("qkv", (q, k, v), strict=True):
@@ -185,7 +196,7 @@ def flash_fwd(
         modifiers = modifiers.started(q, problem)
     if gpu is None:
         return _on_cpu(problem, q, k, v, scale, modifiers, asked, out)
-    o = (o_like(q, v) if problem.head_dim_v else torch.empty_like(q)) if out is None else out
+    o = (torch.empty_like(q) if like is None else q.new_empty_strided(*like)) if out is None else out
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32) if return_lse else None
     if kernel is None:
         o.zero_()
@@ -225,9 +236,26 @@ def results(o, lse, row_max, rng_state, asked):
 
 
 def _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers):
-    from .integrations.torch_op import traced  # which imports this file
+    from .integrations import torch_op  # which imports this file
 
-    return results(*traced(q, k, v, causal, scale, layout, asked[0], out, constant_time, modifiers), asked)
+    return results(*torch_op.traced(q, k, v, causal, scale, layout, asked[0], out, constant_time, modifiers), asked)
+
+
+def traced(**tensors) -> bool:
+    """Whether something records what is done with tensors (a mode of dispatch, jit.trace): it gets the operator then.
+
+    A mode of functions alone, such as torch.device's, records nothing; but that of make_fx's pre_dispatch does.
+    """
+    from .integrations import operator
+
+    checks.no_tangents(**tensors)
+    if operator.inside():
+        return False
+    before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included("PreDispatch")
+    return before_dispatch or _jit_traces() or _dispatch_modes() > 0
+
+
+RECORDED = torch.fx.Proxy, FakeTensor  # what is done with these is seen by themselves, without a mode
 
 
 class Call(NamedTuple):
@@ -240,6 +268,7 @@ class Call(NamedTuple):
     draws: bool  # the kernel's CTAs draw their tiles
     plain: bool  # no size of 1 has a stride that TMA would refuse
     nbytes: tuple[int, ...]  # that q, k, v and o reach over
+    like: tuple[tuple[int, ...], tuple[int, ...]] | None  # o's shape and strides; None: torch.empty_like's of q
 
 
 _calls: dict[tuple, Call] = {}
@@ -271,8 +300,9 @@ def _prepared(q, k, v, out, *how) -> Call:
     problem, gpu, config, specs = planned(q, k, v, out, *how)
     kernel = None if gpu is None or problem.empty else compile.get(config)
     plain = not any(checks.odd(x.stride) for x in specs)
-    nbytes = tuple(x.nbytes for x in specs)
-    return Call(problem, problem.head_dim**-0.5, gpu, kernel, config.scheduler.draws, plain, nbytes)
+    nbytes, like = tuple(x.nbytes for x in specs), strides.of_output(q, v.shape[-1])
+    like = None if like == (q.shape, q.stride()) else like
+    return Call(problem, problem.head_dim**-0.5, gpu, kernel, config.scheduler.draws, plain, nbytes, like)
 
 
 def planned(q, k, v, out, causal, layout, constant_time, kinds):
@@ -330,8 +360,7 @@ def warmup(
 
 def o_like(q, v):
     """Empty, of q's shape with v's head dim: q's dimensions in their order in memory."""
-    columns = v.shape[-1]
-    return torch.empty_like(q if q.shape[-1] == columns else q[..., :1].expand(*q.shape[:-1], columns))
+    return q.new_empty_strided(*strides.of_output(q, v.shape[-1]))
 
 
 def _for_tma(x):

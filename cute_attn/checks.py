@@ -5,6 +5,7 @@ import numbers
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import block_mask as block_masks
 from .kernels.config import HEAD_DIM_MAX
@@ -121,6 +122,33 @@ def stands_in(*tensors: torch.Tensor) -> bool:
         if isinstance(x, torch.Tensor):
             memory(name, x)
     return False
+
+
+def no_tangents(**named) -> None:
+    """No tensor is a dual of torch.autograd.forward_ad, whose tangent would be lost."""
+    if forward_ad._current_level < 0:
+        return
+    for name, x in named.items():
+        if not isinstance(x, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            continue
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: a dual tensor of forward-mode differentiation came, and flash_fwd has no such derivative; "
+                "use torch.nn.functional.scaled_dot_product_attention under "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or backward-mode"
+            )
+
+
+def traceable(modifiers: Modifiers) -> None:
+    """No modifier that cannot pass an operator: functions, lists of blocks, a generator."""
+    generator = None if modifiers.dropout is None else modifiers.dropout.generator
+    names = "score_mod", "mask_mod", "block_mask"
+    given = [name for name in names if getattr(modifiers, name) is not None]
+    if given or generator is not None:
+        raise TypeError(
+            f"{', '.join(given) or 'generator'}: given in a call that is traced, and it cannot pass the operator that "
+            "tracers see; call flash_fwd outside of the trace"
+        )
 
 
 def _dense(name: str, storage: torch.layout) -> None:

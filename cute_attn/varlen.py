@@ -5,8 +5,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._C import _is_torch_function_mode_enabled as _function_modes
+from torch._C import _is_tracing as _jit_traces
+from torch._C import _len_torch_dispatch_stack as _dispatch_modes
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from . import api, checks, compile, device, notices, reference
+from . import api, checks, compile, device, notices, reference, strides
 from .checks import Spec
 from .modifiers import NONE, UNMODIFIED, Modifiers
 from .plan import Problem
@@ -85,7 +90,12 @@ def flash_fwd_varlen(
         mods = checks.mods(score_mod, mask_mod, aux, None)
         modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, row_max=row_max)
     lengths, hints = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), (max_seqlen_q, max_seqlen_k)
-    if torch.compiler.is_compiling():
+    if is_compiling() or (
+        (_dispatch_modes() or _function_modes() or _jit_traces() or forward_ad._current_level >= 0)
+        and api.traced(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
+    ):
+        return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
+    if type(q) is not Tensor and isinstance(q, api.RECORDED):
         return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     if type(causal) is not bool or type(return_lse) is not bool:
         checks.flags(causal=causal, return_lse=return_lse)
@@ -101,7 +111,7 @@ def flash_fwd_varlen(
         return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     if out is not None:
         checks.out_memory(out, q, k, v, call.nbytes)
-    o = api.o_like(q, v) if out is None else out
+    o = (torch.empty_like(q) if call.like is None else q.new_empty_strided(*call.like)) if out is None else out
     of_rows = q.shape[1], q.shape[0]
     lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
     if modifiers is not NONE:
@@ -151,6 +161,7 @@ class Call(NamedTuple):
     kernel: Callable | None  # None: the CPU, or nothing to write
     plain: bool  # no size of 1 has a stride that TMA would refuse, and there are keys
     nbytes: tuple[int, ...]  # that q, k, v and o reach over
+    like: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # o's shape and strides; None: torch.empty_like's of q
 
 
 _calls: dict[tuple, Call] = {}
@@ -189,7 +200,9 @@ def _prepared(q, k, v, lengths, hints, out, *how) -> Call:
     total_q, heads, head_dim = q.shape
     kernel = None if gpu is None or 0 in (batch, total_q, heads) else compile.get(config)
     plain = not any(checks.odd(x.stride) for x in specs) and k.shape[0] > 0
-    return Call(head_dim**-0.5, gpu, kernel, plain, tuple(x.nbytes for x in specs))
+    like = strides.of_output(q, v.shape[-1])
+    like = None if like == (q.shape, q.stride()) else like
+    return Call(head_dim**-0.5, gpu, kernel, plain, tuple(x.nbytes for x in specs), like)
 
 
 def planned(q, k, v, lengths, hints, out, causal, kinds):

@@ -493,7 +493,7 @@ def test_windows_of_the_backward(monkeypatch):
     monkeypatch.setattr(varlen_op, "_within", lambda dx, cu: dx)
     fake = lambda *args, **how: given.append((args, how)) or (q, k, v)  # noqa: E731
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", fake)
-    inner = varlen_op.flash_bwd_varlen_op._init_fn
+    inner = varlen_op.flash_bwd_varlen_op
     inner(grad, q, k, v, q, lse, cu, cu, 8, 5, False, None, 3, None)
     inner(grad, q, k, v, q, lse, cu, cu, 8, 5, True, None, None, None)
     assert [args[8:12] for args, _ in given] == [(8, 8, 0.0, False), (8, 5, 0.0, True)]

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend
 
-from .. import api, checks, notices
+from .. import api, checks, notices, strides
 
 NAME = "cute_attn"
 FLASH = SDPBackend.FLASH_ATTENTION.value
@@ -61,6 +61,7 @@ class Active:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
             self._library.impl(OPERATOR, attention)
+            self._library.impl(f"{OPERATOR}_backward", backward)
         torch._C._set_sdp_priority_order([FLASH, *(backend for backend in self._order if backend != FLASH)])
 
     def remove(self) -> None:
@@ -135,4 +136,24 @@ def torchs(query, key, value, dropout_p, is_causal, return_debug_mask, scale):
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     how = (None, None, q.shape[1], k.shape[1], dropout_p, is_causal, return_debug_mask)
     o, lse, *random, debug_mask = torch.ops.aten._flash_attention_forward(q, k, v, *how, scale=scale)
-    return o.transpose(1, 2), lse, None, None, q.shape[1], k.shape[1], *random, debug_mask
+    o = as_told(o.transpose(1, 2), query)
+    return o, lse, None, None, q.shape[1], k.shape[1], *random, debug_mask
+
+
+def backward(grad_out, query, key, value, out, logsumexp, *how, scale=None):
+    """aten::_scaled_dot_product_flash_attention_backward: torch's kernel, as its C++ calls it."""
+    bshd = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+    found = torch.ops.aten._flash_attention_backward(*bshd, logsumexp, *how, scale=scale)
+    dq, dk, dv = (as_told(dx.transpose(1, 2), x) for dx, x in zip(found, (query, key, value), strict=True))
+    return dq, dk, dv
+
+
+def as_told(x, like):
+    """x with the strides that torch's fake kernels tell torch.compile, of `like`; a copy if it was expanded alone.
+
+    torch's own kernels order an expanded dimension otherwise, and a compiled function asserts.
+    """
+    order = strides.dense(like.shape, like.stride())
+    if strides.plain(x.shape, x.stride()) == order:
+        return x
+    return x.new_empty_strided(x.shape, order).copy_(x)

@@ -1,16 +1,51 @@
-"""torch.ops.cute_attn.flash_fwd: the operator that torch.compile, torch.export and autograd see in place of flash_fwd.
+"""torch.ops.cute_attn.flash_fwd: what tracers (torch.compile, make_fx, jit.trace, ...) and autograd see of flash_fwd.
 
 `flash_fwd` calls it by itself where it is traced or differentiated, and only there: any other eager call has no
 dispatcher to go through. Its gradients are `flash_bwd`'s or `cudnn_bwd`'s, torch's own kernels fed with our o and lse.
 """
 
+import os
+
 import torch
 
-from .. import api, checks, reference
+from .. import api, checks, reference, strides
 from ..modifiers import Modifiers
+from .operator import gradients, operator
 
 
-@torch.library.custom_op("cute_attn::flash_fwd", mutates_args=())
+def _lse_like(q, layout, asked):
+    h, s = layout.index("h"), layout.index("s")
+    return q.new_empty((q.shape[0], q.shape[h], q.shape[s]) if asked else (0,), dtype=torch.float32)
+
+
+def o_like(q, v):
+    """api.o_like, where sizes and strides may be symbols too."""
+    columns = v.shape[-1]
+    o = torch.empty_like(q if q.shape[-1] == columns else q[..., :1].expand(*q.shape[:-1], columns))
+    return o.new_empty_strided(o.shape, strides.plain(o.shape, o.stride()))
+
+
+def _fake(q, k, v, causal, scale, layout, return_lse, *_):
+    return o_like(q, v), _lse_like(q, layout, return_lse)
+
+
+def _fake_row_max(q, k, v, causal, scale, layout, return_lse, *_):
+    return o_like(q, v), _lse_like(q, layout, return_lse), _lse_like(q, layout, True)
+
+
+def _fake_out(q, k, v, out, causal, scale, layout, return_lse, *_):
+    return _lse_like(q, layout, return_lse)
+
+
+def _fake_bwd(grad, q, k, v, o, lse, causal, scale, layout, window_left=None, window_right=None):
+    return _grad_like(q, layout), _grad_like(k, layout), _grad_like(v, layout)
+
+
+def _fake_cudnn(grad, q, k, v, o, lse, causal, scale, layout):
+    return _grad_like(q, layout, "bhsd"), _grad_like(k, layout, "bhsd"), _grad_like(v, layout, "bhsd")
+
+
+@operator(_fake)
 def flash_fwd_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -37,12 +72,7 @@ def flash_fwd_op(
     return result if return_lse else (result, _lse_like(q, layout, False))
 
 
-@flash_fwd_op.register_fake
-def _(q, k, v, causal, scale, layout, return_lse, *_):
-    return api.o_like(q, v), _lse_like(q, layout, return_lse)
-
-
-@torch.library.custom_op("cute_attn::flash_fwd_row_max", mutates_args=())
+@operator(_fake_row_max)
 def flash_fwd_row_max_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -69,12 +99,7 @@ def flash_fwd_row_max_op(
     return o, lse[0] if return_lse else _lse_like(q, layout, False), row_max
 
 
-@flash_fwd_row_max_op.register_fake
-def _(q, k, v, causal, scale, layout, return_lse, *_):
-    return api.o_like(q, v), _lse_like(q, layout, return_lse), _lse_like(q, layout, True)
-
-
-@torch.library.custom_op("cute_attn::flash_fwd_out", mutates_args=("out",))
+@operator(_fake_out, mutates_args=("out",))
 def flash_fwd_out_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -102,12 +127,7 @@ def flash_fwd_out_op(
     return result[1] if return_lse else _lse_like(q, layout, False)
 
 
-@flash_fwd_out_op.register_fake
-def _(q, k, v, out, causal, scale, layout, return_lse, *_):
-    return _lse_like(q, layout, return_lse)
-
-
-@torch.library.custom_op("cute_attn::flash_bwd", mutates_args=())
+@operator(_fake_bwd)
 def flash_bwd_op(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -138,7 +158,9 @@ def flash_bwd_op(
     seqlen_q, seqlen_k = (x.shape[layout.index("s")] for x in (q, k))
     if seqlen_q > seqlen_k and (causal or window is not None):
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # as FlashAttention-2 marks a row without keys
-    bshd = [_in_order(x, layout, "bshd") for x in (_aligned(grad), q, k, v, o)]
+    grad, q, k, v, o = (_in_order(x, layout, "bshd") for x in (grad, q, k, v, o))
+    bshd = [aligned(grad.contiguous()), fit(q), fit(k), fit(v), aligned(o.contiguous())]
+    lse = lse.contiguous()
     parts = [(slice(None), causal, None, None)] if window is None else list(_parts(seqlen_q, seqlen_k, *window))
     dq, dk, dv = _of_parts(bshd, lse, parts, scale)
     return _in_order(dq, "bshd", layout), _in_order(dk, "bshd", layout), _in_order(dv, "bshd", layout)
@@ -179,12 +201,7 @@ def _of_parts(bshd, lse, parts, scale):
     return tuple(torch.empty_like(x).copy_(dx) for x, dx in zip((q, k, v), sums, strict=True))
 
 
-@flash_bwd_op.register_fake
-def _(grad, q, k, v, o, lse, causal, scale, layout, window_left=None, window_right=None):
-    return _grad_like(q, layout), _grad_like(k, layout), _grad_like(v, layout)
-
-
-@torch.library.custom_op("cute_attn::cudnn_bwd", mutates_args=())
+@operator(_fake_cudnn)
 def cudnn_bwd_op(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -196,27 +213,32 @@ def cudnn_bwd_op(
     scale: float | None,
     layout: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As flash_bwd, by cuDNN: about twice as fast on Hopper. For what `cudnn_serves`."""
+    """As flash_bwd, by cuDNN: about twice as fast on Hopper. For what `cudnn_serves`.
+
+    torch keeps cuDNN's graphs by the sizes and strides of q, k and v, and no others (`run_cudnn_SDP_bprop` in
+    aten/src/ATen/native/cudnn/MHA.cpp): so those of o, of its gradient and of lse follow from q's here.
+    """
     checks.together(q, grad=grad, k=k, v=v, o=o, lse=lse)
-    bhsd = (_in_order(x, layout, "bhsd") for x in (_aligned(grad), q, k, v, o))
-    seqlen = q.shape[layout.index("s")]
+    grad, q, k, v, o = (_in_order(x, layout, "bhsd") for x in (grad, q, k, v, o))
+    q, k, v = fit(q), fit(k), fit(v)
+    order = strides.dense(q.shape, q.stride())
+    grad, o, lse = laid(grad, order), laid(o, order), lse.contiguous().unsqueeze(-1)
+    seqlen = q.shape[2]
     unused = q.new_empty((), dtype=torch.int64)  # dropout's random state
     how = (unused, unused, None, None, None, seqlen, seqlen, 0.0, causal)
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *bhsd, lse.unsqueeze(-1), *how, scale=scale
-    )
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(grad, q, k, v, o, lse, *how, scale=scale)
     return _in_order(dq, "bhsd", layout), _in_order(dk, "bhsd", layout), _in_order(dv, "bhsd", layout)
 
 
-@cudnn_bwd_op.register_fake
-def _(grad, q, k, v, o, lse, causal, scale, layout):
-    return _grad_like(q, layout, "bhsd"), _grad_like(k, layout, "bhsd"), _grad_like(v, layout, "bhsd")
-
-
 def cudnn_serves(q, k, scale, layout) -> bool:
-    """Its causal is aligned to the first key, its sums are in no fixed order, and it wants a positive scale."""
+    """Its causal is aligned to the first key, its sums are in no fixed order, and it wants a positive scale.
+
+    torch's key of its graphs holds strides of 32 bits; and AVOID_RECOMPILE, torch's experiment, wants another lse.
+    """
     s = layout.index("s")
     if not q.is_cuda or q.shape[s] != k.shape[s] or q.shape[s] < 2 or q.numel() == 0:
+        return False
+    if q.shape[1] * q.shape[2] * q.shape[3] > STRIDE_MAX or os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1":
         return False
     if torch.are_deterministic_algorithms_enabled() or not torch.backends.cuda.cudnn_sdp_enabled():
         return False
@@ -224,8 +246,31 @@ def cudnn_serves(q, k, scale, layout) -> bool:
     return not wide and (scale is None or scale > 0)
 
 
-def _aligned(grad):
-    return grad.clone() if grad.data_ptr() % 16 else grad
+STRIDE_MAX = (1 << 31) - 1
+
+
+def fit(x):
+    """q, k or v as torch's backward kernels address it: itself, or a copy of the same order in memory without gaps.
+
+    A copy is made where columns are not contiguous, rows or data do not start at multiples of 16 bytes, or a stride
+    does not fit 32 bits; never for what flash_fwd took on a GPU, but for the last.
+    """
+    order = strides.plain(x.shape, x.stride())
+    *outer, columns = order
+    if columns == 1 and max(outer) <= STRIDE_MAX and not any(s % 8 for s in outer) and x.data_ptr() % 16 == 0:
+        return x if order == x.stride() else x.as_strided(x.shape, order)
+    return x.contiguous() if columns != 1 else laid(x, strides.dense(x.shape, x.stride()))
+
+
+def laid(x, order):
+    """x with these strides, and data at a multiple of 16 bytes: itself, a view where sizes of 1 differ, or a copy."""
+    if x.data_ptr() % 16 == 0 and strides.plain(x.shape, x.stride()) == strides.plain(x.shape, order):
+        return x if x.stride() == order else x.as_strided(x.shape, order)
+    return x.new_empty_strided(x.shape, order).copy_(x)
+
+
+def aligned(x):
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _in_order(x, layout, other):
@@ -269,15 +314,10 @@ def _no_backward(ctx, *grads):
     )
 
 
-flash_fwd_op.register_autograd(_backward, setup_context=_save)
-flash_fwd_row_max_op.register_autograd(_backward, setup_context=_save)
-flash_bwd_op.register_autograd(_no_backward)
-cudnn_bwd_op.register_autograd(_no_backward)
-
-
-def _lse_like(q, layout, asked):
-    h, s = layout.index("h"), layout.index("s")
-    return q.new_empty((q.shape[0], q.shape[h], q.shape[s]) if asked else (0,), dtype=torch.float32)
+gradients("flash_fwd", _backward, _save)
+gradients("flash_fwd_row_max", _backward, _save)
+gradients("flash_bwd", _no_backward)
+gradients("cudnn_bwd", _no_backward)
 
 
 def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modifiers):
@@ -285,7 +325,12 @@ def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modif
 
     Returns o, lse, row_max and rng_state, each of the last two None where there is none.
     """
+    checks.no_tangents(q=q, k=k, v=v, alibi_slopes=modifiers.alibi_slopes, sinks=modifiers.sinks, out=out)
+    if isinstance(q, torch.fx.Proxy):
+        return _by_proxy(q, k, v, causal, scale, layout, out, constant_time, modifiers)
     learns = checks.learns(q, k, v)
+    if not learns:
+        checks.traceable(modifiers)
     if learns:
         checks.trained_head_dims(q, v)
         checks.gradients(q, layout, modifiers)
@@ -303,3 +348,20 @@ def traced(q, k, v, causal, scale, layout, return_lse, out, constant_time, modif
             "one of them"
         )
     return out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, *how), None, state
+
+
+def _by_proxy(q, k, v, causal, scale, layout, out, constant_time, modifiers):
+    """The operator in a graph of torch.fx.symbolic_trace, with lse: whether gradients need it is not known yet."""
+    checks.traceable(modifiers)
+    if modifiers.dropout is not None and modifiers.rng_state is None:
+        raise TypeError("dropout_p: torch.fx's proxies have no device to draw on; pass rng_state")
+    how = causal, scale, layout, True, constant_time, *modifiers.flat()
+    if out is not None and modifiers.row_max:
+        raise ValueError("out: given with return_row_max or return_max_logit to torch.fx; omit one of them")
+    if out is not None:
+        return out, torch.ops.cute_attn.flash_fwd_out(q, k, v, out, *how), None, modifiers.rng_state
+    if modifiers.row_max:
+        found = torch.ops.cute_attn.flash_fwd_row_max(q, k, v, *how)
+        return found[0], found[1], found[2], modifiers.rng_state
+    found = torch.ops.cute_attn.flash_fwd(q, k, v, *how)
+    return found[0], found[1], None, modifiers.rng_state

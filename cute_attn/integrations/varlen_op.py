@@ -6,10 +6,28 @@ own kernel fed with our o and lse.
 
 import torch
 
-from .. import api, checks, reference, varlen
+from .. import checks, reference, varlen
+from .operator import gradients, operator
+from .torch_op import aligned, fit, o_like
 
 
-@torch.library.custom_op("cute_attn::flash_fwd_varlen", mutates_args=())
+def _lse_like(q, asked):
+    return q.new_empty((q.shape[1], q.shape[0]) if asked else (0,), dtype=torch.float32)
+
+
+def _fake(q, k, v, cu_q, cu_k, used_q, used_k, max_q, max_k, causal, scale, left, right, return_lse):
+    return o_like(q, v), _lse_like(q, return_lse)
+
+
+def _fake_out(q, k, v, out, cu_q, cu_k, used_q, used_k, max_q, max_k, causal, scale, left, right, return_lse):
+    return _lse_like(q, return_lse)
+
+
+def _fake_bwd(grad, q, k, v, o, lse, cu_q, cu_k, max_q, max_k, causal, scale, left, right):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@operator(_fake)
 def flash_fwd_varlen_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -42,12 +60,7 @@ def flash_fwd_varlen_op(
     return result if return_lse else (result, _lse_like(q, False))
 
 
-@flash_fwd_varlen_op.register_fake
-def _(q, k, v, cu_q, cu_k, used_q, used_k, max_q, max_k, causal, scale, left, right, return_lse):
-    return api.o_like(q, v), _lse_like(q, return_lse)
-
-
-@torch.library.custom_op("cute_attn::flash_fwd_varlen_out", mutates_args=("out",))
+@operator(_fake_out, mutates_args=("out",))
 def flash_fwd_varlen_out_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -82,12 +95,7 @@ def flash_fwd_varlen_out_op(
     return result[1] if return_lse else _lse_like(q, False)
 
 
-@flash_fwd_varlen_out_op.register_fake
-def _(q, k, v, out, cu_q, cu_k, used_q, used_k, max_q, max_k, causal, scale, left, right, return_lse):
-    return _lse_like(q, return_lse)
-
-
-@torch.library.custom_op("cute_attn::flash_bwd_varlen", mutates_args=())
+@operator(_fake_bwd)
 def flash_bwd_varlen_op(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -116,22 +124,19 @@ def flash_bwd_varlen_op(
         dq, dk, dv = flash_bwd_varlen_op(grad, q * sign, k, v, o, lse, *cu_seqlens, *how)
         return dq * sign, dk, dv
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # as FlashAttention-2 marks a row without keys
-    grad = grad.clone() if grad.data_ptr() % 16 else grad
+    grad, q, k, v, o = aligned(grad.contiguous()), fit(q), fit(k), fit(v), aligned(o.contiguous())
     unused = q.new_empty(0, dtype=torch.uint64)  # dropout's random state
     # Of windows it takes a side of max_k keys or more for no bound, which holds if no sequence has more queries either.
     max_k = max_seqlen_k if window is None else max(max_seqlen_q, max_seqlen_k)
     sides = {} if window is None else dict(window_size_left=window[0], window_size_right=window[1])
     found = torch.ops.aten._flash_attention_backward(
-        *(grad, q, k, v, o, lse, *cu_seqlens, max_seqlen_q, max_k, 0.0, causal, unused, unused), scale=scale, **sides
+        *(grad, q, k, v, o, lse.contiguous(), *cu_seqlens, max_seqlen_q, max_k, 0.0, causal, unused, unused),
+        scale=scale,
+        **sides,
     )
     ends = cu_seqlens_q, cu_seqlens_k, cu_seqlens_k
     dq, dk, dv = (_within(dx, cu) for dx, cu in zip(found, ends, strict=True))
     return dq, dk, dv
-
-
-@flash_bwd_varlen_op.register_fake
-def _(grad, q, k, v, o, lse, cu_q, cu_k, max_q, max_k, causal, scale, left, right):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _by_reference(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, **how):
@@ -176,18 +181,22 @@ def _no_backward(ctx, *grads):
     )
 
 
-flash_fwd_varlen_op.register_autograd(_backward, setup_context=_save)
-flash_bwd_varlen_op.register_autograd(_no_backward)
-
-
-def _lse_like(q, asked):
-    return q.new_empty((q.shape[1], q.shape[0]) if asked else (0,), dtype=torch.float32)
+gradients("flash_fwd_varlen", _backward, _save)
+gradients("flash_bwd_varlen", _no_backward)
 
 
 def traced(q, k, v, lengths, hints, causal, scale, window, return_lse, out):
     """What flash_fwd_varlen does where torch traces it or differentiates it: one operator in the graph."""
-    learns = checks.learns(q, k, v)
+    checks.no_tangents(q=q, k=k, v=v, out=out)
     how = *lengths, *hints, causal, scale, *((None, None) if window is None else window)
+    if isinstance(q, torch.fx.Proxy):  # whether gradients need lse is not known yet
+        if out is None:
+            found = torch.ops.cute_attn.flash_fwd_varlen(q, k, v, *how, True)
+            o, lse = found[0], found[1]
+        else:
+            o, lse = out, torch.ops.cute_attn.flash_fwd_varlen_out(q, k, v, out, *how, return_lse)
+        return (o, lse) if return_lse else o
+    learns = checks.learns(q, k, v)
     if learns:
         checks.trained_head_dims(q, v)
         checks.packed_gradients(*hints, *lengths[2:])
