@@ -252,7 +252,12 @@ def traced(**tensors) -> bool:
     if operator.inside():
         return False
     before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included("PreDispatch")
-    return before_dispatch or _jit_traces() or _dispatch_modes() > 0
+    if not (before_dispatch or _jit_traces() or _dispatch_modes()):
+        return False
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and not torch._C._functorch.is_functionaltensor(x):
+            checks.untransformed(name, x)
+    return True
 
 
 RECORDED = torch.fx.Proxy, FakeTensor  # what is done with these is seen by themselves, without a mode

@@ -62,12 +62,16 @@ def tensor(name: str, x) -> None:
         source = f"{name}.copy()" if backwards(x) else name  # torch ends the process over views that run backwards
         way_out = f"; torch.from_dlpack({source}) shares its memory" if hasattr(x, "__dlpack__") else ""
         raise TypeError(f"{name}: a torch.Tensor is needed, {type_word(x)} came{way_out}")
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        way_out = "differentiate with torch.autograd, and put what vmap would map over into the batch"
-        raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and flash_fwd has no rule; {way_out}")
+    untransformed(name, x)
     _flat(name, x)
     _dense(name, x.layout)
     memory(name, x)
+
+
+def untransformed(name: str, x: torch.Tensor) -> None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        way_out = "differentiate with torch.autograd, and put what vmap would map over into the batch"
+        raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and flash_fwd has no rule; {way_out}")
 
 
 def backwards(x) -> bool:

@@ -66,9 +66,11 @@ def attention(
 
 def maxima(row_max, return_row_max, return_max_logit) -> list[torch.Tensor]:
     """Of row_max (B, H, Sq), or packed (H, total_q), what is asked for: itself, each head's maximum."""
-    others = (0, 2) if row_max.dim() == 3 else (1,)
     found = [row_max] if return_row_max else []  # a list: torch 2.11 compiles no generator here
-    if return_max_logit:
+    if return_max_logit and isinstance(row_max, torch.fx.Proxy):  # of flash_fwd, with rows
+        found.append(row_max.amax((0, 2)))
+    elif return_max_logit:
+        others = (0, 2) if row_max.dim() == 3 else (1,)
         heads = row_max.shape[row_max.dim() - 2]
         found.append(row_max.amax(others) if row_max.numel() else row_max.new_full((heads,), -torch.inf))
     return found
