@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._C import _is_torch_function_mode_enabled as _function_modes
 from torch._C import _is_tracing as _jit_traces
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from typing_extensions import Unpack
@@ -164,13 +163,13 @@ def flash_fwd(
         row_max = return_row_max or return_max_logit
         modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, dropout, row_max)
     if is_compiling() or (
-        (_dispatch_modes() or _function_modes() or _jit_traces() or forward_ad._current_level >= 0)
+        (_dispatch_modes() or _function_modes() or forward_ad._current_level >= 0)
         and traced(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
     ):
         return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
-    if type(q) is not Tensor and isinstance(q, RECORDED):
-        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if not type(q) is type(k) is type(v) is Tensor:
+        if isinstance(q, torch.fx.Proxy):
+            return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
         if not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
             from .integrations import dlpack
 
@@ -182,7 +181,10 @@ def flash_fwd(
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
         checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
     how = causal, layout, constant_time, UNMODIFIED if modifiers is NONE else modifiers.kinds
-    problem, default_scale, gpu, kernel, draws, plain, nbytes, like = _call(q, k, v, out, how)
+    call = _call(q, k, v, out, how)
+    if call is None:
+        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
+    problem, default_scale, gpu, kernel, draws, plain, nbytes, like = call
     scale = default_scale if scale is None else checks.scale(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
         for name, x in zip("qkv", (q, k, v), strict=True):
@@ -260,9 +262,6 @@ def traced(**tensors) -> bool:
     return True
 
 
-RECORDED = torch.fx.Proxy, FakeTensor  # what is done with these is seen by themselves, without a mode
-
-
 class Call(NamedTuple):
     """What the shapes, strides, types and devices of a call's arguments say, whatever their addresses and values."""
 
@@ -280,8 +279,9 @@ _calls: dict[tuple, Call] = {}
 CALLS = 4096  # looked up; with one more all are forgotten
 
 
-def _call(q, k, v, out, how) -> Call:
-    """Checked, planned and compiled; a look-up where the like has come before.
+def _call(q, k, v, out, how) -> Call | None:
+    """Checked, planned and compiled; a look-up where the like has come before. None under torch.jit.trace, whose sizes
+    are tensors, which no key has.
 
     The key leaves out what the compiled call itself holds against q, k and v before it launches: out's shape, and every
     type and device but q's. `how` says which modifiers there are, not their values.
@@ -293,6 +293,8 @@ def _call(q, k, v, out, how) -> Call:
     except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a layout that has no hash
         return _prepared(q, k, v, out, *how)
     if call is None:
+        if _jit_traces() and traced(q=q, k=k, v=v, out=out):
+            return None
         call = _prepared(q, k, v, out, *how)
         if call.kernel is not None:
             if len(_calls) >= CALLS:

@@ -113,4 +113,4 @@ def _in_memory(name: str, x: torch.Tensor) -> None:
         raise TypeError(f"{name}: it captures a tensor whose sign is kept beside its memory; use .resolve_neg()")
     if wrapped or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         kind = f"{type(x).__module__}.{type(x).__name__}"
-        raise TypeError(f"{name}: it captures a {kind}, whose memory is not its own; a plain torch.Tensor is needed")
+        raise TypeError(f"{name}: a {kind} came, which has no memory of its own; pass the tensor that it wraps")

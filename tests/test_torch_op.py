@@ -1,12 +1,15 @@
 """The torch operator: opcheck, torch.compile, torch.export. The CPU runs the same code, so it is tested there too."""
 
+from itertools import permutations, product
+
 import pytest
 import torch
 import torch._dynamo.testing
 from attention import inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cute_attn import flash_fwd
-from cute_attn.integrations import torch_op  # noqa: F401  registers the operators
+from cute_attn import flash_fwd, flash_fwd_varlen, strides
+from cute_attn.integrations import torch_op
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 OP, OP_OUT = torch.ops.cute_attn.flash_fwd, torch.ops.cute_attn.flash_fwd_out
@@ -94,3 +97,68 @@ def test_wrong_arguments_raise_in_a_compiled_function_too():
     q, k, v = inputs(2, 4, 3, 40, 40, 64, device="cpu")
     with pytest.raises(ValueError, match="k: 3 heads do not divide q's 4"):
         model(q, k, v)
+
+
+def layouts(dims, device="cpu"):
+    """Every order of the dimensions in memory, each expanded or not, with a gap behind the columns or without."""
+    for order, expanded, gap in product(permutations(range(4)), product((False, True), repeat=3), (0, 8)):
+        shape = [1 if e else n for e, n in zip((*expanded, False), dims, strict=True)]
+        shape[3] += gap
+        x = torch.randn([shape[i] for i in order], device=device).bfloat16()
+        yield x.permute([order.index(i) for i in range(4)])[..., : dims[3]].expand(dims)
+
+
+SHAPES = pytest.mark.parametrize("dims", [(2, 4, 5, 16), (1, 3, 5, 16), (2, 3, 1, 16), (1, 1, 5, 16), (2, 2, 2, 8)])
+
+
+@SHAPES
+def test_strides_of_a_call_and_of_its_fake(dims):
+    """Equal, sizes of 1 included; and torch.empty_like's, but for these."""
+    mode = FakeTensorMode()
+    for q in layouts(dims):
+        for columns in (dims[3], 24):
+            shape, want = strides.of_output(q, columns)
+            v = torch.empty(*shape, dtype=q.dtype)
+            fake = torch_op.o_like(mode.from_tensor(q, static_shapes=True), mode.from_tensor(v, static_shapes=True))
+            assert fake.stride() == want and tuple(fake.shape) == shape
+            assert strides.dense(shape, want) == want
+        like = torch.empty_like(q).stride()
+        own = strides.dense(dims, q.stride())
+        assert all(a == b for n, a, b in zip(dims, own, like, strict=True) if n > 1)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_a_call_has_those_strides(layout):
+    for q in list(layouts((2, 4, 5, 16)))[::7] + list(layouts((2, 3, 1, 16)))[::7]:
+        x = q if layout == "bhsd" else q.transpose(1, 2)
+        for columns in (16, 24):
+            v = torch.randn(*x.shape[:3], columns).bfloat16()
+            want = strides.of_output(x, columns)[1]
+            assert flash_fwd(x, x, v, layout=layout).stride() == want
+            assert OP(x, x, v, False, None, layout, False)[0].stride() == want
+        packed, cu = x[0], torch.tensor([0, x.shape[1]], dtype=torch.int32)
+        assert flash_fwd_varlen(packed, packed, packed, cu, cu).stride() == strides.of_output(packed[None], 16)[1][1:]
+
+
+COMPILED = {
+    "packed qkv": lambda b, h, s: torch.randn(b, s, 3, h, 64).bfloat16()[:, :, 0].transpose(1, 2),
+    "expanded heads": lambda b, h, s: torch.randn(b, 1, s, 64).bfloat16().expand(b, h, s, 64),
+    "expanded batch": lambda b, h, s: torch.randn(1, s, h, 64).bfloat16().expand(b, s, h, 64).transpose(1, 2),
+    "hsbd": lambda b, h, s: torch.randn(h, s, b, 64).bfloat16().permute(2, 0, 1, 3),
+}
+
+
+@DEVICES
+@pytest.mark.parametrize("layout", COMPILED)
+def test_inductor_finds_the_strides_that_it_was_told(layout, device):
+    """Forward and backward, of three queries and of one."""
+    step = torch.compile(lambda q, k, v: flash_fwd(q, k, v, causal=True) * 2 + 1, fullgraph=True, dynamic=False)
+    for b, h, s in ((2, 4, 3), (2, 3, 1)):
+        torch._dynamo.reset()
+        q = COMPILED[layout](b, h, s).to(device).detach().requires_grad_()
+        k, v = (torch.randn(b, h, s, 64, device=device).bfloat16() for _ in range(2))
+        got, want = step(q, k, v), flash_fwd(q, k, v, causal=True) * 2 + 1
+        assert got.stride() == want.stride()
+        torch.testing.assert_close(got, want, atol=0.03, rtol=0.02)
+        found = [torch.autograd.grad(x.float().sum(), q)[0] for x in (got, want)]
+        torch.testing.assert_close(*found, atol=1e-3, rtol=0.02)

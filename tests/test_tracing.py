@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,23 @@ def test_a_mode_sees_the_operator():
     assert torch.equal(o, flash_fwd(Q, K, V))
 
 
+def test_jit_trace_of_a_call_whose_kernel_is_known(monkeypatch):
+    """Its sizes are tensors: no key has them."""
+    found = api._prepared
+
+    def known(*arguments):
+        gpu = SimpleNamespace(num_sms=132, ticket=lambda: 7)
+        return found(*arguments)._replace(gpu=gpu, kernel=lambda *_: None)
+
+    monkeypatch.setattr(api, "_prepared", known)
+    monkeypatch.setattr(api, "_calls", {})
+    for _ in range(2):
+        flash_fwd(Q, K, V)
+    assert len(api._calls) == 1
+    traced = torch.jit.trace(lambda q, k, v: flash_fwd(q, k, v), (Q, K, V), check_trace=False)
+    assert "cute_attn::flash_fwd" in str(traced.graph) and len(api._calls) == 1
+
+
 def test_a_mode_of_functions_alone_traces_nothing(monkeypatch):
     monkeypatch.setattr(torch_op, "traced", None)
     with torch.device("cpu"):
@@ -256,10 +274,9 @@ def test_the_import_registers_every_operator_and_stays_light():
 
 
 def test_a_plain_call_asks_no_tracer(monkeypatch):
-    """What is asked of every call are four flags; the rest is asked where one is set."""
+    """What is asked of every call are three flags; the rest is asked where one is set."""
     for module in (api, varlen):
-        for name in ("_dispatch_modes", "_function_modes", "_jit_traces"):
-            assert not getattr(module, name)()
+        assert not module._dispatch_modes() and not module._function_modes()
     monkeypatch.setattr(api, "traced", None)
     flash_fwd(Q, K, V)
     flash_fwd_varlen(*PACKED, CU_Q, CU_K)
