@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,10 +98,13 @@ def test_whose_files_are_read(cache, monkeypatch):
 
 
 @needs_root
-def test_another_user_reads_what_root_has_written(cache, umask):
+def test_another_user_reads_what_root_has_written(umask):
     """And of a folder that all may write no stranger's file."""
-    for folder in (cache, *list(cache.parents)[:2]):
-        folder.chmod(0o755)
+    with tempfile.TemporaryDirectory() as folder:
+        two_users(Path(folder))
+
+
+def two_users(cache):
     files.write(cache / "roots.o", b"1")
     files.write(cache / "strangers.o", b"2")
     os.chown(cache / "strangers.o", 12345, 12345)
