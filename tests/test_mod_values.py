@@ -360,7 +360,7 @@ def fake() -> torch.Tensor:
 
 
 CAPTURED = {
-    "a FakeTensor": (fake, "captures a torch._subclasses.fake_tensor.FakeTensor, whose memory"),
+    "a FakeTensor": (fake, "a torch._subclasses.fake_tensor.FakeTensor came, which has no memory of its own"),
     "sparse": (lambda: torch.eye(8).to_sparse(), "captures a tensor of torch.sparse_coo; a dense one is needed"),
     "negative": (lambda: torch.ones(8, dtype=torch.complex64).conj().imag, "whose sign is kept beside"),
     "complex": (lambda: torch.ones(8, dtype=torch.complex64), "captures a tensor of torch.complex64"),

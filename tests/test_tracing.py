@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cute_attn import api, flash_fwd, flash_fwd_varlen, varlen
+from cute_attn import api, device, flash_fwd, flash_fwd_varlen, varlen
 from cute_attn.integrations import torch_op
 
 Q, K, V = inputs(2, 4, 2, 20, 24, 16, device="cpu")
@@ -160,11 +160,12 @@ def test_jit_trace_of_a_call_whose_kernel_is_known(monkeypatch):
     found = api._prepared
 
     def known(*arguments):
-        gpu = SimpleNamespace(num_sms=132, ticket=lambda: 7)
+        gpu = SimpleNamespace(index=0, num_sms=132, ticket=lambda: 7)
         return found(*arguments)._replace(gpu=gpu, kernel=lambda *_: None)
 
     monkeypatch.setattr(api, "_prepared", known)
     monkeypatch.setattr(api, "_calls", {})
+    monkeypatch.setattr(device, "current", lambda: 0)
     for _ in range(2):
         flash_fwd(Q, K, V)
     assert len(api._calls) == 1
