@@ -1,4 +1,4 @@
-"""GPU tests run where there is a Hopper GPU, and say why they did not run elsewhere."""
+"""GPU tests run where there is a Hopper GPU, and say why they did not run elsewhere; nightly ones by -m nightly."""
 
 import importlib.util
 import platform

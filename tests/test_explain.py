@@ -14,7 +14,7 @@ from ptx import interpreted
 from cute_attn import explain, flash_fwd, flash_fwd_varlen, notices, plan
 from cute_attn.integrations import sdpa
 from cute_attn.integrations import transformers as cute
-from cute_attn.integrations.transformers_masks import CausalMask, Padding
+from cute_attn.integrations.transformers_masks import LazyMask, Padding
 from cute_attn.plan import Problem
 
 SIZES = 1, 4, 2, 33, 47, 64
@@ -149,8 +149,8 @@ def test_transformers_calls(gpu):
     ask = dict(function=cute.attention)
     want = plan.plan(Problem(1, 4, 2, 33, 33, 64, causal=True), "NVIDIA H200").name
     assert explain(*model(), **ask) == ("cute_attn", want, None, None)
-    among = Padding(torch.ones(1, 33, dtype=torch.bool), 33, None)
-    padded = CausalMask(lambda: None, (1, 1, 33, 33), "cpu", 33, None, among)
+    among = Padding(torch.ones(1, 33, dtype=torch.bool), 33, True, None)
+    padded = LazyMask(lambda: None, (1, 1, 33, 33), "cpu", 33, True, None, among)
     assert "sparse" in explain(*model(mask=padded), **ask).kernel
     for call, how, why in (
         (model(Q.float()), {}, "query: torch.float32"),

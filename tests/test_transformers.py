@@ -8,7 +8,7 @@ import torch
 
 from cute_attn import api, block_mask, checks, reference
 from cute_attn.integrations import transformers as room
-from cute_attn.integrations import transformers_masks
+from cute_attn.integrations import transformers_masks, transformers_models
 
 transformers = pytest.importorskip("transformers", reason='transformers is missing: pip install "cute_attn[test]"')
 
@@ -391,7 +391,6 @@ OPERATIONS = [
     lambda x: x[:, 0],
     lambda x: ~x,
     lambda x: x & x,
-    lambda x: x.float(),
     lambda x: x.clone(),
     lambda x: x.detach(),
     lambda x: x.expand(2, 4, 8, 8),
@@ -399,42 +398,165 @@ OPERATIONS = [
     lambda x: torch.cat([x, x], -1),
     lambda x: torch.nn.functional.pad(x, (0, 2)),
     lambda x: torch.where(x, 0.0, -1.0),
-    lambda x: torch.zeros(2, 1, 8, 8).masked_fill(x, 1),
-    lambda x: torch.zeros(2, 1, 8, 8).masked_fill_(x, 1),
+    lambda x: torch.zeros(2, 1, 8, 8).masked_fill(~x, 1),
+    lambda x: torch.zeros(2, 1, 8, 8).masked_fill_(x.logical_not(), 1),
     lambda x: torch.nn.functional.scaled_dot_product_attention(*[torch.eye(8).expand(2, 1, 8, 8)] * 3, attn_mask=x),
 ]
 
 
 @pytest.mark.parametrize("operation", range(len(OPERATIONS)))
 def test_whatever_looks_at_a_mask_gets_sdpas(operation):
+    """What is still a mask is never taken for the whole one, nor for anything but a mask."""
     ours, theirs = lazy()
-    found = OPERATIONS[operation](ours)
-    assert type(found) is torch.Tensor and torch.equal(found, OPERATIONS[operation](theirs))
+    found, want = OPERATIONS[operation](ours), OPERATIONS[operation](theirs)
+    assert torch.equal(found, want) and (found.shape, found.dtype) == (want.shape, want.dtype)
+    assert of_bits_alone(found) if want.dtype == torch.bool else type(found) is torch.Tensor
+
+
+def of_bits_alone(mask):
+    """Of which nothing is known but the tensor."""
+    return type(mask) is room.LazyMask and mask.keys is None
+
+
+MISREADINGS = {
+    "scores + mask": lambda x: torch.zeros(2, 1, 8, 8) + x,
+    "mask + scores": lambda x: x + torch.zeros(2, 1, 8, 8),
+    "scores += mask": lambda x: torch.zeros(2, 1, 8, 8).add_(x),
+    "a part of it": lambda x: torch.zeros(2, 1, 8, 6) + x[:, :, :, :6],
+    "of several": lambda x: torch.zeros(2, 1, 8, 8) + (x & x),
+    "float()": lambda x: x.float(),
+    "long()": lambda x: x.long(),
+    "another's type": lambda x: x.type_as(torch.zeros(1)),
+    "1 - float()": lambda x: 1.0 - x.float(),
+    "scores * mask": lambda x: torch.zeros(2, 1, 8, 8) * x,
+    "masked_fill": lambda x: torch.zeros(2, 1, 8, 8).masked_fill(x, 1),
+    "masked_fill of bool()": lambda x: torch.zeros(2, 1, 8, 8).masked_fill(x.to(torch.bool), 1),
+    "masked_fill_": lambda x: torch.zeros(2, 1, 8, 8).masked_fill_(x, 1),
+    "masked_fill of ~~": lambda x: torch.zeros(2, 1, 8, 8).masked_fill(~~x, 1),
+}
+
+
+@pytest.mark.parametrize("misreading", MISREADINGS)
+def test_whoever_adds_a_mask_has_an_attention_of_its_own(misreading):
+    with pytest.raises((NotImplementedError, RuntimeError), match='attn_implementation="eager"'):
+        MISREADINGS[misreading](lazy()[0])
+
+
+def bloom(implementation):
+    config = transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=199)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+
+
+def test_a_model_that_never_asks_raises_when_it_is_made():
+    """With the way out; also where the whole model asks, but a part of it does not."""
+    way_out = r'attn_implementation="eager", or for the parts of a composite model .*"vision_config": "eager"'
+    name = room.register()
+    with pytest.raises(
+        ValueError, match=f"BloomForCausalLM: BloomAttention computes .* not by cute_attn; use {way_out}"
+    ):
+        bloom(name)
+    config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=199)
+    with pytest.raises(ValueError, match="FALCON_ATTENTION_CLASSES has no class for cute_attn; use"):
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name)
+    parts = transformers.ViTConfig(**VIT), transformers.TrOCRConfig(d_model=64, decoder_layers=1, **TROCR)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    with pytest.raises(ValueError, match=r"TrOCRForCausalLM: TrOCRAttention computes"):
+        transformers.VisionEncoderDecoderModel._from_config(config, attn_implementation=name)
+    mixed = transformers.VisionEncoderDecoderModel._from_config(
+        config, attn_implementation={"encoder": name, "decoder": "eager"}
+    )
+    assert mixed.encoder.config._attn_implementation == name
+
+
+VIT = dict(
+    hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
+)
+TROCR = dict(decoder_attention_heads=4, decoder_ffn_dim=64, vocab_size=199, max_position_embeddings=64)
+
+
+def test_a_model_that_nobody_knows_raises_when_it_is_asked(monkeypatch):
+    """In a graph nothing can raise: there it gets eager attention's mask, and computes what it would with that."""
+    room.register()
+    monkeypatch.setattr(transformers_models, "refuse", lambda *_: None)
+    ours, theirs = bloom(room.NAME), bloom("eager")
+    for how in ({}, dict(attention_mask=PADDED)):
+        with pytest.raises(NotImplementedError, match=r'add.Tensor of a mask is by a model .*="eager"'):
+            ours(PROMPT, **how)
+        torch._dynamo.reset()
+        compiled = torch.compile(ours, backend="eager")
+        assert torch.equal(*(logits(model, PROMPT, use_cache=False, **how) for model in (compiled, theirs)))
+
+
+def test_a_sparse_attention_among_its_parts_is_found():
+    """By names of a class's functions: of a table, of a helper's class, and of nothing that takes no mask."""
+    from transformers.models.bert.modeling_bert import BertModel
+    from transformers.models.mixtral.modeling_mixtral import MixtralModel
+    from transformers.models.pegasus_x.modeling_pegasus_x import PegasusXModel
+
+    found = transformers_models.attention_of(PegasusXModel)
+    assert found.ask == ("PegasusXAttention",) and found.own == ("PegasusXGlobalLocalAttention",) and found.masked
+    for model in (BertModel, MixtralModel):  # a router's softmax is none
+        assert transformers_models.attention_of(model)[1:3] == ((), ())
+    assert transformers_models.asks(transformers.BertConfig) and not transformers_models.asks(transformers.BloomConfig)
+
+
+def test_register_twice_is_register_once():
+    room.register()
+    asked = transformers.PreTrainedModel.get_correct_attn_implementation
+    room.register()
+    assert transformers.PreTrainedModel.get_correct_attn_implementation is asked
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_mask_of_one_key_is_spread_over_all(where, eager, monkeypatch):
+    """MiniMax's steps behind left padding: torch's kernels would read the mask of 38 keys where there is one."""
+    module = transformers.models.llama.modeling_llama.LlamaAttention(transformers.LlamaConfig(**SIZES), 0).eval()
+    if not eager:
+        monkeypatch.setattr(room, "eager_of", lambda kind: None)
+    q, k, v = (torch.randn(2, h, n, 16, dtype=torch.bfloat16, device=where) for h, n in ((4, 1), (2, 38), (2, 38)))
+    mask = torch.tensor([False, True], device=where).reshape(2, 1, 1, 1)
+    handed, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *x, **how: handed.append(how["attn_mask"]) or sdpa(*x, **how),
+    )
+    o, _ = room.attention(module, q, k, v, mask, scaling=0.25)
+    want = reference.attention(q[1:], k[1:], v[1:], scale=0.25)[0].float()
+    torch.testing.assert_close(o[1:].transpose(1, 2).float(), want.to(where), atol=0.02, rtol=0.02)
+    assert all(x.shape[-1] == 38 and x.stride(-1) == 1 for x in handed) and len(handed) == (not eager)
+    if eager:  # which takes a row of hidden keys for one of equal scores
+        mean = v[:1].float().mean(2).repeat_interleave(2, 1)
+        torch.testing.assert_close(o[0, 0].float(), mean[0], atol=0.02, rtol=0.02)
 
 
 def test_a_mask_is_one_to_whoever_only_hands_it_on():
     ours, theirs = lazy()
-    assert type(ours) is room.CausalMask and (ours.keys, ours.window) == (8, 5)
+    assert type(ours) is room.LazyMask and (ours.keys, ours.window) == (8, 5)
     assert isinstance(ours, torch.Tensor) and ours.ndim == 4 and not ours.is_floating_point()
     assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
     assert ours.contiguous() is ours and ours.to("cpu") is ours and ours.bool() is ours
     moved = ours.to("meta", non_blocking=True)
-    assert type(moved) is room.CausalMask and (moved.keys, moved.window) == (8, 5) and moved.make().is_meta
+    assert type(moved) is room.LazyMask and (moved.keys, moved.window) == (8, 5) and moved.make().is_meta
     for out in (lambda: ours.numpy(), lambda: ours.tolist(), lambda: ours.storage().data_ptr()):
         with pytest.raises(RuntimeError):
             out()
 
 
 def test_when_a_mask_is_needed_or_none_at_all():
-    assert lazy(size=8)[0] is None and lazy(size=9)[0] is None  # it hides nothing that causality does not
+    for size in (8, 9):  # it hides nothing that causality does not
+        mask = lazy(size=size)[0]
+        assert (mask.keys, mask.causal, mask.window, mask.among) == (8, True, None, None)
     assert lazy(queries=1, first=4)[0] is None and lazy(queries=1, first=5)[0].window == 5
     static = lazy(first=torch.tensor(0), keys=20)[0]
     assert (static.keys, static.window) == (8, 5), "the rest of an empty static cache is not filled"
-    assert type(lazy(first=torch.tensor(3), keys=20)[0]) is torch.Tensor
-    assert type(lazy(allow_is_causal_skip=False)[0]) is torch.Tensor
+    assert of_bits_alone(lazy(first=torch.tensor(3), keys=20)[0])
+    assert of_bits_alone(lazy(allow_is_causal_skip=False)[0])
     real = torch.ones(2, 8, dtype=torch.bool)
     assert lazy(attention_mask=real)[0].among is None
-    assert type(lazy(attention_mask=real[:, :7])[0]) is torch.Tensor, "it does not reach the last query"
+    assert of_bits_alone(lazy(attention_mask=real[:, :7])[0]), "it does not reach the last query"
     real[1, 0] = False
     assert torch.equal(lazy(attention_mask=real)[0].among.real, real)
     last = lazy(attention_mask=real, queries=2, first=6, keys=7, kv_offset=1)[0]

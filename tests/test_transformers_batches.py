@@ -16,6 +16,7 @@ from test_transformers import (  # noqa: E402
     family_pair,
     logits,
     needs_lengths,
+    of_bits_alone,
     on_the_gpu,
     same_choices,
     with_lists,
@@ -150,19 +151,20 @@ def test_one_kernel_serves_any_padding():
     assert kernels[0] == kernels[1] == kernels[2]
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 70, 128, 200])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (128, 128), (300, 300), (130, 389), (129, 512)])
-def test_listed_blocks(window, queries, keys):
+def test_listed_blocks(causal, window, queries, keys):
     """Together with causality and the window, lists and mask_mod say what is seen; blocks have what they must."""
     torch.manual_seed(0)
     starts, ends = torch.tensor([0, keys // 2, keys - 1, 0]), torch.tensor([keys, keys, keys, keys // 3])
     real = (torch.arange(keys) >= starts[:, None]) & (torch.arange(keys) < ends[:, None])
     real = torch.cat([real, torch.rand(1, keys) < 0.5])
-    lists = masks.listed(real, queries, window)
+    lists = masks.listed(real, queries, causal, masks.sides_of(causal, window))
     fitted = block_mask.fit(lists, 5, 1, queries, keys, real.device)
     q, k = torch.arange(queries)[:, None], torch.arange(keys)
     last = q + keys - queries
-    near = (k <= last) & (k > last - (window or keys))
+    near = (k <= last) & (k > last - (window or keys)) if causal else (k - last).abs() <= (window or 2 * keys)
     mod = mods.prepare("mask_mod", masks.only(real), ())
     of_near, of_real = _blocks(near[None])[0], _blocks(real[:, None].expand(-1, queries, -1))
     for b in range(5):
@@ -179,6 +181,99 @@ def _blocks(pairs):
     wide = pairs.new_zeros(len(pairs), rows, columns)
     wide[:, : pairs.shape[1], : pairs.shape[2]] = pairs
     return wide.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).any(4).any(2)
+
+
+ENCODERS = {
+    "bert": (transformers.BertConfig, {}, [None, None]),
+    "modernbert": (
+        transformers.ModernBertConfig,
+        dict(local_attention=12, global_attn_every_n_layers=2, pad_token_id=0, cls_token_id=1, sep_token_id=2),
+        [None, (6, 6)],
+    ),
+}
+SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=199)
+
+
+def encoder_pair(family, dtype=torch.float32):
+    config, more, windows = ENCODERS[family]
+    made = [
+        transformers.AutoModel.from_config(config(**SMALL, **more), attn_implementation=name, dtype=dtype).eval()
+        for name in (room.register(), "eager")
+    ]
+    with torch.no_grad():
+        for x in made[1].parameters():
+            x.mul_(3) if x.dim() > 1 else None
+    made[0].load_state_dict(made[1].state_dict())
+    return *made, windows
+
+
+@torch.no_grad()
+def states(model, tokens, **how):
+    return model(tokens, **how).last_hidden_state
+
+
+def needs_encoders():
+    from transformers import masking_utils
+
+    if not hasattr(masking_utils, "sliding_window_bidirectional_mask_function"):
+        pytest.skip(f"transformers {transformers.__version__} has encoders make their masks themselves")
+
+
+@paddings
+@pytest.mark.parametrize("family", ENCODERS)
+def test_padded_encoders(family, padding, exact):
+    """Keys that are real, before a query and behind it, and in a window on both sides; q, k and v as they lie."""
+    needs_encoders()
+    ours, theirs, windows = encoder_pair(family)
+    real = PADDINGS[padding]
+    where_real(real, *(states(model, TOKENS, attention_mask=real.long()) for model in (ours, theirs)))
+    assert [call["window"] for call in exact] == windows and not any(call["causal"] for call in exact)
+    assert all("mask_mod" in call and "block_mask" in call for call in exact)
+    assert all(x.shape[1:] == (4, 37, 16) for call in exact for x in (call["q"], call["k"], call["v"]))
+    matters = (states(ours, TOKENS) - states(ours, TOKENS, attention_mask=real.long()))[real].abs().max()
+    assert matters > 1e-3
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders_without_padding(family, exact):
+    needs_encoders()
+    ours, theirs, windows = encoder_pair(family)
+    for how in ({}, dict(attention_mask=torch.ones_like(TOKENS))):
+        exact.clear()
+        close(states(ours, TOKENS, **how), states(theirs, TOKENS, **how))
+        assert [(call["causal"], call["window"]) for call in exact] == [(False, window) for window in windows]
+        assert not any("mask_mod" in call for call in exact)
+
+
+def test_gradients_of_padded_encoders_are_transformers_own(exact):
+    needs_encoders()
+    ours, theirs, _ = encoder_pair("bert")
+    for model in (ours, theirs):
+        model(TOKENS, attention_mask=RIGHT.long()).last_hidden_state[RIGHT].pow(3).sum().backward()
+    mine, other = (torch.cat([x.grad.flatten() for x in model.encoder.parameters()]) for model in (ours, theirs))
+    torch.testing.assert_close(mine, other, atol=1e-5 * float(other.abs().max()), rtol=1e-3)
+    assert not exact
+
+
+def test_cross_attention_over_padding(exact):
+    """Of a decoder, in its prefill and its steps, to an encoder's real keys."""
+    needs_encoders()
+    sizes = dict(d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
+    sizes |= dict(encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=199, pad_token_id=0, dropout=0.0)
+    sizes |= dict(bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    ours, theirs = (
+        transformers.BartForConditionalGeneration._from_config(
+            transformers.BartConfig(**sizes), attn_implementation=name
+        ).eval()
+        for name in (room.register(), "eager")
+    )
+    theirs.load_state_dict(ours.state_dict())
+    how = dict(attention_mask=LEFT.long(), do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    how |= dict(return_dict_in_generate=True, output_logits=True)
+    mine, other = (torch.stack(model.generate(TOKENS, **how).logits) for model in (ours, theirs))
+    close(mine, other)
+    asked = [(call["q"].shape[2], call["k"].shape[2], "mask_mod" in call) for call in exact]
+    assert asked[0] == (37, 37, True) and len(asked) == 1 + 2 * 4 and asked[2::2] == [(1, 37, True)] * 4
 
 
 def causal_mask(real, queries, size=None, batch=None):
@@ -231,7 +326,7 @@ def test_a_padded_mask_of_another_batch_is_not_taken(exact):
     module.num_key_value_groups = 2
     close(room.attention(module, q, k, v, mask)[0], room.attention(module, q, k, v, bits)[0])
     assert not exact
-    assert type(causal_mask(LEFT, 37, batch=2)[0]) is torch.Tensor
+    assert of_bits_alone(causal_mask(LEFT, 37, batch=2)[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -250,7 +345,7 @@ def test_a_static_cache_that_is_used_again(family, monkeypatch, one_thread):
 
 def test_a_padded_mask_is_one_to_whoever_looks_or_moves_it():
     ours, theirs = causal_mask(LEFT, 20, 16)
-    assert type(ours) is room.CausalMask and torch.equal(ours & ours, theirs)
+    assert type(ours) is room.LazyMask and torch.equal(ours & ours, theirs)
     moved = ours.to("meta")
     assert moved.among.real.is_meta and (moved.among.queries, moved.among.window, moved.keys) == (20, 16, 37)
 
@@ -416,7 +511,7 @@ WHICH = torch.arange(4).repeat_interleave(torch.tensor(PARTS))[None]
 @pytest.mark.parametrize("positions", [None, POSITIONS, POSITIONS + 2])
 def test_what_packs(size, positions):
     ours, theirs = packed_mask(WHICH, positions, size)
-    assert type(ours) is room.CausalMask and (ours.keys, ours.window) == (67, size if size != 4096 else None)
+    assert type(ours) is room.LazyMask and (ours.keys, ours.window) == (67, size if size != 4096 else None)
     cu_q, cu_k, *longest = ours.among.sequences
     assert torch.equal(cu_q, torch.tensor(ENDS, dtype=torch.int32)) and cu_k is cu_q and longest == [37, 37]
     window = None if size is None else (size - 1, 0)
@@ -447,9 +542,9 @@ def test_what_does_not_pack():
     window = theirs.sliding_window_causal_mask_function(16)
     assert masks.packing(theirs.and_masks(window, pack), 16) is not None
     assert masks.packing(theirs.and_masks(window, pack), 17) is None
-    assert type(packed_mask(WHICH.expand(2, -1), dims=(2, 67))[0]) is torch.Tensor
-    assert type(packed_mask(WHICH, dims=(1, 60))[0]) is torch.Tensor
-    assert type(packed_mask(WHICH, dims=(1, 67, 60))[0]) is torch.Tensor
+    assert of_bits_alone(packed_mask(WHICH.expand(2, -1), dims=(2, 67))[0])
+    assert of_bits_alone(packed_mask(WHICH, dims=(1, 60))[0])
+    assert of_bits_alone(packed_mask(WHICH, dims=(1, 67, 60))[0])
     how = dict(mask_function=theirs.and_masks(causal, pack), allow_is_causal_skip=False)
     with pytest.raises(IndexError):
         room.mask(batch_size=2, q_length=67, kv_length=67, **how)
@@ -466,7 +561,7 @@ def test_sequences_that_are_out_of_order_are_sdpas(exact):
         (WHICH, POSITIONS[:, torch.arange(66, -1, -1)]),
     ):
         ours, theirs = packed_mask(which, positions)
-        assert type(ours) is room.CausalMask and ours.among.sequences is None
+        assert type(ours) is room.LazyMask and ours.among.sequences is None
         assert torch.equal(room.attention(module, q, k, v, ours)[0], room.attention(module, q, k, v, theirs)[0])
     assert not exact
 
@@ -571,6 +666,31 @@ def test_padded_and_packed_on_the_gpu(family, monkeypatch):
         inputs = dict(input_ids=tokens[:1], position_ids=positions[None], labels=tokens[:1])
         want, mine, other = (weight_gradients(model, **inputs) for model in (truth, ours, theirs))
         assert (mine - want).norm() <= 2 * (other - want).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ENCODERS)
+def test_padded_encoders_on_the_gpu(family, monkeypatch):
+    """No worse than twice eager attention's in bf16, both against the weights in float32."""
+    needs_encoders()
+    truth = encoder_pair(family)[1].cuda()
+    ours, theirs, windows = (
+        x.cuda() if isinstance(x, torch.nn.Module) else x for x in encoder_pair(family, torch.bfloat16)
+    )
+    theirs.load_state_dict(truth.state_dict())
+    ours.load_state_dict(truth.state_dict())
+    seen = []
+    monkeypatch.setattr(api, "flash_fwd", partial(_counted, api.flash_fwd, seen))
+    tokens = torch.randint(1, 199, (4, 333), device="cuda")
+    for starts, ends in (((0, 40, 150, 329), (333,) * 4), ((0,) * 4, (333, 300, 170, 3))):
+        places = torch.arange(333, device="cuda")
+        real = (places >= torch.tensor(starts, device="cuda")[:, None]) & (
+            places < torch.tensor(ends, device="cuda")[:, None]
+        )
+        want, mine, other = (states(m, tokens, attention_mask=real.long()).float()[real] for m in (truth, ours, theirs))
+        ulp = torch.finfo(torch.bfloat16).eps * want.abs().max()
+        assert not mine.isnan().any() and (mine - want).abs().max() <= 2 * (other - want).abs().max() + ulp
+    assert [call["window"] for call in seen] == windows * 2 and all("mask_mod" in call for call in seen)
 
 
 def _counted(function, seen, *tensors, **how):

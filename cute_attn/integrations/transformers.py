@@ -21,7 +21,8 @@ import torch
 
 from .. import api, notices, varlen
 from ..checks import DTYPES, GRADIENTS_HEAD_DIM_MAX, HEAD_DIM_MAX, learns, type_word, wraps
-from .transformers_masks import BLOCK, CausalMask, Packing, Padding, Sequences, mask
+from .transformers_masks import BLOCK, LazyMask, Packing, Padding, Sequences, mask, sides_of
+from .transformers_models import watch
 
 NAME = "cute_attn"
 SPARSE = ("indices", "block_indices")  # arguments of models that leave it to all but eager and sdpa to choose the keys
@@ -38,6 +39,7 @@ def register() -> str:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    watch(NAME)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     return NAME
@@ -66,7 +68,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         return packed(query, key, value, seen.among, how), None
     key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
     if learns(query, key, value):
-        return api.flash_fwd(query, key, value, **how).transpose(1, 2), None
+        return api.flash_fwd(query, key, value, **how).transpose(1, 2).contiguous(), None
     o = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     if isinstance(seen.among, Padding):
         padded(query, key, value, o.transpose(1, 2), seen.among, how)
@@ -134,7 +136,7 @@ def sequences(query, kwargs: dict[str, Any]) -> Sequences | None:
 def visible(module, query, key, mask, is_causal, told: Sequences | None = None) -> Visible | None:
     """By the mask, and what was told of sequences; None where the mask is a tensor of its own, or does not fit."""
     queries, keys = query.shape[2], key.shape[2]
-    if isinstance(mask, CausalMask):
+    if isinstance(mask, LazyMask):
         return _by_mask(mask, told) if mask.shape == (len(query), 1, queries, keys) else None
     if mask is not None:
         return None
@@ -153,20 +155,22 @@ def visible(module, query, key, mask, is_causal, told: Sequences | None = None) 
     return Visible(keys, causal)
 
 
-def _by_mask(mask: CausalMask, told: Sequences | None) -> Visible | None:
+def _by_mask(mask: LazyMask, told: Sequences | None) -> Visible | None:
     """Padding comes before what was told, as in transformers' flash attention, and that before what is to be read."""
-    window = None if mask.window is None else (mask.window - 1, 0)
+    if mask.keys is None:
+        return None
+    window = sides_of(mask.causal, mask.window)
     among = mask.among if isinstance(mask.among, Padding) else told
     if among is None and isinstance(mask.among, Packing):
         among = None if torch.compiler.is_compiling() else mask.among.sequences
         if among is None:
             return None
-    return Visible(mask.keys, mask.shape[2] > 1, window, among)
+    return Visible(mask.keys, mask.causal and mask.shape[2] > 1, window, among)
 
 
 def obstacle(seen: Visible | None, mask, query, key, value, dropout: float, kwargs: dict[str, Any]) -> str | None:
     """Why transformers computes a call; None where the kernel does."""
-    if seen is None and mask is not None and not isinstance(mask, CausalMask):
+    if seen is None and mask is not None and not isinstance(mask, LazyMask):
         return "attention_mask: a tensor of its own; causality, a causal sliding window and its padding are taken"
     if seen is None:
         return "attention_mask: it does not say which keys these queries see, or does not fit their number"
@@ -236,19 +240,34 @@ def others(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)
     """The same by transformers: the model's own eager attention for what only that has, else sdpa attention."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    mask = mask.make() if isinstance(mask, CausalMask) else mask
+    mask, is_causal = spelled_out(mask, is_causal, query, key)
     how = dict(dropout=dropout, scaling=scaling, **kwargs)
     only = [name for name in EAGER if kwargs.get(name) is not None]
-    if not only:
+    broadcast = mask is not None and mask.shape[-1] == 1 < key.shape[2]
+    if not only and not broadcast:
         return sdpa_attention_forward(module, query, key, value, mask, is_causal=is_causal, **how)
     eager = eager_of(type(module))
-    if eager is None:
+    if eager is None and only:
         raise NotImplementedError(f"{only[0]}: not supported here, and {type(module).__name__} has no eager attention")
+    if eager is None:  # torch's kernels would read the places of all keys, beyond the mask's end
+        mask = mask.expand(*mask.shape[:-1], key.shape[2]).contiguous()
+        return sdpa_attention_forward(module, query, key, value, mask, is_causal=is_causal, **how)
     if mask is None and query.shape[2] > 1 and ordered(module, is_causal):
         mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     if mask is not None and mask.dtype == torch.bool:  # eager attention adds its mask
         mask = torch.where(mask, query.new_zeros(()), torch.finfo(query.dtype).min)
     return eager(module, query, key, value, mask, **how)[0], None
+
+
+def spelled_out(mask, is_causal: bool | None, query, key):
+    """A mask as sdpa attention takes it, and is_causal: no mask where is_causal says it all."""
+    if not isinstance(mask, LazyMask):
+        return mask, is_causal
+    queries, keys = query.shape[2], key.shape[2]
+    fits = mask.keys == keys and mask.shape == (len(query), 1, queries, keys)
+    if fits and mask.window is mask.among is None and not (mask.causal and queries not in (1, keys)):
+        return None, mask.causal
+    return mask.make(), is_causal
 
 
 @lru_cache

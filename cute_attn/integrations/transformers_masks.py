@@ -1,4 +1,4 @@
-"""transformers' masks, not made until somebody looks: causal ones, in a window, over padding, of packed sequences."""
+"""transformers' masks, not made until somebody looks: causal or not, in a window, over padding, of packed sequences."""
 
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
@@ -7,60 +7,102 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..block_mask import BlockLists, as_lists
+from .transformers_models import WAY_OUT, asks
 
 BLOCK = 128  # of queries and of keys, in lists of blocks
 
 
-class CausalMask(torch.Tensor):
-    """The causal mask of `keys` keys, in a sliding window or without one, that is not made until somebody looks.
+ATEN = torch.ops.aten
+NEGATIONS = {ATEN.bitwise_not, ATEN.logical_not}
+OF_BITS = {ATEN.where, ATEN.zeros_like, ATEN.ones_like, ATEN.empty_like, ATEN.new_zeros, ATEN.new_ones, ATEN.new_empty}
+FILLS = {ATEN.masked_fill, ATEN.masked_fill_}  # where a mask is True
+
+
+class LazyMask(torch.Tensor):
+    """A mask that is not made until somebody looks, and is nothing but a mask.
 
     To a model it is the (B, 1, Sq, Sk) bool tensor that sdpa attention gets: it may ask for its shape, type or device,
-    keep it in a dict, or hand it on. Any operation on it (a slice, a padding, a sum) has transformers make that tensor,
-    and goes on with it, so what comes out is never taken for the whole mask. `attention` reads the rest.
+    keep it in a dict, or hand it on. An operation on it (a slice, a padding, a union) has transformers make the
+    tensor; what comes out is never taken for the whole mask, but is a mask still. `attention` reads the rest.
+
+    A model that computes its attention itself would add it to the scores, as it adds eager attention's mask of 0 and
+    -inf: True would count as a score of 1. So arithmetic with it raises, and so does what fills pairs that are seen.
     """
 
     make: Callable[[], Any]  # the tensor, once
-    keys: int  # those up to the last query's own; behind them are places that a static cache has not filled yet
-    window: int | None  # each query's own key and those before it; None: all of them
-    among: "Padding | Packing | None"  # what hides keys beside these two
+    keys: int | None  # those up to the last query's own; behind them are places that a static cache has not filled yet.
+    # None: nothing is known but the tensor
+    causal: bool
+    window: int | None  # of keys up to the query's own, if causal, else of keys on either side of it; None: all of them
+    among: "Padding | Packing | None"  # what hides keys beside these
+    hides: bool  # True stands for a pair that is not seen
 
     @staticmethod
-    def __new__(cls, make: Callable[[], Any], shape, device, keys, window, among=None):
+    def __new__(cls, make: Callable[[], Any], shape, device, keys=None, causal=False, window=None, among=None):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        self.make, self.keys, self.window, self.among = lru_cache(make), keys, window, among
+        self.make, self.keys, self.causal, self.window, self.among = lru_cache(make), keys, causal, window, among
+        self.hides = False
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
+    def of(cls, bits, hides: bool = False) -> "LazyMask":
+        self = cls(lambda: bits, bits.shape, bits.device)
+        self.hides = hides
+        return self
+
+    @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        kwargs, bits = kwargs or {}, (None, torch.bool)
-        if operation is torch.ops.aten._to_copy.default and kwargs.get("device") and kwargs.get("dtype") in bits:
-            (self,) = args  # on its way to another GPU, where one has the first layers and another the next
-            device, among = kwargs["device"], self.among
-            among = None if among is None else among.to(device)
-            return cls(lambda: operation(self.make(), **kwargs), self.shape, device, self.keys, self.window, among)
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda x: x.make(), (args, kwargs))
-        return operation(*args, **kwargs)
+        kwargs, what = kwargs or {}, operation.overloadpacket
+        if what is ATEN._to_copy and kwargs.get("device") and kwargs.get("dtype") in (None, torch.bool):
+            return args[0]._moved(operation, kwargs)
+        hides = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)).hides
+        args, kwargs = tree_map_only(cls, lambda x: x.make(), (args, kwargs))
+        found = operation(*args, **kwargs)
+        if not isinstance(found, torch.Tensor):
+            return found
+        if found.dtype == torch.bool:
+            return cls.of(found, hides ^ (what in NEGATIONS))
+        if what is ATEN._to_copy or (found.is_floating_point() and what not in (OF_BITS | FILLS if hides else OF_BITS)):
+            raise NotImplementedError(
+                f"attn_implementation: {operation} of a mask is by a model that computes its attention itself, and "
+                f"would misread the masks of cute_attn; {WAY_OUT}"
+            )
+        return found
+
+    def _moved(self, operation, kwargs):
+        """To another GPU, where one has the first layers and another the next."""
+        device, among = kwargs["device"], self.among
+        among = None if among is None else among.to(device)
+        moved = LazyMask(
+            lambda: operation(self.make(), **kwargs), self.shape, device, self.keys, self.causal, self.window, among
+        )
+        moved.hides = self.hides
+        return moved
 
     def __repr__(self):
-        return f"CausalMask({tuple(self.shape)}, keys={self.keys}, window={self.window}, among={self.among})"
+        said = f"keys={self.keys}, causal={self.causal}, window={self.window}, among={self.among}"
+        return f"LazyMask({tuple(self.shape)}, {said})"
 
 
 class Padding:
     """Keys of which some are padding, for `flash_fwd`: made when the first layer asks, for all of them."""
 
-    def __init__(self, real: torch.Tensor, queries: int, window: int | None):
-        self.real, self.queries, self.window = real, queries, window  # real: (B, keys) bool
+    def __init__(self, real, queries: int, causal: bool, window: int | None):
+        self.real = real  # (B, keys) bool
+        self.queries, self.causal, self.window = queries, causal, window
 
     def to(self, device) -> "Padding":
-        return Padding(self.real.to(device), self.queries, self.window)
+        return Padding(self.real.to(device), self.queries, self.causal, self.window)
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        return dict(mask_mod=only(self.real), block_mask=listed(self.real, self.queries, self.window))
+        sides = sides_of(self.causal, self.window)
+        return dict(mask_mod=only(self.real), block_mask=listed(self.real, self.queries, self.causal, sides))
 
 
 def only(real: torch.Tensor) -> Callable:
@@ -72,7 +114,12 @@ def only(real: torch.Tensor) -> Callable:
     return mask_mod
 
 
-def listed(real: torch.Tensor, queries: int, window: int | None) -> BlockLists:
+def sides_of(causal: bool, window: int | None) -> tuple[int, int] | None:
+    """transformers' size of a window as flash_fwd's: it counts the query's own key if causal, and not otherwise."""
+    return None if window is None else (window - 1, 0) if causal else (window, window)
+
+
+def listed(real: torch.Tensor, queries: int, causal: bool, sides: tuple[int, int] | None) -> BlockLists:
     """The blocks of real keys that causality and the window let a block of queries see.
 
     Blocks that are padding altogether are in no list, and those without any are full ones, of which mask_mod is not
@@ -83,10 +130,10 @@ def listed(real: torch.Tensor, queries: int, window: int | None) -> BlockLists:
     beyond = BLOCK * len(columns) - keys
     some, every = (pad(real, (0, beyond), value=x).unflatten(1, (-1, BLOCK)) for x in (False, True))
     some, every = some.any(2)[:, None], every.all(2)[:, None]  # (B, 1, columns)
-    ends = (rows + BLOCK).clamp(max=queries)[:, None] + keys - queries  # aligned to the last key
-    near = columns < ends
-    if window is not None:
-        near &= columns + BLOCK > rows[:, None] + keys - queries - window + 1
+    left, right = sides or (keys + queries, 0 if causal else keys + queries)
+    first, last = rows[:, None], (rows + BLOCK).clamp(max=queries)[:, None] - 1
+    near = columns <= last + keys - queries + right  # aligned to the last key
+    near &= columns + BLOCK > first + keys - queries - left
     cut, whole = (as_lists(x[:, None]) for x in (near & some & ~every, near & every))  # (B, 1, rows, columns)
     return BlockLists(*cut, *whole, block_size=(BLOCK, BLOCK))
 
@@ -106,7 +153,7 @@ class Sequences(NamedTuple):
         of_q, of_k = (torch.bucketize(x, end, right=True) for x, end in zip((q, k), ends, strict=True))
         seen, distance = of_q[:, None] == of_k, (q - ends[0][of_q] + ends[1][of_q])[:, None] - k
         seen = seen & (distance >= 0) if causal else seen
-        return (seen if window is None else seen & (distance <= window[0]))[None, None]
+        return (seen if window is None else seen & (distance <= window[0]) & (distance >= -window[1]))[None, None]
 
 
 class Packing:
@@ -144,29 +191,43 @@ class Packing:
 
 
 def mask(*, mask_function=None, local_size=None, **how) -> torch.Tensor | None:
-    """transformers' mask function: None where causality says it all, a CausalMask where that does, else sdpa's mask."""
+    """transformers' mask function: None where one query sees all keys, else a LazyMask, or a tensor for a graph."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     how |= dict(mask_function=mask_function or causal_mask_function, local_size=local_size)
-    at = None if torch.compiler.is_compiling() or torch.jit.is_tracing() else place(**how) or packed_place(**how)
-    if at is None:
-        return sdpa_mask(**how)
-    window = local_size if local_size is not None and local_size < at.keys else None
-    if window is at.real is at.packing is None and at.keys == how["kv_length"] and at.queries in (1, at.keys):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return for_a_graph(**how)
+    at = place(**how) or packed_place(**how)
+    if at is None and _queries(**how)[0] == 1:  # with a static cache, by whose lengths the step is compiled
+        return for_a_graph(**how)
+    window = at and (local_size if local_size is not None and local_size < at.keys else None)
+    if at and window is at.real is at.packing is None and at.queries == 1 and at.keys == how["kv_length"]:
         return None
-    among = at.packing if at.real is None or at.padded_right else Padding(at.real, at.queries, window)
-    how["allow_is_causal_skip"] = False
+    how |= dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)  # None would leave causality open
+    if at is None:
+        return LazyMask.of(sdpa_mask(**how))
+    left_to_causality = at.real is None or (at.causal and at.padded_right)
+    among = at.packing if left_to_causality else Padding(at.real, at.queries, at.causal, window)
     if isinstance(how.get("q_offset"), torch.Tensor):  # a static cache's own, which counts on before anybody looks
         how["q_offset"] = at.keys - at.queries + how.get("kv_offset", 0)
     shape = how["batch_size"], 1, at.queries, how["kv_length"]
-    return CausalMask(lambda: sdpa_mask(**how), shape, at.device, at.keys, window, among)
+    return LazyMask(lambda: sdpa_mask(**how), shape, at.device, at.keys, at.causal, window, among)
+
+
+def for_a_graph(**how) -> torch.Tensor | None:
+    """sdpa's mask; eager's where some attention might add it, which sdpa attention takes too, as nothing can raise."""
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    config = how.get("config")
+    return sdpa_mask(**how) if config is None or asks(type(config)) else eager_mask(**how)
 
 
 class Place(NamedTuple):
-    """Of `queries` queries, the last aligned to the last of `keys` keys."""
+    """Of `queries` queries, and `keys` keys; if causal, the last of one aligned to the last of the other."""
 
     queries: int
     keys: int
+    causal: bool
     device: torch.device | str
     real: torch.Tensor | None = None  # (B, keys) bool, where some keys are padding
     padded_right: bool = False  # all padding is behind the real keys, so that causality hides it from real queries
@@ -182,6 +243,7 @@ def place(
     attention_mask=None,
     local_size,
     allow_is_causal_skip=True,
+    allow_is_bidirectional_skip=False,
     **how,
 ) -> Place | None:
     """What a mask function's arguments say, where they say no more than causality, a sliding window, and padding.
@@ -189,24 +251,30 @@ def place(
     They do where transformers lets sdpa's mask function leave a mask out: not for images and such, nor for decoding
     with a static cache, whose length is on the GPU and is not read in every step.
     """
-    if not allow_is_causal_skip or not slides(mask_function, local_size):
-        return None
     queries, first, device = _queries(**how)
-    if isinstance(first, torch.Tensor):
-        first = 0 if read(first == 0) else -1
-    keys = first + queries - kv_offset
-    if not kv_offset <= first <= first + queries <= kv_offset + kv_length:
+    if allow_is_causal_skip and slides(mask_function, local_size):
+        if isinstance(first, torch.Tensor):
+            first = 0 if read(first == 0) else -1
+        keys = first + queries - kv_offset
+        if not kv_offset <= first <= first + queries <= kv_offset + kv_length:
+            return None
+    elif allow_is_bidirectional_skip and sees_both_sides(mask_function, local_size):
+        keys = kv_length
+        if local_size is not None and (type(first) is not int or first != kv_offset or queries != keys):
+            return None
+    else:
         return None
+    causal = allow_is_causal_skip
     if attention_mask is None:
-        return Place(queries, keys, device)
-    real = attention_mask[:, kv_offset : first + queries].bool()
+        return Place(queries, keys, causal, device)
+    real = attention_mask[:, kv_offset : kv_offset + keys].bool()
     if real.shape != (batch_size, keys):
         return None
     facts = read(torch.stack((real.all(), (real[:, 1:] <= real[:, :-1]).all())))
     if facts is None:
         return None
     whole, padded_right = facts
-    return Place(queries, keys, device) if whole else Place(queries, keys, device, real, padded_right)
+    return Place(queries, keys, causal, device, *(() if whole else (real, padded_right)))
 
 
 def packed_place(
@@ -221,7 +289,7 @@ def packed_place(
     of_one_row = batch_size == 1 and found.shapes == {(1, queries)}
     if not whole or not of_one_row:
         return None
-    return Place(queries, queries, device, packing=found)
+    return Place(queries, queries, True, device, packing=found)
 
 
 def _queries(q_length=None, q_offset=0, device="cpu", cache_position=None, **_):
@@ -247,6 +315,16 @@ def causality(size: int | None) -> Callable:
 def slides(mask_function, size: int | None) -> bool:
     """Whether a mask function is transformers' own of causality (size None) or of a causal sliding window."""
     return same(mask_function, causality(size))
+
+
+def sees_both_sides(mask_function, size: int | None) -> bool:
+    """Whether it is transformers' own of no causality (size None), or of a sliding window on both sides."""
+    from transformers import masking_utils as masks
+
+    if size is None:
+        return mask_function is getattr(masks, "bidirectional_mask_function", None)
+    within = getattr(masks, "sliding_window_bidirectional_mask_function", None)
+    return within is not None and same(mask_function, within(size))
 
 
 def packing(mask_function, size: int | None) -> Packing | None:
