@@ -307,8 +307,7 @@ def _prepared(q, k, v, out, *how) -> Call:
     problem, gpu, config, specs = planned(q, k, v, out, *how)
     kernel = None if gpu is None or problem.empty else compile.get(config)
     plain = not any(checks.odd(x.stride) for x in specs)
-    nbytes, like = tuple(x.nbytes for x in specs), strides.of_output(q, v.shape[-1])
-    like = None if like == (q.shape, q.stride()) else like
+    nbytes, like = tuple(x.nbytes for x in specs), strides.unlike(q, v.shape[-1])
     return Call(problem, problem.head_dim**-0.5, gpu, kernel, config.scheduler.draws, plain, nbytes, like)
 
 

@@ -39,3 +39,9 @@ def of_output(q: Tensor, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]
     """(shape, strides) of what is like q with so many columns."""
     shape, strides = (*q.shape[:-1], columns), q.stride()
     return shape, dense(shape, strides if q.shape[-1] == columns else (*strides[:-1], 0))
+
+
+def unlike(q: Tensor, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Those of `of_output`; None where they are q's own, as torch.empty_like makes them."""
+    found = of_output(q, columns)
+    return None if found == (q.shape, q.stride()) else found

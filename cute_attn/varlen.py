@@ -203,9 +203,8 @@ def _prepared(q, k, v, lengths, hints, out, *how) -> Call:
     total_q, heads, head_dim = q.shape
     kernel = None if gpu is None or 0 in (batch, total_q, heads) else compile.get(config)
     plain = not any(checks.odd(x.stride) for x in specs) and k.shape[0] > 0
-    like = strides.of_output(q, v.shape[-1])
-    like = None if like == (q.shape, q.stride()) else like
-    return Call(head_dim**-0.5, gpu, kernel, plain, tuple(x.nbytes for x in specs), like)
+    nbytes, like = tuple(x.nbytes for x in specs), strides.unlike(q, v.shape[-1])
+    return Call(head_dim**-0.5, gpu, kernel, plain, nbytes, like)
 
 
 def planned(q, k, v, lengths, hints, out, causal, kinds):
