@@ -4,20 +4,20 @@ import cutlass
 from cutlass import Boolean, Float32, cute
 
 from .flash_fwd_sm90 import ROWS, Frag, Problem, Smem, Tiling, Warpgroup
-from .softmax import LN2, Softmax
+from .softmax import LN2
 from .tile_scheduler import Tile
 
 
-class Watched(Softmax):
-    """Looks at S, scores and mask done, before its exponents are taken: once in each step, whichever it is."""
+class Watched:
+    """Goes before a softmax's class. Looks at S, scores and mask done, before its exponents are taken: once a step."""
 
     def reset(self):
         super().reset()
         self.top.fill(-Float32.inf)
 
-    def step(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+    def renew(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
         self._watch(S)
-        return super().step(S, slack)
+        return super().renew(S, slack)
 
     def exponents(self, S: cute.Tensor) -> Boolean:
         self._watch(S)
@@ -34,8 +34,9 @@ class Maxima:
 
     def _fragments(self, smem: Smem, tiling: Tiling, problem: Problem) -> Frag:
         f = super()._fragments(smem, tiling, problem)
+        kind = type("Watched", (Watched, type(f.softmax)), {})
         top = cute.make_rmem_tensor_like(f.softmax.row_sum, Float32)
-        return f._replace(softmax=Watched(**f.softmax._asdict() | dict(top=top)))
+        return f._replace(softmax=kind(**f.softmax._asdict() | dict(top=top)))
 
     def _totals(self, w: Warpgroup, tile: Tile):
         lse, seen = super()._totals(w, tile)
@@ -49,6 +50,6 @@ class Maxima:
         (row_max,) = c.own("row_max", w.problem.others)
         there = w._replace(gmem=w.gmem._replace(lse=row_max))
         for r in cutlass.range_constexpr(cute.size(seen)):
-            top = cute.arch.warp_reduction_max(softmax.top[r], threads_in_group=4) * softmax.scale_log2 * LN2
+            top = cute.arch.warp_reduction_max(softmax.top[r], threads_in_group=4) * (softmax.scale_log2 * LN2)
             top = top if (seen[r] == seen[r]) | (top == Float32.inf) else seen[r]
             self._store_lse(there, tile, tile.m_block * c.tile_m + w.frag.wg * ROWS + w.frag.cS[r, 0][0], top)

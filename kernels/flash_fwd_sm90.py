@@ -25,7 +25,8 @@ ROWS = 64  # query rows of a warpgroup: the M of one WGMMA
 OWN_BARRIER = 1  # and the next two: one named barrier per warpgroup
 L2_KV_BYTES = 16 << 20  # K/V of the heads worked on at a time, of 50 MB
 LOG2_E = 1.4426950408889634
-TINY = 1.1754943508222875e-38  # the least normal float32: times a hidden score's -inf it is still -inf, not NaN
+TINY = 1.401298464324817e-45  # the least float32: times a hidden score's -inf it is still -inf, not NaN
+LARGE_SCALE = 2.0**126  # half of it, times log2(e), is still a float32
 ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
 
@@ -77,7 +78,9 @@ class Problem(NamedTuple):
     seqlen_k: Int32
     group: Int32  # query heads per K/V head
     scale_log2: Float32  # |scale| * log2(e)
-    q_sign: Float32  # 1, 0 or -1: the scale's sign, applied to Q
+    q_sign: (
+        Float32  # 1, 0 or -1: the scale's sign, applied to Q; of the largest scales twice that, and half of their size
+    )
     mask_args: tuple  # what the mask takes: a Window's left and right
     score_args: tuple  # what the score takes
     others: tuple  # what the kernel's mixins take
@@ -128,6 +131,8 @@ class Warpgroup(NamedTuple):
 class FlashFwdSm90:
     """One forward kernel, as its config says; `__call__` is what the host compiles and calls."""
 
+    kind_of_softmax = Softmax
+
     def __init__(self, config: FwdConfig):
         self.config = config
         self.dtype = ELEMENT[config.dtype]
@@ -170,8 +175,10 @@ class FlashFwdSm90:
         )
         *parts, sequences = c.divide(extras)
         grid = self._grid(mQ, mK, sequences)
-        q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
-        scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
+        sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
+        large = scale * sign > LARGE_SCALE
+        q_sign, size = (sign * 2.0, scale * sign * 0.5) if large else (sign, scale * sign)
+        scale_log2 = cutlass.max(size * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
         sizes = Int32(mQ.shape[0]), Int32(mK.shape[0]), Int32(self._rows_and_heads(mQ, mK)[2])
         problem = Problem(grid, *sizes, scale_log2, q_sign, *parts)
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)
@@ -554,7 +561,7 @@ class FlashFwdSm90:
         acc_S = self._acc_S(tiling)
         tOrP = cute.make_rmem_tensor_like(acc_as_A(acc_S), self.dtype)  # ((2, 2, 2), 1, tile_n / 16)
         cS = acc_mn(thr.partition_C(cute.make_identity_tensor((ROWS, c.tile_n))))  # (rows, cols)
-        softmax = Softmax.create(self._scale_log2(problem), cute.size(cS, mode=[0]))
+        softmax = self.kind_of_softmax.create(self._scale_log2(problem), cute.size(cS, mode=[0]))
         return Frag(wg, thread, tSrQ, tSrK, tOrV, tOrP, acc_O, softmax, cS)
 
     def _scale_log2(self, problem: Problem):
@@ -672,7 +679,12 @@ class FlashFwdSm90:
     def _exponentials(self, w: Warpgroup, S):
         """S (rows, cols) becomes P by the offsets as they are, but where a score exceeds one."""
         f = w.frag
-        if f.softmax.exponents(S):
+        if f.softmax.slow[0] != 0:
+            f.softmax.renew(S, self.slack)
+            f.softmax.settle()
+            self._wait_for_pv(w)
+            scale_rows(f.acc_O, f.softmax.rescale)
+        elif f.softmax.exponents(S):
             f.softmax.raise_offsets(S, self.slack)
             self._wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
@@ -750,7 +762,7 @@ class FlashFwdSm90:
 
     def _totals(self, w: Warpgroup, tile: Tile):
         """The rows' natural-log sums, and those of the keys that they saw; softmax.rescale normalises O."""
-        lse = w.frag.softmax.finish()
+        lse = w.frag.softmax.finish(self.slack)
         return lse, lse
 
     @cute.jit

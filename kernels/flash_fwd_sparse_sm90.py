@@ -136,7 +136,6 @@ class Sparse:
         """
         f, lists = w.frag, self._lists(rows.row0, rows, w.problem)
         self._begin_rows(w, q_state)
-        f.softmax.settle()
         at = SparseAt(rows, *self._place(lists, blocks[1] - 1, w.problem))
         n_block, cut = self._place(lists, cutlass.max(blocks[1] - 2, 0), w.problem)
         kv_state = self._first(w, q_state, kv_state, at)
@@ -151,9 +150,8 @@ class Sparse:
     @cute.jit
     def _begin_softmax(self, w: Warpgroup, S, at: SparseAt):
         self._mask(w, S, at)
-        if w.frag.softmax.exponents(S):
-            w.frag.softmax.raise_offsets(S, self.slack)
-        w.frag.softmax.exp(S)
+        w.frag.softmax.step(S, self.slack)
+        w.frag.softmax.settle()
 
     def _masked_softmax(self, w: Warpgroup, S, at: SparseAt):
         self._mask(w, S, at)

@@ -8,9 +8,8 @@ from cutlass import Float32, cute
 from cutlass.memory import SmemAllocator
 
 from .flash_fwd_sm90 import WARPGROUP, FlashFwdSm90, Problem, Warpgroup, rank
-from .layout import acc_mn
+from .layout import acc_mn, scale_rows
 from .mask import Blocks
-from .softmax import LOWEST, Softmax
 from .tile_scheduler import Tile
 
 
@@ -56,12 +55,12 @@ class FlashFwdSplitSm90(FlashFwdSm90):
         for i in cutlass.range_constexpr(n):
             store_there(there + 4 * cute.crd2idx(i, here.layout), f.acc_O[i])
         for r in cutlass.range_constexpr(2):
-            store_there(there + 4 * cute.crd2idx(n + r, here.layout), offset_of(f.softmax, r))
+            store_there(there + 4 * cute.crd2idx(n + r, here.layout), f.softmax.offset[r])
             store_there(there + 4 * cute.crd2idx(n + 2 + r, here.layout), f.softmax.row_sum[r])
 
     @cute.jit
     def _merge(self, w: Warpgroup, part: cutlass.Constexpr):
-        """Add one CTA's part to this one's O and sums, both moved to the higher of the two offsets."""
+        """Add one CTA's part to this one's O and sums, both in the terms of whose row has the larger scores."""
         f = w.frag
         theirs = w.smem.parts[f.thread, None, part]
         n = cute.size(f.acc_O)
@@ -70,21 +69,22 @@ class FlashFwdSplitSm90(FlashFwdSm90):
             O[i] = theirs[i]
         mine_mn, theirs_mn = acc_mn(f.acc_O), acc_mn(O)  # (rows, cols)
         for r in cutlass.range_constexpr(2):
-            mine = offset_of(f.softmax, r)
-            offset = cute.arch.fmax(mine, theirs[n + r])
-            finite = cute.arch.fmax(offset, LOWEST)  # -inf - -inf would be NaN
-            keep = cute.math.exp2(mine - finite, fastmath=True)
-            add = cute.math.exp2(theirs[n + r] - finite, fastmath=True)
+            keep, add = f.softmax.merge(r, theirs[n + r], theirs[n + 2 + r], self.slack)
             mine_mn[r, None].store(mine_mn[r, None].load() * keep + theirs_mn[r, None].load() * add)
-            f.softmax.row_sum[r] = f.softmax.row_sum[r] * keep + theirs[n + 2 + r] * add
-            f.softmax.offset[r] = offset
 
-
-@cute.jit
-def offset_of(softmax: Softmax, r) -> Float32:
-    """A row's offset; -inf where it has seen no key."""
-    total = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=4)
-    return -Float32.inf if total == 0.0 else softmax.offset[r]
+    @cute.jit
+    def _exponentials(self, w: Warpgroup, S):
+        """With registers enough to keep S until its exponents are known to do: `merge` knows no row that lost it."""
+        f, kept = w.frag, cute.make_rmem_tensor_like(S)
+        kept.store(S.load())
+        if f.softmax.exponents(S) | (f.softmax.slow[0] != 0):
+            S.store(kept.load())
+            f.softmax.renew(S, self.slack)
+            f.softmax.settle()
+            self._wait_for_pv(w)
+            scale_rows(f.acc_O, f.softmax.rescale)
+        f.softmax.exp(S)
+        self._wait_for_pv(w)
 
 
 def store_there(address, value: Float32):

@@ -116,7 +116,7 @@ class Alibi(Score):
         return *self.before.signature(), Int64(0), Int32(0)
 
     def scale_log2(self, problem, args):
-        return self.before.scale_log2(problem, args[:-2])
+        return Float32(1.0)
 
     def begin(self, head, batch, args) -> tuple:
         *_, address, stride = args
@@ -128,9 +128,9 @@ class Alibi(Score):
 
     @cute.jit
     def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem, args):
-        """S (rows, cols) gets its bias in its own units, those of `before`: no branch, since one would cost more."""
+        """S (rows, cols) becomes exponents, with its bias: no branch, since one would cost more."""
         self.before.apply(S, cS, at, tile_n, problem, args[:-2])
-        slope = at.rows.score[0] * (LOG2_E / self.scale_log2(problem, args))
+        scale, slope = self.before.scale_log2(problem, args[:-2]), at.rows.score[0] * LOG2_E
         slope = cutlass.max(cutlass.min(slope, Float32(LARGEST)), Float32(-LARGEST))
         n_block = not_before(S, at.n_block)
         first = at.rows.row0 + problem.seqlen_k - problem.seqlen_q - n_block * tile_n  # row less column, top left
@@ -141,7 +141,7 @@ class Alibi(Score):
                 here = slope * Float32(cS[0, c][1] - cS[0, 0][1]) + bias
                 if cutlass.const_expr(not self.causal):  # minus the slope's sign, whichever side
                     here = -(((here.bitcast(Int32) & ~SIGN) | negative).bitcast(Float32))
-                S[r, c] = S[r, c] + here
+                S[r, c] = S[r, c] * scale + here
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,23 @@ P = 2^(scale S - offset), and O and the row sums carry the same offset, so any o
 row's offset starts `slack` above the maximum of its first block; as long as no score exceeds it, P <= 1 and there is no
 maximum to look for: the steady loop only asks for the signs of its exponents (`exponents`), or whether the sums of P
 are still small (`quick_step`).
+
+An offset is a float32, so beyond `LARGEST_OFFSET` it cannot be chosen well: the largest exponent would be its rounding
+error. Such a row is `anchored`: it has a score in place of an offset, and exponents scale (S - anchor) - slack, which are
+exact for equal scores of any size. `offset` then differs among the four threads that hold the row: NaN in the first, so
+that no quick way takes it for an offset; the anchor in the second. They are told what that means by a `Line`.
 """
 
 from typing import NamedTuple
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, cute
+from cutlass.cutlass_dsl import select_
 
 SLACK_LOG2 = {"bf16": 8.0, "fp16": 3.0}  # fp16's least number is 2^-24: P must not start much below 1
 LARGEST_SUM = {"bf16": 2.0**30, "fp16": 2.0**15}  # of a thread's P of a row and block: P fits its type, O float32
+LARGEST_OFFSET = 2.0**24  # |offset|: a float32 as large as that is off by 1 at most
+LEAST_OFFSET = -(2.0**8)  # exponents rounded against an offset below it would not do for scores about 0
 LOWEST = -3.4028234663852886e38  # the least finite float32
 LN2 = 0.6931471805599453
 LOG2_E = 1.4426950408889634
@@ -33,73 +41,137 @@ class Exponents:
         return doubt
 
 
+class Line(NamedTuple):
+    """A row's exponents: c (a S - b) - f."""
+
+    a: Float32
+    b: Float32
+    c: Float32
+    f: Float32
+
+    def of(self, s):
+        return cute.math.fma(cute.math.fma(s, self.a, -self.b), self.c, -self.f)
+
+    def kept_unless(self, changed, other: "Line") -> "Line":
+        """The other one where it has changed."""
+        return Line(*(select_(changed, x, mine) for mine, x in zip(self, other, strict=True)))
+
+
 class Softmax(NamedTuple):
     scale_log2: Float32  # |softmax_scale| * log2(e) > 0; its sign is in Q
-    offset: cute.Tensor  # (rows,) of the exponents; -inf: the row has seen no key
+    offset: cute.Tensor  # (rows,) of the exponents, or what `anchored` made of it; -inf: the row has seen no key
     row_sum: cute.Tensor  # (rows,) running sum of P, this thread's columns
     rescale: cute.Tensor  # (rows,) what O must be multiplied by
-
-    seen: cute.Tensor  # (1,) -1: each of this thread's rows has seen a key; else 0
+    slow: cute.Tensor  # (1,) Int32, of the warp: whether the next step needs a maximum, by `settle`
     top: cute.Tensor | None = None  # (rows,) each row's largest S, this thread's columns: Maxima
 
-    @staticmethod
-    def create(scale_log2, num_rows):
+    @classmethod
+    def create(cls, scale_log2, num_rows):
         rows = [cute.make_rmem_tensor(num_rows, Float32) for _ in range(3)]
-        return Softmax(scale_log2, *rows, cute.make_rmem_tensor(1, Int32))
+        return cls(scale_log2, *rows, cute.make_rmem_tensor(1, Int32))
 
     def reset(self):
         self.offset.fill(-Float32.inf)
         self.row_sum.fill(0.0)
 
-    @cute.jit
     def step(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
         """S (rows, cols) becomes P; True for a warp that must rescale O. A row may see no key, now or ever."""
-        changed = Boolean(False)
-        for r in cutlass.range_constexpr(cute.size(self.offset)):
-            old = self.offset[r]
-            top = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))]) * self.scale_log2
-            new = top + slack if top > old else old
-            changed = changed | (new != old)
-            offset = cute.arch.fmax(new, LOWEST)  # finite: -inf - -inf would be NaN
-            self.offset[r] = new
-            self.rescale[r] = cute.math.exp2(old - offset, fastmath=True)
-            self.row_sum[r] = self.row_sum[r] * self.rescale[r]
-            S[r, None].store(S[r, None].load() * self.scale_log2 - offset)
+        changed = self.renew(S, slack)
         self.exp(S)
+        return changed
+
+    @cute.jit
+    def renew(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+        """S (rows, cols) becomes the exponents of P, by offsets above their maxima; True where O must be rescaled."""
+        changed, usual = Boolean(False), Boolean(True)
+        news = cute.make_rmem_tensor_like(self.offset, Float32)
+        for r in cutlass.range_constexpr(cute.size(self.offset)):
+            old, largest = self.offset[r], row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
+            top = largest * self.scale_log2
+            news[r] = top + slack if top > old else old
+            none = (largest == -Float32.inf) & (old == -Float32.inf)
+            usual = usual & (moderate(news[r]) | none)
+            changed = changed | (news[r] != old)
+        if cute.arch.vote_any_sync(not usual):
+            changed = self.renew_any(S, slack)
+        else:
+            for r in cutlass.range_constexpr(cute.size(self.offset)):
+                offset = cute.arch.fmax(news[r], LOWEST)  # finite: -inf - -inf would be NaN
+                self.rescale[r] = cute.math.exp2(self.offset[r] - offset, fastmath=True)
+                self.row_sum[r] = self.row_sum[r] * self.rescale[r]
+                self.offset[r] = news[r]
+                S[r, None].store(S[r, None].load() * self.scale_log2 - offset)
         return cute.arch.vote_any_sync(changed)
 
     @cute.jit
-    def settle(self):
-        """After the last `step`: finite offsets, for `exponents`."""
-        self.seen[0] = -1
+    def renew_any(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+        """The same for scores of any sizes."""
+        changed = Boolean(False)
         for r in cutlass.range_constexpr(cute.size(self.offset)):
-            fresh = self.offset[r] == -Float32.inf
-            self.offset[r] = 0.0 if fresh else self.offset[r]
-            self.seen[0] = 0 if fresh else self.seen[0]
+            top = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
+            offset, old = top * self.scale_log2 + slack, self._line(self.offset[r], slack)
+            none = of_quad(self.offset[r], 0) == -Float32.inf
+            here = old.of(top)
+            raised = (here > 0.0) | (none & (top > -Float32.inf))
+            plain = moderate(offset)
+            mine = select_(plain, offset, anchored(top, -Float32.inf))
+            line = old.kept_unless(raised, self._line(mine, slack))
+            self.rescale[r] = cute.math.exp2(line.of(top) - here, fastmath=True) if raised else Float32(1.0)
+            self.row_sum[r] = self.row_sum[r] * self.rescale[r]
+            self.offset[r] = mine if raised else self.offset[r]
+            changed = changed | raised
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                S[r, c] = line.of(S[r, c])
+        return changed
+
+    def _line(self, offset, slack) -> Line:
+        """What a row's `offset` says, as its four threads hold it."""
+        first, second, third = (of_quad(offset, i) for i in range(3))
+        none, lost = first == -Float32.inf, (first != first) & (third > -Float32.inf)
+        plain = first > -Float32.inf
+        scaled, one = plain | lost, Float32(1.0)
+        return Line(
+            select_(scaled, self.scale_log2, one),
+            select_(none, Float32(LOWEST), second),
+            select_(scaled, one, self.scale_log2),
+            select_(plain, Float32(0.0), select_(lost, third, Float32(slack))),
+        )
+
+    def settle(self):
+        """After each `renew`: whether `exponents` may be the next, or another."""
+        low = Boolean(False)
+        for r in range(cute.size(self.offset)):
+            low = low | ~(self.offset[r] >= LEAST_OFFSET)  # NaN too
+        self.slow[0] = Int32(cute.arch.vote_any_sync(low))
 
     @cute.jit
     def exponents(self, S: cute.Tensor) -> Boolean:
         """S (rows, cols) becomes the exponents of P; True for a warp that must `raise_offsets` before `exp`."""
-        signs = self.seen[0]  # the top bit stays set while every exponent is negative
+        signs = Int32(-1)  # the top bit stays set while every exponent is negative
         for r in cutlass.range_constexpr(cute.size(self.offset)):
-            S[r, None].store(S[r, None].load() * self.scale_log2 - self.offset[r])
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                S[r, c] = cute.math.fma(S[r, c], self.scale_log2, -self.offset[r])
                 signs = signs & S[r, c].bitcast(Int32)
         return cute.arch.vote_any_sync(signs >= 0)
 
     @cute.jit
     def raise_offsets(self, S: cute.Tensor, slack: cutlass.Constexpr):
-        """New offsets for rows (rows, cols) with an exponent above 0, or whose first keys these are."""
-        self.seen[0] = -1
+        """New offsets for rows (rows, cols) with an exponent above 0.
+
+        S is gone. Where an offset would be too large, the row keeps the one it has, and less its largest exponent.
+        """
+        slow = Boolean(False)
         for r in cutlass.range_constexpr(cute.size(self.offset)):
             top = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
-            fresh = cute.arch.warp_reduction_max(self.row_sum[r], threads_in_group=4) == 0.0
-            shift = top + slack if (top > 0.0) | (fresh & (top > -Float32.inf)) else Float32(0.0)
-            self.seen[0] = 0 if fresh & (top == -Float32.inf) else self.seen[0]
-            self.offset[r] = self.offset[r] + shift
-            self.rescale[r] = 1.0 if fresh else cute.math.exp2(-shift, fastmath=True)
+            new = self.offset[r] + (top + slack if top > 0.0 else Float32(0.0))
+            large = not (new <= LARGEST_OFFSET)
+            shift = top if large else new - self.offset[r]
+            self.offset[r] = select_(large, anchored(self.offset[r], top), new)
+            slow = slow | large
+            self.rescale[r] = cute.math.exp2(-shift, fastmath=True)
             self.row_sum[r] = self.row_sum[r] * self.rescale[r]
             S[r, None].store(S[r, None].load() - shift)
+        self.slow[0] = Int32(cute.arch.vote_any_sync(slow))
 
     @cute.jit
     def exp(self, S: cute.Tensor):
@@ -130,28 +202,99 @@ class Softmax(NamedTuple):
         self.row_sum.store(self.row_sum.load() + sums.load())
 
     @cute.jit
+    def merge(self, r: cutlass.Constexpr, offset: Float32, row_sum: Float32, slack: cutlass.Constexpr):
+        """Another softmax's offset and sum of a row join this one's; what O and the other's must be multiplied by."""
+        mine, other = self._line(self.offset[r], slack), self._line(offset, slack)
+        score = mine.b if mine.f > 0.0 else Float32(0.0)  # an anchor of either, where equal ones must weigh the same
+        score = other.b if other.f > 0.0 else score
+        lead = mine.of(score) - other.of(score)  # of the other's offset
+        mine_none, other_none = (of_quad(x, 0) == -Float32.inf for x in (self.offset[r], offset))
+        lead = -Float32.inf if other_none else (Float32.inf if mine_none else lead)
+        keep = cute.math.exp2(-lead, fastmath=True) if lead > 0.0 else Float32(1.0)
+        add = Float32(1.0) if lead > 0.0 else cute.math.exp2(lead, fastmath=True)
+        self.offset[r] = offset if lead > 0.0 else self.offset[r]
+        self.row_sum[r] = self.row_sum[r] * keep + row_sum * add
+        return keep, add
+
+    @cute.jit
     def join(self, logits: cute.Tensor, lse: cute.Tensor) -> cute.Tensor:
-        """After `finish`: each row's logit, in units of log 2, joins its sum; its lse, and `rescale` follows."""
+        """After `finish`: each row's logit joins its sum; its lse, and `rescale` follows."""
         joined = cute.make_rmem_tensor_like(lse, Float32)
         for r in cutlass.range_constexpr(cute.size(lse)):
-            mine = lse[r] * LOG2_E
-            top = cute.arch.fmax(cute.arch.fmax(mine, logits[r]), LOWEST)
-            share = cute.math.exp2(mine - top, fastmath=True)
-            total = share + cute.math.exp2(logits[r] - top, fastmath=True)
+            top = cute.arch.fmax(cute.arch.fmax(lse[r], logits[r]), LOWEST)
+            share = cute.math.exp2((lse[r] - top) * LOG2_E, fastmath=True)
+            total = share + cute.math.exp2((logits[r] - top) * LOG2_E, fastmath=True)
             self.rescale[r] = self.rescale[r] * share * cute.arch.rcp_approx(total)
-            joined[r] = (top + cute.math.log2(total, fastmath=True)) * LN2
+            joined[r] = top + cute.math.log2(total, fastmath=True) * LN2
         return joined
 
     @cute.jit
-    def finish(self) -> cute.Tensor:
+    def finish(self, slack: cutlass.Constexpr) -> cute.Tensor:
         """Leaves in `rescale` what normalises O; returns each row's natural-log sum, -inf where it saw no key."""
+        lse, totals = (cute.make_rmem_tensor_like(self.row_sum, Float32) for _ in range(2))
+        odd = Boolean(False)
+        for r in cutlass.range_constexpr(cute.size(self.row_sum)):
+            totals[r] = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
+            self.rescale[r] = cute.arch.rcp_approx(totals[r])
+            lse[r] = (self.offset[r] + cute.math.log2(totals[r], fastmath=True)) * LN2
+            odd = odd | (self.offset[r] != self.offset[r])
+        if cute.arch.vote_any_sync(odd):
+            for r in cutlass.range_constexpr(cute.size(lse)):
+                lse[r] = log_sum(self._line(self.offset[r], slack), totals[r])
+        for r in cutlass.range_constexpr(cute.size(lse)):
+            lse[r] = -Float32.inf if totals[r] == 0.0 else lse[r]
+        return lse
+
+
+class Constant(Softmax):
+    """The same instructions whatever the scores: each row has its maximum for an anchor, in all of its threads."""
+
+    @cute.jit
+    def renew(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+        for r in cutlass.range_constexpr(cute.size(self.offset)):
+            old = self.offset[r]
+            top = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
+            new = cute.arch.fmax(cute.arch.fmax(top, old), LOWEST)
+            self.offset[r] = new
+            self.rescale[r] = cute.math.exp2((old - new) * self.scale_log2, fastmath=True)
+            self.row_sum[r] = self.row_sum[r] * self.rescale[r]
+            S[r, None].store((S[r, None].load() - new) * self.scale_log2)
+        return Boolean(True)
+
+    @cute.jit
+    def finish(self, slack: cutlass.Constexpr) -> cute.Tensor:
         lse = cute.make_rmem_tensor_like(self.row_sum, Float32)
         for r in cutlass.range_constexpr(cute.size(self.row_sum)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
-            log2_sum = self.offset[r] + cute.math.log2(total, fastmath=True)
             self.rescale[r] = cute.arch.rcp_approx(total)
-            lse[r] = -Float32.inf if total == 0.0 else log2_sum * LN2
+            line = Line(Float32(1.0), self.offset[r], self.scale_log2, Float32(0.0))
+            lse[r] = -Float32.inf if total == 0.0 else log_sum(line, total)
         return lse
+
+
+def log_sum(line: Line, total):
+    """The natural log of a row's sum of P by a line; that of the least scores is no -inf."""
+    lse = line.b * (line.c * LN2) + (line.f + cute.math.log2(total, fastmath=True)) * LN2
+    return select_(lse < LOWEST, Float32(LOWEST), lse)
+
+
+def moderate(offset):
+    """Whether it may be one; not NaN."""
+    return (offset >= -LARGEST_OFFSET) & (offset <= LARGEST_OFFSET)
+
+
+def anchored(anchor, largest):
+    """A thread's `offset` of a row whose exponents are scale (S - anchor) - slack.
+
+    Or, with a largest one, scale S - anchor - largest: anchor is an offset then, and S was gone when it was needed.
+    """
+    place = cute.arch.shuffle_sync_bfly(cute.arch.thread_idx()[0], 0) % 4  # opaque, or it takes a register all along
+    return select_(place == 0, Float32(float("nan")), select_(place == 1, anchor, largest))
+
+
+def of_quad(value, place: int):
+    """What the place-th of the four threads that hold a row has."""
+    return cute.arch.shuffle_sync(value, place, mask_and_clamp=(32 - 4) << 8 | 31)
 
 
 def row_max(x):
