@@ -58,7 +58,7 @@ class FlashFwdRedoSm90(FlashFwdSm90):
         rK = thr.make_fragment_B(thr.partition_B(sK[None, None, 0, 0]))
         acc = cute.make_tensor(acc_S.iterator, cute.make_layout(((2, 2), 1, 1, c.tile_n // 8)))
         acc.fill(0.0)
-        for k in cutlass.range(c.head_dim // 16, unroll=1):  # unrolled, ptxas holds many addresses
+        for k in cutlass.range_constexpr(c.head_dim // 16):
             read_q(sQ[None, None, k], rQ)
             for n in cutlass.range_constexpr(c.tile_n // 8):
                 read_k(sK[None, None, n, k], rK)

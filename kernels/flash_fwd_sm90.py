@@ -26,7 +26,6 @@ OWN_BARRIER = 1  # and the next two: one named barrier per warpgroup
 L2_KV_BYTES = 16 << 20  # K/V of the heads worked on at a time, of 50 MB
 LOG2_E = 1.4426950408889634
 TINY = 1.401298464324817e-45  # the least float32: times a hidden score's -inf it is still -inf, not NaN
-LARGE_SCALE = 2.0**126  # half of it, times log2(e), is still a float32
 ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
 
@@ -78,9 +77,7 @@ class Problem(NamedTuple):
     seqlen_k: Int32
     group: Int32  # query heads per K/V head
     scale_log2: Float32  # |scale| * log2(e)
-    q_sign: (
-        Float32  # 1, 0 or -1: the scale's sign, applied to Q; of the largest scales twice that, and half of their size
-    )
+    q_sign: Float32  # 1, 0 or -1: the scale's sign, applied to Q
     mask_args: tuple  # what the mask takes: a Window's left and right
     score_args: tuple  # what the score takes
     others: tuple  # what the kernel's mixins take
@@ -175,10 +172,8 @@ class FlashFwdSm90:
         )
         *parts, sequences = c.divide(extras)
         grid = self._grid(mQ, mK, sequences)
-        sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
-        large = scale * sign > LARGE_SCALE
-        q_sign, size = (sign * 2.0, scale * sign * 0.5) if large else (sign, scale * sign)
-        scale_log2 = cutlass.max(size * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
+        q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
+        scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
         sizes = Int32(mQ.shape[0]), Int32(mK.shape[0]), Int32(self._rows_and_heads(mQ, mK)[2])
         problem = Problem(grid, *sizes, scale_log2, q_sign, *parts)
         self.kernel.set_name_prefix(c.name, keep_mangled_name=False)

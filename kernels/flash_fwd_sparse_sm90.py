@@ -134,7 +134,7 @@ class Sparse:
 
         Where a block lies is read a step ahead.
         """
-        f, lists = w.frag, self._lists(rows.row0, rows, w.problem)
+        lists = self._lists(rows.row0, rows, w.problem)
         self._begin_rows(w, q_state)
         at = SparseAt(rows, *self._place(lists, blocks[1] - 1, w.problem))
         n_block, cut = self._place(lists, cutlass.max(blocks[1] - 2, 0), w.problem)

@@ -116,7 +116,7 @@ class Alibi(Score):
         return *self.before.signature(), Int64(0), Int32(0)
 
     def scale_log2(self, problem, args):
-        return Float32(1.0)
+        return Float32(LOG2_E)
 
     def begin(self, head, batch, args) -> tuple:
         *_, address, stride = args
@@ -128,9 +128,9 @@ class Alibi(Score):
 
     @cute.jit
     def apply(self, S: cute.Tensor, cS: cute.Tensor, at, tile_n: cutlass.Constexpr, problem, args):
-        """S (rows, cols) becomes exponents, with its bias: no branch, since one would cost more."""
+        """S (rows, cols) becomes scaled scores with their bias: no branch, since one would cost more."""
         self.before.apply(S, cS, at, tile_n, problem, args[:-2])
-        scale, slope = self.before.scale_log2(problem, args[:-2]), at.rows.score[0] * LOG2_E
+        scale, slope = self.before.scale_log2(problem, args[:-2]) * LN2, at.rows.score[0]
         slope = cutlass.max(cutlass.min(slope, Float32(LARGEST)), Float32(-LARGEST))
         n_block = not_before(S, at.n_block)
         first = at.rows.row0 + problem.seqlen_k - problem.seqlen_q - n_block * tile_n  # row less column, top left

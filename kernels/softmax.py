@@ -6,9 +6,9 @@ maximum to look for: the steady loop only asks for the signs of its exponents (`
 are still small (`quick_step`).
 
 An offset is a float32, so beyond `LARGEST_OFFSET` it cannot be chosen well: the largest exponent would be its rounding
-error. Such a row is `anchored`: it has a score in place of an offset, and exponents scale (S - anchor) - slack, which are
-exact for equal scores of any size. `offset` then differs among the four threads that hold the row: NaN in the first, so
-that no quick way takes it for an offset; the anchor in the second. They are told what that means by a `Line`.
+error. Such a row is `anchored`: it has a score in place of an offset, and exponents scale (S - anchor) - slack, which
+are exact for equal scores of any size. `offset` then differs among the four threads that hold the row: NaN in the
+first, so that no quick way takes it for an offset; the anchor in the second. A `Line` says what that means.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from cutlass.cutlass_dsl import select_
 
 SLACK_LOG2 = {"bf16": 8.0, "fp16": 3.0}  # fp16's least number is 2^-24: P must not start much below 1
 LARGEST_SUM = {"bf16": 2.0**30, "fp16": 2.0**15}  # of a thread's P of a row and block: P fits its type, O float32
-LARGEST_OFFSET = 2.0**24  # |offset|: a float32 as large as that is off by 1 at most
+LARGEST_OFFSET = 2.0**20  # |offset|: exponents are rounded by 2^-5 at most, in whatever order they are worked out
 LEAST_OFFSET = -(2.0**8)  # exponents rounded against an offset below it would not do for scores about 0
 LOWEST = -3.4028234663852886e38  # the least finite float32
 LN2 = 0.6931471805599453
@@ -34,7 +34,8 @@ class Exponents:
 
     def of(self, row: cute.Tensor, r: int, offset):
         """Those of one row, the r-th of a thread's."""
-        return row.load() * self.scale_log2 - offset
+        less(row, self.scale_log2, offset)
+        return row.load()
 
     def doubtful(self, doubt):
         """Whether any is, or there was a doubt before."""
@@ -100,7 +101,7 @@ class Softmax(NamedTuple):
                 self.rescale[r] = cute.math.exp2(self.offset[r] - offset, fastmath=True)
                 self.row_sum[r] = self.row_sum[r] * self.rescale[r]
                 self.offset[r] = news[r]
-                S[r, None].store(S[r, None].load() * self.scale_log2 - offset)
+                less(S[r, None], self.scale_log2, offset)
         return cute.arch.vote_any_sync(changed)
 
     @cute.jit
@@ -149,8 +150,8 @@ class Softmax(NamedTuple):
         """S (rows, cols) becomes the exponents of P; True for a warp that must `raise_offsets` before `exp`."""
         signs = Int32(-1)  # the top bit stays set while every exponent is negative
         for r in cutlass.range_constexpr(cute.size(self.offset)):
+            less(S[r, None], self.scale_log2, self.offset[r])
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-                S[r, c] = cute.math.fma(S[r, c], self.scale_log2, -self.offset[r])
                 signs = signs & S[r, c].bitcast(Int32)
         return cute.arch.vote_any_sync(signs >= 0)
 
@@ -270,6 +271,12 @@ class Constant(Softmax):
             line = Line(Float32(1.0), self.offset[r], self.scale_log2, Float32(0.0))
             lse[r] = -Float32.inf if total == 0.0 else log_sum(line, total)
         return lse
+
+
+def less(row: cute.Tensor, scale, offset):
+    """A row of S becomes scale S - offset, rounded once: the same in every step."""
+    for c in range(cute.size(row)):
+        row[c] = cute.math.fma(row[c], scale, -offset)
 
 
 def log_sum(line: Line, total):
