@@ -392,7 +392,6 @@ OPERATIONS = [
     lambda x: ~x,
     lambda x: x & x,
     lambda x: x.clone(),
-    lambda x: x.detach(),
     lambda x: x.expand(2, 4, 8, 8),
     lambda x: x.repeat_interleave(2, 0),
     lambda x: torch.cat([x, x], -1),
@@ -432,6 +431,8 @@ MISREADINGS = {
     "masked_fill": lambda x: torch.zeros(2, 1, 8, 8).masked_fill(x, 1),
     "masked_fill of bool()": lambda x: torch.zeros(2, 1, 8, 8).masked_fill(x.to(torch.bool), 1),
     "masked_fill_": lambda x: torch.zeros(2, 1, 8, 8).masked_fill_(x, 1),
+    "mask == 0": lambda x: torch.where(x == 0, torch.zeros(2, 1, 8, 8), -1.0),
+    "mask < 0": lambda x: torch.zeros(2, 1, 8, 8).masked_fill(x < 0, -1.0),
     "masked_fill of ~~": lambda x: torch.zeros(2, 1, 8, 8).masked_fill(~~x, 1),
 }
 
@@ -457,7 +458,7 @@ def test_a_model_that_never_asks_raises_when_it_is_made():
     ):
         bloom(name)
     config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=199)
-    with pytest.raises(ValueError, match="FALCON_ATTENTION_CLASSES has no class for cute_attn; use"):
+    with pytest.raises(ValueError, match="FALCON_ATTENTION_CLASSES has nothing for cute_attn; use"):
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name)
     parts = transformers.ViTConfig(**VIT), transformers.TrOCRConfig(d_model=64, decoder_layers=1, **TROCR)
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts)
@@ -540,6 +541,8 @@ def test_a_mask_is_one_to_whoever_only_hands_it_on():
     assert ours.contiguous() is ours and ours.to("cpu") is ours and ours.bool() is ours
     moved = ours.to("meta", non_blocking=True)
     assert type(moved) is room.LazyMask and (moved.keys, moved.window) == (8, 5) and moved.make().is_meta
+    detached = ours.detach()  # as a checkpoint does with what it is given
+    assert (detached.keys, detached.causal, detached.window) == (8, True, 5) and torch.equal(detached, theirs)
     for out in (lambda: ours.numpy(), lambda: ours.tolist(), lambda: ours.storage().data_ptr()):
         with pytest.raises(RuntimeError):
             out()

@@ -497,6 +497,8 @@ def packed_mask(which, positions=None, size=None, dims=(1, 67)):
 
     needs_lengths()
     within = masks.causality(size)
+    if positions is not None and not hasattr(theirs, "remap_positions_for_packed_sequence"):
+        pytest.skip(f"transformers {transformers.__version__} goes by places")
     if positions is not None:
         within = theirs.remap_positions_for_packed_sequence(within, positions)
     function = theirs.and_masks(within, theirs.packed_sequence_mask_function(which))

@@ -5,6 +5,7 @@ import inspect
 import re
 
 import torch
+from transformers import set_seed
 
 ROWS, LENGTH = 2, 21
 PACKED = torch.cat([torch.arange(9), torch.arange(12)])[None]  # position_ids
@@ -22,7 +23,7 @@ SIZES = {  # of a configuration's numbers, by the end of their names
     "num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts|moe_top_k|experts_per_token": 2,
     "num_experts|num_local_experts|n_routed_experts|moe_num_experts": 4,
     "n_group|topk_group": 1,
-    "qk_nope_head_dim|v_head_dim|head_dim|d_kv|kv_channels|attention_head_dim|head_size": 16,
+    "rotary_dim|qk_nope_head_dim|v_head_dim|head_dim|d_kv|kv_channels|attention_head_dim|head_size": 16,
     "qk_rope_head_dim": 8,
     "q_lora_rank|kv_lora_rank": 16,
     "intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim|dim_feedforward|inner_dim|d_inner": 64,
@@ -50,13 +51,16 @@ def changes(kind: type) -> dict:
             mine |= {name: next(free)} if type(value) is int and value > 149 else {}
         elif type(value) is int and value > 0:
             mine[name] = min([value, *(size for pattern, size in SIZES.items() if pattern.search(name))])
-        elif isinstance(value, dict) and "mrope_section" in value:
-            mine[name] = value | dict(mrope_section=[2, 3, 3])
+        elif isinstance(value, dict) and "rope_type" in value:
+            half = int(8 * value.get("partial_rotary_factor", 1.0))  # of a head dim of 16
+            mine[name] = value | dict(mrope_section=[half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8])
         elif type(value) is float and re.search("drop", name):
             mine[name] = 0.0
     for name in kind.sub_configs:
         if (sub := getattr(default, name, None)) is not None:
             mine[name] = changes(type(sub)) | dict(model_type=sub.model_type)
+    if "kv_lora_rank" in mine:  # latent attention has a key of each head
+        mine |= dict(num_key_value_heads=4) | ({"head_dim": 8} if "head_dim" in mine else {})
     if getattr(default, "is_encoder_decoder", False) and getattr(default, "decoder_start_token_id", None) is None:
         mine["decoder_start_token_id"] = 1
     return mine
@@ -109,6 +113,7 @@ def inputs(model) -> dict[str, torch.Tensor]:
     given = {}
     if "input_ids" in takes:
         given["input_ids"] = torch.randint(3, 150, (ROWS, LENGTH), generator=draw)
+        given["input_ids"][:, [11, 20]] = TOKENS["eos_token_id"]  # at the end of each row, of which some make a summary
     elif model.main_input_name == "input_features":
         bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 80
         whole = config.model_type in ("whisper", "qwen2_audio_encoder")
@@ -116,8 +121,9 @@ def inputs(model) -> dict[str, torch.Tensor]:
         given["input_features"] = torch.randn(ROWS, *shape, generator=draw)
     elif model.main_input_name == "input_values":
         given["input_values"] = torch.randn(ROWS, 4000, generator=draw)
-    if "pixel_values" in takes and ("input_ids" not in takes or model.main_input_name == "pixel_values"):
-        vision = getattr(config, "vision_config", None) or config
+    vision = getattr(config, "vision_config", None) or config
+    two_towers = vision is not config and not model.can_generate()
+    if "pixel_values" in takes and (two_towers or "input_ids" not in takes or model.main_input_name == "pixel_values"):
         size = getattr(vision, "image_size", 32) or 32
         size = size if isinstance(size, (list, tuple)) else (size, size)
         given["pixel_values"] = torch.randn(ROWS, getattr(vision, "num_channels", 3) or 3, *size, generator=draw)
@@ -134,16 +140,14 @@ def answer(out) -> torch.Tensor:
     return found[0]
 
 
-def padding(model, given, side) -> dict[str, torch.Tensor]:
-    if side is None:
-        return {}
+def padded(model, given, side) -> dict[str, torch.Tensor]:
     if "input_ids" not in given or "attention_mask" not in inspect.signature(model.forward).parameters:
         raise NotHere("takes no mask of tokens")
-    return dict(attention_mask=REAL[side].long())
+    return given | dict(input_ids=given["input_ids"].where(REAL[side], 0), attention_mask=REAL[side].long())
 
 
 def prefill(model, given, side=None):
-    out = answer(model(**given, **padding(model, given, side)))
+    out = answer(model(**(padded(model, given, side) if side else given)))
     return out[REAL[side]] if side and out.shape[:2] == (ROWS, LENGTH) else out
 
 
@@ -200,6 +204,6 @@ QUESTIONS = {
 
 
 def ask(question: str, model, given) -> torch.Tensor:
-    torch.manual_seed(0)
+    set_seed(0)
     with torch.no_grad():
         return QUESTIONS[question](model, given)

@@ -1,12 +1,13 @@
 """Hugging Face transformers: `register()`, then `attn_implementation="cute_attn"`.
 
-The kernel computes what it takes: causal or full attention, causal sliding windows, softcaps and attention sinks, that
-is training, prefill (in one or in chunks), and decoding with a cache that grows; without gradients in padded batches
-too, and packed sequences with and without. Right padding alone is left to causality, with gradients too: real tokens
-get what they get of sdpa attention, padding tokens see padding, which counts only for a loss that counts them. Whatever
-else comes (left padding with gradients, decoding with a static cache, dropout, other types) goes to transformers' own
-attention, which computes it as it would have without us: sdpa's, or the model's eager one for softcaps and sinks, which
-sdpa has not.
+The kernel computes what it takes: causal or full attention, sliding windows, softcaps and attention sinks, that is
+encoders, training, prefill (in one or in chunks), and decoding with a cache that grows; without gradients in padded
+batches too, and packed sequences with and without. Right padding alone is left to causality, with gradients too: real
+tokens get what they get of sdpa attention, padding tokens see padding, which counts only for a loss that counts them.
+Whatever else comes (other padding with gradients, decoding with a static cache, dropout, other types) goes to
+transformers' own attention, which computes it as it would have without us: sdpa's, or the model's eager one for
+softcaps and sinks, which sdpa has not. A model that computes its attention itself raises, by transformers_models when
+it is made, or by transformers_masks when it takes our mask for a number.
 
 What counts is the mask alone, as with sdpa: of a model's `sliding_window=` argument nothing follows. But where
 FlashAttentionKwargs (`cu_seq_lens_q` and so on) come they are followed, as by transformers' flash attention.
@@ -28,6 +29,7 @@ NAME = "cute_attn"
 SPARSE = ("indices", "block_indices")  # arguments of models that leave it to all but eager and sdpa to choose the keys
 EAGER = ("softcap", "s_aux", "sinks")  # that sdpa attention has not: a cap, a logit per head, a logit per query
 BEYOND = ("position_bias", "cache", "sinks")  # the kernel
+MISLABELLED = ("BridgeTowerSelfAttention",)  # with is_causal, and no mask over text and images that see each other
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # FlashAttentionKwargs
 
 
@@ -35,7 +37,8 @@ def register() -> str:
     """Make "cute_attn" known to transformers (4.53 or later), for models that are made or loaded from then on.
 
     Returns:
-        the name, for `from_pretrained(..., attn_implementation=register())`.
+        the name, for `from_pretrained(..., attn_implementation=register())`. Models that never ask for the attention of
+        that name raise ValueError when they are made.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -194,7 +197,9 @@ def unfit(seen: Visible, query, key, value, kwargs: dict[str, Any]) -> str | Non
 
 def ordered(module, is_causal: bool | None) -> bool:
     """Whether no mask means causality, for several queries."""
-    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True) and type(module).__name__ not in MISLABELLED
+    return bool(is_causal)
 
 
 def unserved(query, key, value, dropout: float, kwargs: dict[str, Any]) -> str | None:
@@ -240,7 +245,7 @@ def others(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)
     """The same by transformers: the model's own eager attention for what only that has, else sdpa attention."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    mask, is_causal = spelled_out(mask, is_causal, query, key)
+    mask, is_causal = spelled_out(module, mask, is_causal, query, key)
     how = dict(dropout=dropout, scaling=scaling, **kwargs)
     only = [name for name in EAGER if kwargs.get(name) is not None]
     broadcast = mask is not None and mask.shape[-1] == 1 < key.shape[2]
@@ -259,15 +264,15 @@ def others(module, query, key, value, mask, dropout, scaling, is_causal, kwargs)
     return eager(module, query, key, value, mask, **how)[0], None
 
 
-def spelled_out(mask, is_causal: bool | None, query, key):
+def spelled_out(module, mask, is_causal: bool | None, query, key):
     """A mask as sdpa attention takes it, and is_causal: no mask where is_causal says it all."""
     if not isinstance(mask, LazyMask):
-        return mask, is_causal
+        return mask, ordered(module, is_causal)
     queries, keys = query.shape[2], key.shape[2]
     fits = mask.keys == keys and mask.shape == (len(query), 1, queries, keys)
     if fits and mask.window is mask.among is None and not (mask.causal and queries not in (1, keys)):
         return None, mask.causal
-    return mask.make(), is_causal
+    return mask.make(), False
 
 
 @lru_cache

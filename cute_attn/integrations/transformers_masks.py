@@ -13,12 +13,11 @@ from ..block_mask import BlockLists, as_lists
 from .transformers_models import WAY_OUT, asks
 
 BLOCK = 128  # of queries and of keys, in lists of blocks
-
-
 ATEN = torch.ops.aten
 NEGATIONS = {ATEN.bitwise_not, ATEN.logical_not}
 OF_BITS = {ATEN.where, ATEN.zeros_like, ATEN.ones_like, ATEN.empty_like, ATEN.new_zeros, ATEN.new_ones, ATEN.new_empty}
 FILLS = {ATEN.masked_fill, ATEN.masked_fill_}  # where a mask is True
+AS_NUMBERS = {ATEN._to_copy, ATEN.eq, ATEN.ne, ATEN.lt, ATEN.le, ATEN.gt, ATEN.ge}
 
 
 class LazyMask(torch.Tensor):
@@ -29,7 +28,7 @@ class LazyMask(torch.Tensor):
     tensor; what comes out is never taken for the whole mask, but is a mask still. `attention` reads the rest.
 
     A model that computes its attention itself would add it to the scores, as it adds eager attention's mask of 0 and
-    -inf: True would count as a score of 1. So arithmetic with it raises, and so does what fills pairs that are seen.
+    -inf: True would count as a score of 1. So arithmetic with it raises, as do comparisons, and filling what is seen.
     """
 
     make: Callable[[], Any]  # the tensor, once
@@ -58,6 +57,8 @@ class LazyMask(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         kwargs, what = kwargs or {}, operation.overloadpacket
+        if what is ATEN.detach:  # by a checkpoint
+            return args[0]._whole(args[0].make, args[0].device, args[0].among)
         if what is ATEN._to_copy and kwargs.get("device") and kwargs.get("dtype") in (None, torch.bool):
             return args[0]._moved(operation, kwargs)
         hides = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)).hides
@@ -65,24 +66,25 @@ class LazyMask(torch.Tensor):
         found = operation(*args, **kwargs)
         if not isinstance(found, torch.Tensor):
             return found
-        if found.dtype == torch.bool:
-            return cls.of(found, hides ^ (what in NEGATIONS))
-        if what is ATEN._to_copy or (found.is_floating_point() and what not in (OF_BITS | FILLS if hides else OF_BITS)):
+        allowed = not found.is_floating_point() or what in (OF_BITS | FILLS if hides else OF_BITS)
+        if what in AS_NUMBERS or not allowed:
             raise NotImplementedError(
                 f"attn_implementation: {operation} of a mask is by a model that computes its attention itself, and "
                 f"would misread the masks of cute_attn; {WAY_OUT}"
             )
-        return found
+        return cls.of(found, hides ^ (what in NEGATIONS)) if found.dtype == torch.bool else found
 
     def _moved(self, operation, kwargs):
         """To another GPU, where one has the first layers and another the next."""
         device, among = kwargs["device"], self.among
-        among = None if among is None else among.to(device)
-        moved = LazyMask(
-            lambda: operation(self.make(), **kwargs), self.shape, device, self.keys, self.causal, self.window, among
+        return self._whole(
+            lambda: operation(self.make(), **kwargs), device, None if among is None else among.to(device)
         )
-        moved.hides = self.hides
-        return moved
+
+    def _whole(self, make, device, among):
+        other = LazyMask(make, self.shape, device, self.keys, self.causal, self.window, among)
+        other.hides = self.hides
+        return other
 
     def __repr__(self):
         said = f"keys={self.keys}, causal={self.causal}, window={self.window}, among={self.among}"

@@ -27,7 +27,7 @@ class Attention(NamedTuple):
 
     ask: tuple[str, ...]  # for the function of attn_implementation
     own: tuple[str, ...]  # compute it themselves, with a mask
-    choose: tuple[str, ...]  # tables of classes by attn_implementation, which have no other
+    choose: tuple[str, ...]  # tables of classes or functions by attn_implementation, which have no other
     masked: bool
 
 
@@ -53,7 +53,7 @@ def refuse(model: type, name: str) -> None:
     """Raises ValueError for a model whose attention would not be `name`'s."""
     found = attention_of(model)
     if found.choose:
-        raise ValueError(f"{model.__name__}: {found.choose[0]} has no class for {name}; {WAY_OUT}")
+        raise ValueError(f"{model.__name__}: {found.choose[0]} has nothing for {name}; {WAY_OUT}")
     if found.own and found.masked and not found.ask:
         raise ValueError(f"{model.__name__}: {found.own[0]} computes its attention itself, not by {name}; {WAY_OUT}")
 
@@ -110,7 +110,7 @@ def _parts(model: type) -> list[type]:
 
 
 def _is_table(x: Any) -> bool:
-    return isinstance(x, dict) and "eager" in x and all(isinstance(y, type) for y in x.values())
+    return isinstance(x, dict) and "eager" in x and all(map(callable, x.values()))
 
 
 def _is_a_models(kind: type) -> bool:
