@@ -448,7 +448,7 @@ def test_gpu_tests_on_two_go_on_where_a_run_was_cut_off(scripts, tmp_path, monke
     here = dict(kernels_sha256="5eed", gpu="NVIDIA H200", versions=dict(torch="2"), date="1")
     monkeypatch.setattr(gpu_tests, "where", lambda: here)
     monkeypatch.setattr(gpu_tests, "PARTS", {"both": [str(suite)], "alone": [str(suite), "-k", "last"]})
-    rest = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    rest = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={tmp_path}"]
     first, second, third = (gpu_tests.two(folder, 600, rest) for _ in range(3))
     assert (first["passed"], first["failed"], first["skipped"], first["ended"]) == (3, 2, 1, False)
     assert first["parts"]["alone"]["ended"] and first["parts"]["alone"]["passed"] == 1
