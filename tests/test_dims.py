@@ -215,7 +215,7 @@ def test_no_grad_is_the_way_out():
 def test_a_call_that_differs_in_vs_columns_alone_is_another(monkeypatch):
     """Slices of one buffer have equal strides: neither takes the other's kernel, nor its output."""
     whole = torch.randn(1, 2, 9, 256).bfloat16()
-    prepared, call = [], api.Call(None, 1.0, None, len, False, True, ())
+    prepared, call = [], api.Call(None, 1.0, None, len, False, True, (), None)
     monkeypatch.setattr(api, "_prepared", lambda q, k, v, *_: prepared.append(v.shape[3]) or call)
     monkeypatch.setattr(api, "_calls", {})
     for columns in (64, 128, 64):

@@ -10,6 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 SETUP = Path(__file__).parent.parent / ".ci" / "setup"
+
+
+def _heeds_ctrl_c():
+    """A shell in the background ignores SIGINT, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 PYTORCH = "https://download.pytorch.org/whl/cpu"
 
 # Of venv, pip and the checks as much as the script asks of them. What is installed is a file of $home/packages. STOP
@@ -70,7 +77,8 @@ def checkout(tmp_path):
         words = 'set -euo pipefail; source .ci/setup test; echo "$(command -v python3) ${PYTHONPATH%%:*}"'
         env = {"PATH": f"{machine}:/usr/bin:/bin", "LOG": str(log), "OFFERS": "local", **env}
         command = ["bash", "-c", words]
-        return subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, start_new_session=True)
+        how = dict(capture_output=True, text=True, start_new_session=True, preexec_fn=_heeds_ctrl_c)
+        return subprocess.run(command, cwd=here, env=env, **how)
 
     venv = here / ".venv"
     read = lambda: log.read_text().splitlines() if log.exists() else []  # noqa: E731

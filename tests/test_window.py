@@ -178,7 +178,7 @@ def test_a_call_is_known_whatever_its_window(monkeypatch):
     def known(q, k, v, out, *how):
         prepared.append(how)
         problem = checks.problem(*(checks.Spec.of(x) for x in (q, k, v)), *how)
-        return api.Call(problem, 0.125, gpu, lambda *args: launched.append(args), False, True, (0,) * 4)
+        return api.Call(problem, 0.125, gpu, lambda *args: launched.append(args), False, True, (0,) * 4, None)
 
     monkeypatch.setattr(device, "current", lambda: 0)
     monkeypatch.setattr(api, "_prepared", known)
