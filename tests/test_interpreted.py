@@ -55,7 +55,13 @@ KINDS = {
 
 def launches(config: FwdConfig) -> list[tuple]:
     """One row; ends within a tile; causal rows that see no key; scores that overtake the rows' offsets all the time."""
-    return [(1, 1, None), (113, 203, None), *([(130, 65, None)] if config.mask.causal else []), (70, 265, 40.0)]
+    return [
+        (1, 1, None),
+        (113, 203, None),
+        *([(130, 65, None)] if config.mask.causal else []),
+        (70, 265, 40.0),
+        (70, 265, 1e9),
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
