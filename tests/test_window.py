@@ -95,7 +95,8 @@ WRONG = {
     "bool inside": ((True, 0), False, TypeError, "window: left True came; an int of at least 0 is needed, or None"),
     "float": ((3, 1.0), False, TypeError, "window: right 1.0 came"),
     "infinity": ((float("inf"), 0), False, TypeError, "window: left inf came"),
-    "numpy": ((np.int64(3), 0), False, TypeError, "window: left .*3.* came; an int"),
+    "numpys bool": ((np.bool_(True), 0), False, TypeError, "window: left .*True.* came; an int"),
+    "numpys float": ((np.float64(3), 0), False, TypeError, "window: left .*3.* came; an int"),
     "causal": (
         (3, 1),
         True,
