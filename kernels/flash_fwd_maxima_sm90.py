@@ -19,6 +19,10 @@ class Watched:
         self._watch(S)
         return super().renew(S, slack)
 
+    def renew_any(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+        self._watch(S)
+        return super().renew_any(S, slack)
+
     def exponents(self, S: cute.Tensor) -> Boolean:
         self._watch(S)
         return super().exponents(S)

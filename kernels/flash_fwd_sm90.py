@@ -675,7 +675,7 @@ class FlashFwdSm90:
         """S (rows, cols) becomes P by the offsets as they are, but where a score exceeds one."""
         f = w.frag
         if f.softmax.slow[0] != 0:
-            f.softmax.renew(S, self.slack)
+            f.softmax.renew_any(S, self.slack)
             f.softmax.settle()
             self._wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)

@@ -79,7 +79,7 @@ class FlashFwdSplitSm90(FlashFwdSm90):
         kept.store(S.load())
         if f.softmax.exponents(S) | (f.softmax.slow[0] != 0):
             S.store(kept.load())
-            f.softmax.renew(S, self.slack)
+            f.softmax.renew_any(S, self.slack)
             f.softmax.settle()
             self._wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
