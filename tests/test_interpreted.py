@@ -7,7 +7,9 @@ from attention import check, close_lse, inputs
 from conftest import interpreter
 from nightly import sample
 from ptx import Deadlock, Fault, get, interpreted
-from ptx.cases import SEQUENCES, run
+from ptx.cases import DTYPES, SEQUENCES, run
+from score_sizes import check as check_sizes
+from score_sizes import chunked
 from test_dropout import check as check_dropout
 from test_maxima import check as check_maxima
 from test_mods import beyond, beyond_lists, held_to_the_bound, mask_mods, never_beyond, of, pairs_of, score_mods
@@ -41,6 +43,7 @@ KINDS = {
     "d96 causal": planned(96, True),
     "d128 full, long, cluster, Q in registers": planned(128, batch=16, heads=32),
     "d128 causal, drawn by a cluster": planned(128, True),
+    "d128 fp16, asked before the exponentials": planned(128, batch=16, heads=32, dtype="fp16"),
     "d128 bshd": planned(128, seqlen_q=1024, seqlen_k=1024, layout="bshd"),
     "d256 full, O from registers": planned(256),
     "d256 causal": planned(256, True),
@@ -70,6 +73,10 @@ def test_right(kind):
     config = KINDS[kind]
     for seed, (seqlen_q, seqlen_k, scale) in enumerate(launches(config)):
         run(config, seqlen_q, seqlen_k, seed=seed, scale=scale)
+    with interpreted(config):  # scores of any size, in three blocks of keys of each CTA
+        keys = config.tile_n * config.split // 2
+        tensors = chunked(config.head_dim, DTYPES[config.dtype], "cpu", rows=40, chunk=keys)
+        check_sizes(*tensors, causal=config.mask.causal, layout=config.layout, constant_time=config.constant_time)
     (kernel,) = get(config).kernels.values()
     assert len(kernel.never_ran()) < 0.1 * len(kernel.steps)
 
