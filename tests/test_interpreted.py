@@ -75,7 +75,7 @@ def test_right(kind):
         run(config, seqlen_q, seqlen_k, seed=seed, scale=scale)
     with interpreted(config):  # scores of any size, in three blocks of keys of each CTA
         keys = config.tile_n * config.split // 2
-        tensors = chunked(config.head_dim, DTYPES[config.dtype], "cpu", rows=40, chunk=keys)
+        tensors = chunked(config.head_dim, DTYPES[config.dtype], "cpu", rows=70, chunk=keys)
         check_sizes(*tensors, causal=config.mask.causal, layout=config.layout, constant_time=config.constant_time)
     (kernel,) = get(config).kernels.values()
     assert len(kernel.never_ran()) < 0.1 * len(kernel.steps)
