@@ -186,13 +186,8 @@ def redoes(config: FwdConfig, score: Score, mask: Mask) -> bool:
 
 
 def with_dropout(config: FwdConfig) -> FwdConfig:
-    """Of a kernel the one that leaves out entries of P, whose random bits are for 32 keys at a time.
-
-    With a window and maxima, ptxas spills 20 bytes of three warpgroups.
-    """
-    config = replace(config, dropout=True, redo=False, tile_n=config.tile_n // 32 * 32)
-    much = config.row_max and config.mask.windowed and config.warpgroups == 3 and config.widest > 96
-    return replace(config, tile_m=128) if much else roomy(config)
+    """Of a kernel the one that leaves out entries of P, whose random bits are for 32 keys at a time."""
+    return roomy(replace(config, dropout=True, redo=False, tile_n=config.tile_n // 32 * 32))
 
 
 def with_maxima(config: FwdConfig) -> FwdConfig:
