@@ -1,6 +1,5 @@
 """The whole path of a call: check -> plan -> compile -> allocate -> launch."""
 
-import logging
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, Literal, NamedTuple, TypedDict, overload
@@ -19,8 +18,6 @@ from .checks import Spec
 from .kernels.config import FwdConfig
 from .modifiers import NONE, UNMODIFIED, Modifiers
 from .plan import HEAD_DIMS, Problem, kind, plan, shipped
-
-logger = logging.getLogger("cute_attn")
 
 
 class Options(TypedDict, total=False):
@@ -360,7 +357,7 @@ def warmup(
     ready = [config for config in every_kernel if kind(config) in kinds]
     for done, config in enumerate(ready, 1):
         compile.get(config)
-        logger.info("warmup: %d of %d kernels, %s", done, len(ready), config.name)
+        notices.logger.info("warmup: %d of %d kernels, %s", done, len(ready), config.name)
     return ready
 
 
@@ -378,7 +375,7 @@ def _on_cpu(problem, q, k, v, scale, modifiers, asked, out):
     how = dict(
         causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers.for_reference()
     )
-    notices.once("flash_fwd: CPU tensors are computed by torch, in float32")
+    notices.once(f"flash_fwd: {notices.CPU}")
     with torch.autocast("cpu", enabled=False):
         o, lse, row_max = reference.attention(q.detach(), k.detach(), v.detach(), **how, return_row_max=True)
     o = (o_like(q, v) if out is None else out).copy_(o)

@@ -498,9 +498,7 @@ def places(name: str, problem: Problem) -> None:
 
 def captured(name: str, mod: Mod, device: torch.device) -> None:
     """What a function captures, and its aux, is where q is, and learns nothing."""
-    for x in mod.arguments:
-        if isinstance(x, torch.Tensor):
-            memory(name, x)
+    for x in mod.arguments:  # in memory of their own, as `mods.prepare` has seen
         if isinstance(x, torch.Tensor) and x.device != device:
             raise ValueError(
                 f"{name}: it captures a tensor on {x.device}, but q is on {device}; move it with .to(device)"

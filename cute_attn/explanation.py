@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import api, checks, varlen
+from . import api, checks, notices, varlen
 from .modifiers import Modifiers
 from .plan import Problem
 
 OURS = "cute_attn"
-CPU = "CPU tensors are computed by torch, in float32"
 
 
 class Explanation(NamedTuple):
@@ -98,7 +97,7 @@ def _modifiers(a: SimpleNamespace, dropout) -> tuple[bool, Modifiers]:
 
 def _answer(gpu, config, empty: bool, tensors, backward: str | None) -> Explanation:
     if gpu is None:
-        return Explanation("torch in float32", reason=CPU, backward=backward and "torch in float32")
+        return Explanation("torch in float32", reason=notices.CPU, backward=backward and "torch in float32")
     if empty:
         return Explanation("nobody", reason="there is nothing to multiply: a size is 0", backward=backward)
     checks.addresses(*tensors)

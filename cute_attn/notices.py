@@ -8,6 +8,7 @@ import logging
 import torch
 
 logger = logging.getLogger("cute_attn")
+CPU = "CPU tensors are computed by torch, in float32"
 _said: set[str] = set()
 
 

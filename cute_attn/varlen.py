@@ -270,7 +270,7 @@ def _for_tma(q, k, v, o):
 def _on_cpu(q, k, v, lengths, o, lse, causal, scale, modifiers):
     cu_q, cu_k, used_q, used_k = lengths
     q, k, v = q.detach(), k.detach(), v.detach()
-    notices.once("flash_fwd_varlen: CPU tensors are computed by torch, in float32")
+    notices.once(f"flash_fwd_varlen: {notices.CPU}")
     how = dict(causal=causal, scale=scale, dtype=torch.float32, **modifiers.for_reference())
     row_max = None if modifiers.row_max is False else modifiers.row_max
     with torch.autocast("cpu", enabled=False):

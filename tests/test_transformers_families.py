@@ -10,7 +10,7 @@ from cute_attn.integrations import transformers as room
 
 transformers = pytest.importorskip("transformers", reason='transformers is missing: pip install "cute_attn[test]"')
 import zoo  # noqa: E402
-from test_transformers import with_lists  # noqa: E402
+from test_transformers import by_definition  # noqa: E402
 from transformers import CONFIG_MAPPING  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -43,17 +43,13 @@ def kernel(request, monkeypatch):
     if request.param == "torch's":
         return
 
-    def flash_fwd(q, k, v, *, out=None, **how):
-        o, _ = reference.attention(q, k, v, dtype=torch.float32, **with_lists(how, q, k))
-        return o if out is None else out.copy_(o)
-
     def flash_fwd_varlen(q, k, v, cu_q, cu_k, *, out=None, max_seqlen_q=None, max_seqlen_k=None, **how):
         o = q.new_zeros(*q.shape[:2], v.shape[2]) if out is None else out
         for rows, part, _ in reference.varlen(q, k, v, cu_q, cu_k, dtype=torch.float32, **how):
             o[rows] = part
         return o
 
-    monkeypatch.setattr(api, "flash_fwd", flash_fwd)
+    monkeypatch.setattr(api, "flash_fwd", by_definition)
     monkeypatch.setattr(varlen, "flash_fwd_varlen", flash_fwd_varlen)
     monkeypatch.setitem(room.DTYPES, torch.float32, "fp32")
 
