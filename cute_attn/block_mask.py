@@ -8,6 +8,7 @@ from torch import Tensor
 from .kernels.config import SparseBlocks
 from .mods import Mod
 from .scalars import integer
+from .streams import is_captured
 
 GRAIN = 64  # of the lists' blocks: a warpgroup's rows, and the narrowest block of keys
 
@@ -130,7 +131,7 @@ def fit(lists: BlockLists, batch: int, heads: int, seqlen_q: int, seqlen_k: int,
 
 def _contents(lists: BlockLists) -> None:
     """The lists count and name blocks that there are, each once. Read on the host."""
-    if lists.kv_indices.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(lists.kv_indices):
         raise ValueError("block_mask: check=True, and nothing can be read while a CUDA graph is captured; pass False")
     columns, named = lists.kv_indices.shape[-1], []
     places = torch.arange(columns, device=lists.kv_indices.device)

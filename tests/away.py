@@ -14,6 +14,7 @@ import torch
 
 import cute_attn
 from cute_attn import api, device, varlen
+from cute_attn.explanation import explain
 
 LAUNCHES = "launches while another GPU is current"
 FUNCTIONS = {"flash_fwd": (cute_attn, api), "flash_fwd_varlen": (cute_attn, varlen)}
@@ -47,6 +48,7 @@ class Away:
             function = self.called_elsewhere(getattr(cute_attn, name))
             for room in rooms:
                 setattr(room, name, function)
+        explain.__kwdefaults__["function"] = api.flash_fwd
         device.Device.guarded = self.counted(device.Device.guarded)
 
     def called_elsewhere(self, function):

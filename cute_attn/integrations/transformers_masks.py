@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..block_mask import BlockLists, as_lists
+from ..streams import is_captured
 from .transformers_models import WAY_OUT, asks
 
 BLOCK = 128  # of queries and of keys, in lists of blocks
@@ -304,7 +305,7 @@ def _queries(q_length=None, q_offset=0, device="cpu", cache_position=None, **_):
 def read(facts: torch.Tensor) -> Any:
     """From the GPU, as sdpa's mask function does; None where that cannot be."""
     readable = type(facts) is torch.Tensor and not facts.is_meta
-    return facts.tolist() if readable and not (facts.is_cuda and torch.cuda.is_current_stream_capturing()) else None
+    return facts.tolist() if readable and not is_captured(facts) else None
 
 
 def causality(size: int | None) -> Callable:
