@@ -10,6 +10,7 @@ tools and the same kernels, GPU and versions, are kept beside these.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def main() -> int:
     here = where()
     runs = kept(arguments.add, here, arguments.tools)
     parts = list(product(CASES, range(PARTS)))
-    with ThreadPoolExecutor(14) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) - 2) as pool:
         for done in pool.map(lambda part: subprocess.run(case(*part), cwd=ROOT), parts):  # into the disk cache
             done.check_returncode()
         sanitized = ((tool, *part, arguments.logs) for tool, part in product(arguments.tools, parts))

@@ -14,7 +14,8 @@ from score_sizes import CHUNKS, LARGE, SMALL, check, chunked, rounded
 from test_forward import kernels_of, planned_by  # noqa: F401 (a fixture)
 from test_varlen import packed
 
-from cute_attn import flash_fwd, flash_fwd_varlen
+from cute_attn import BlockLists, flash_fwd, flash_fwd_varlen
+from cute_attn.block_mask import as_lists
 from cute_attn.reference import attention, varlen
 
 FINFO = torch.finfo(torch.float32)
@@ -26,6 +27,7 @@ BESIDE = {
     "row_max": (64, dict(row_max=True)),
     "row_max, constant time": (64, dict(row_max=True, constant_time=True)),
     "sinks": (128, dict(sinks=torch.linspace(-4, 4, len(CHUNKS)))),
+    "dropout": (64, dict(dropout_p=0.3, rng_state=torch.tensor([5, 7]))),
 }
 
 
@@ -34,6 +36,45 @@ BESIDE = {
 def test_beside_what_a_call_asks_for(head_dim, how):
     with interpreted():
         check(*chunked(head_dim, torch.bfloat16, "cpu", **SMALL), **how)
+
+
+def check_lists(head_dim, device, rows, chunk):
+    """Every other block of keys."""
+    q, k, v = chunked(head_dim, torch.bfloat16, device, rows, chunk)
+    chosen = torch.arange(-(-k.shape[2] // 128), device=device) % 2 == 0
+    lists = BlockLists(*as_lists(chosen.expand(1, 1, -(-rows // 128), -1)))
+    o, lse = flash_fwd(q, k, v, scale=1.0, block_mask=lists, return_lse=True)
+    seen = chosen.repeat_interleave(128)[: k.shape[2]]
+    k, v = k[:, :, seen], v[:, :, seen]
+    want, exact = attention(q, k, v, scale=1.0)
+    theirs = rounded(q, k, v)
+    for head in range(q.shape[1]):
+        bound(o[:, head], want[:, head], theirs[:, head])
+    torch.testing.assert_close(lse.double(), exact, rtol=2e-6, atol=4e-5)
+
+
+@interpreter
+def test_lists_of_blocks():
+    with interpreted():
+        check_lists(128, "cpu", rows=40, chunk=78)
+
+
+def check_alibi(head_dim, device, causal, rows, chunk):
+    """Rows whose scores float32 holds to their fractions, in warps with others, from the last block or the diagonal."""
+    q, k, v = chunked(head_dim, torch.bfloat16, device, rows, chunk)
+    how = dict(alibi_slopes=torch.full((len(CHUNKS),), 0.25, device=device), causal=causal, scale=1.0)
+    o, lse = flash_fwd(q, k, v, return_lse=True, **how)
+    want, exact = attention(q, k, v, **how)
+    held = exact.abs() < 1e4
+    bound(o[held], want[held], rounded(q, k, v, **how)[held])
+    torch.testing.assert_close(lse.double(), exact, rtol=4e-6, atol=4e-5)
+
+
+@interpreter
+def test_alibi_from_the_diagonal():
+    with interpreted() as asked:
+        check_alibi(64, "cpu", False, **SMALL)
+    assert all(config.from_diagonal for config in asked)
 
 
 @interpreter
@@ -186,10 +227,13 @@ def test_every_way(head_dim):
     sinks = torch.linspace(-4, 4, len(CHUNKS), device="cuda")
     for how in (dict(window=(500, 20)), dict(row_max=True), dict(constant_time=True), dict(sinks=sinks)):
         check(*chunked(head_dim, torch.bfloat16, "cuda", **LARGE), **how)
+    check(*chunked(head_dim, torch.bfloat16, "cuda", **LARGE), dropout_p=0.3, rng_state=torch.tensor([5, 7]).cuda())
+    check_lists(head_dim, "cuda", **LARGE)
     for how in SCORED.values():
         check_scored(head_dim, "cuda", how, **LARGE)
     for causal in (False, True):
         check_masks(head_dim, "cuda", 300, 1000, causal=causal)
+        check_alibi(head_dim, "cuda", causal, **LARGE)
     check(*chunked(head_dim, torch.bfloat16, "cuda", 5, 333, heads_kv=5))
 
 
