@@ -1,4 +1,4 @@
-"""FwdConfig -> compiled callable: kept in memory, and on disk for the next process.
+"""A kernel's config -> compiled callable: kept in memory, and on disk for the next process.
 
 A file of the disk cache is the object code followed by its SHA-256; whatever does not end in its own digest, or may be
 written by others (`cache.refused`), is compiled again. Its name is the digest of the config, the kernel sources, the
@@ -15,45 +15,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import cutlass
 import platformdirs
-from cutlass import Float32, Int32, Int64, cute
-from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
+from cutlass import cute
+from cutlass.cute.runtime import load_module
 
 from . import cache, notices
-from .kernels.config import FwdConfig
-from .kernels.flash_fwd_columns_sm90 import SharedRows
-from .kernels.flash_fwd_constant_sm90 import FlashFwdConstantSm90
-from .kernels.flash_fwd_diagonal_sm90 import FromDiagonal
-from .kernels.flash_fwd_dropout_sm90 import Dropout
-from .kernels.flash_fwd_maxima_sm90 import Maxima
-from .kernels.flash_fwd_pack_sm90 import PackedHeads
-from .kernels.flash_fwd_redo_sm90 import FlashFwdRedoSm90
-from .kernels.flash_fwd_score_sm90 import Scored, Sinks
-from .kernels.flash_fwd_serial_sm90 import FlashFwdSerialSm90
-from .kernels.flash_fwd_sm90 import ELEMENT, FlashFwdSm90
-from .kernels.flash_fwd_sparse_sm90 import Sparse
-from .kernels.flash_fwd_split_sm90 import FlashFwdSplitSm90
-from .kernels.flash_fwd_timeline_sm90 import Timeline
-from .kernels.flash_fwd_varlen_sm90 import Varlen
-from .kernels.flash_fwd_window_sm90 import Windowed
+from .kernels.registry import KernelConfig, kernel_of
 
 ARCH = "sm_90a"
 SYMBOL = "cute_attn_fwd"
 KERNELS = Path(__file__).parent / "kernels"
 
-_compiled: dict[FwdConfig, Callable] = {}
+_compiled: dict[KernelConfig, Callable] = {}
 lock = threading.Lock()  # the DSL compiles in one thread at a time, or it aborts the process
 
 
-def get(config: FwdConfig) -> Callable:
-    """The compiled `FlashFwdSm90.__call__`: (q, k, v, o, lse, ticket, scale, num_sms) on torch's current stream.
-
-    What the config's mask, score and mixins take, `FwdConfig.signature`, follows behind.
-    """
+def get(config: KernelConfig) -> Callable:
+    """The compiled kernel, on torch's current stream; it takes what its config's `arguments` names, but the stream."""
     function = _compiled.get(config)
     if function is None:
         with lock:
@@ -62,7 +43,7 @@ def get(config: FwdConfig) -> Callable:
     return function
 
 
-def store(config: FwdConfig) -> Path | None:
+def store(config: KernelConfig) -> Path | None:
     """Compile into the disk cache where it is not there yet, without loading it; its file, None where none serves."""
     path = cache_file(config)
     if path is None:
@@ -84,7 +65,7 @@ def cache_dir() -> Path | None:
     return folder
 
 
-def cache_file(config: FwdConfig) -> Path | None:
+def cache_file(config: KernelConfig) -> Path | None:
     """The config's file in the disk cache, there or not."""
     directory = cache_dir()
     if directory is None:
@@ -105,62 +86,18 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def compile(config: FwdConfig, options: str = ""):
+def compile(config: KernelConfig, options: str = ""):
     """Compile for sm_90a, on any machine; only one call at a time in a process."""
-    b, h, h_kv, s_q, s_k, d, d_v = (cute.sym_int() for _ in range(7))
-
-    def tensor(heads, seqlen, d):
-        shapes = {"bhsd": (b, heads, seqlen, d), "bshd": (b, seqlen, heads, d), "thd": (seqlen, heads, d)}
-        shape = shapes[config.layout]
-        strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
-        return make_fake_tensor(ELEMENT[config.dtype], shape, strides, assumed_align=16)
-
-    return cute.compile(
-        kernel(config)(config),
-        *(tensor(h, s_q, d), tensor(h_kv, s_k, d), tensor(h_kv, s_k, d_v), tensor(h, s_q, d_v)),
-        *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-        *chain(*config.signature()),
-        options=f"--enable-tvm-ffi --gpu-arch {ARCH} {options}",
-    )
+    options = f"--enable-tvm-ffi --gpu-arch {ARCH} {options}"
+    return cute.compile(kernel_of(config), *config.arguments(), options=options)
 
 
-def kernel(config: FwdConfig) -> type[FlashFwdSm90]:
-    """The class that is compiled for a config."""
-    asked = {
-        Timeline: config.timeline,
-        SharedRows: config.parts_v > 1,
-        Scored: config.score.name,
-        Sinks: config.sinks,
-        Dropout: config.dropout,
-        Maxima: config.row_max,
-        Windowed: config.mask.windowed and not config.sparse,
-        FromDiagonal: config.from_diagonal,
-        Sparse: config.sparse,
-        Varlen: config.packed,
-        PackedHeads: config.pack > 1,
-    }
-    mixins = [mixin for mixin, wanted in asked.items() if wanted]
-    plain = _plain(config)
-    return type("".join(x.__name__ for x in (plain, *mixins)), (*mixins, plain), {}) if mixins else plain
-
-
-def _plain(config: FwdConfig) -> type[FlashFwdSm90]:
-    if config.split > 1:
-        return FlashFwdSplitSm90
-    if not config.overlap:
-        return FlashFwdSerialSm90
-    if config.constant_time:
-        return FlashFwdConstantSm90
-    return FlashFwdRedoSm90 if config.redo else FlashFwdSm90
-
-
-def _load_or_compile(config: FwdConfig) -> Callable:
+def _load_or_compile(config: KernelConfig) -> Callable:
     path = cache_file(config)
     return _load(_code(config) if path is None else _kept(path, config))
 
 
-def _kept(path: Path, config: FwdConfig) -> bytes:
+def _kept(path: Path, config: KernelConfig) -> bytes:
     """The object code, from the disk cache, or compiled and put there if that can be."""
     code = cache.read(path)
     if code is None:
@@ -172,7 +109,7 @@ def _kept(path: Path, config: FwdConfig) -> bytes:
     return code
 
 
-def _code(config: FwdConfig) -> bytes:
+def _code(config: KernelConfig) -> bytes:
     """Compiled anew."""
     started = time.perf_counter()
     with _in_memory() as path:

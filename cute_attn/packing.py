@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .kernels.config import PACKS, SMEM_BYTES, FwdConfig
-from .kernels.tile_scheduler import OneTile
+from .kernels.tile_scheduler import OneTile, Static
 
 if TYPE_CHECKING:
     from .plan import Problem
@@ -54,16 +54,16 @@ def few_rows(table: FwdConfig, always: FwdConfig, rows: "Problem") -> FwdConfig:
     return next((part for part in splits(found) if part.split <= most), found)
 
 
-def one_block(config: FwdConfig) -> FwdConfig:
+def one_block(config: FwdConfig, scheduler: type[Static] = OneTile) -> FwdConfig:
     """64 rows to a CTA; as many stages as let two CTAs share an SM, at least two where the table has as many."""
-    found = replace(config, tile_m=64, scheduler=OneTile, pingpong=False, q_in_regs=False, cluster=1, q_stages=1)
+    found = replace(config, tile_m=64, scheduler=scheduler, pingpong=False, q_in_regs=False, cluster=1, q_stages=1)
     fewer = (replace(found, stages=n) for n in range(config.stages, 1, -1))
     return next((x for x in fewer if 2 * x.smem_bytes <= SMEM_BYTES), replace(found, stages=min(config.stages, 2)))
 
 
 def splits(config: FwdConfig) -> list[FwdConfig]:
     """Of a kernel of one block those that share its keys, the most CTAs first."""
-    if config.constant_time or config.mask.windowed or config.row_max:
+    if config.mask.windowed or config.row_max:
         return []
     return [replace(config, redo=False, split=n) for n in SPLITS if n <= config.split_max]
 
@@ -75,6 +75,23 @@ def packed(config: FwdConfig, ratio: int) -> FwdConfig:
     """
     redo = config.redo and (config.widest, config.tile_m) != (64, 256)
     return replace(config, pack=pack_of(ratio), redo=redo, cluster=1 if config.widest == 256 else config.cluster)
+
+
+def of_sequences(config: FwdConfig, ratio: int, max_seqlen_q: int) -> FwdConfig:
+    """The kernel for packed sequences of at most so many queries, where `config` serves those of any length."""
+    pack = pack_of(ratio)
+    rows = max_seqlen_q * pack
+    other = one_block(config, config.scheduler) if rows <= 64 else config
+    packs, fits = -(-ratio // pack), lambda n, tile_m: -(-n // tile_m) * tile_m
+    if fits(rows, other.tile_m) * packs > WORTH * fits(max_seqlen_q, config.tile_m) * ratio:
+        return config
+    return packed(other, ratio)
+
+
+def sequences_kernels(configs: list[FwdConfig], ratio: int) -> list[FwdConfig]:
+    """Every kernel that packed sequences of few queries can reach where others reach these."""
+    every = [x for config in configs for x in (config, one_block(config, config.scheduler))]
+    return list(dict.fromkeys(packed(config, ratio) for config in every))
 
 
 def kernels(always: list[FwdConfig], some: list[FwdConfig], ratio: int) -> list[FwdConfig]:

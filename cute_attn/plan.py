@@ -103,11 +103,14 @@ def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
 
 def _by_table(problem: Problem, gpu: str | None) -> FwdConfig:
     """The kernel for as many heads, and rows of each, as the problem has."""
-    if problem.constant_time or problem.kinds != UNMODIFIED:
+    if problem.kinds != UNMODIFIED:
         return _always(problem, gpu)
     rows = _rows(*kernel_dims(problem.head_dim, problem.head_dim_v), problem.dtype, problem.causal, gpu)
     row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
-    return replace(row.config, dtype=problem.dtype, layout=problem.layout)
+    if problem.constant_time and row.config.split == 1:
+        return _always(problem, gpu)
+    found = replace(row.config, dtype=problem.dtype, layout=problem.layout)
+    return constant_time(found) if problem.constant_time else found
 
 
 def _always(problem: Problem, gpu: str | None) -> FwdConfig:
@@ -228,14 +231,29 @@ def windowed(config: FwdConfig) -> FwdConfig:
     return replace(config, mask=Window(), cluster=1, redo=config.redo and config.widest != 64)
 
 
-@lru_cache(maxsize=256)
 def varlen(
-    head_dim: int, dtype: str, causal: bool, kinds: Kinds = UNMODIFIED, gpu: str | None = None, head_dim_v: int = 0
+    head_dim: int,
+    dtype: str,
+    causal: bool,
+    kinds: Kinds = UNMODIFIED,
+    gpu: str | None = None,
+    head_dim_v: int = 0,
+    ratio: int = 1,
+    max_seqlen_q: int | None = None,
 ) -> FwdConfig:
     """The kernel for packed sequences: the tiles of the one that serves wherever no other row does, and no clusters.
 
-    With wider blocks and a mask_mod ptxas spills at d96 and d192, 4 to 8 bytes.
+    Where no sequence has more than a few queries, the heads that share a K/V head are packed into a tile.
     """
+    found = _varlen(head_dim, dtype, causal, kinds, gpu, head_dim_v)
+    if ratio < 2 or not max_seqlen_q or not found.packable:
+        return found
+    return packing.of_sequences(found, ratio, max_seqlen_q)
+
+
+@lru_cache(maxsize=256)
+def _varlen(head_dim: int, dtype: str, causal: bool, kinds: Kinds, gpu: str | None, head_dim_v: int) -> FwdConfig:
+    """With wider blocks and a mask_mod ptxas spills at d96 and d192, 4 to 8 bytes."""
     head_dim, head_dim_v = kernel_dims(head_dim, head_dim_v)
     longest = causal or kinds.window
     base = modified(config(head_dim, dtype, LAYOUTS[0], longest, gpu, head_dim_v), kinds)
@@ -280,15 +298,16 @@ def shipped(
     windows = [windowed(config) for config in always if config.mask.causal]
     plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
     others = [modified(config, kinds) for config in plain for kinds in MODIFIED[config.mask.causal]]
-    others += map(constant_time, [*always, *windows])
+    others += map(constant_time, [*always, *(config for config in some if config.split > 1), *windows])
     packs = packing.kernels([*always, *windows, *others], some, ratio)
     return list(dict.fromkeys([*always, *some, *windows, *others, *packs]))
 
 
-def shipped_varlen(gpu: str | None = None) -> list[FwdConfig]:
-    """Every kernel that some call with packed sequences can reach."""
+def shipped_varlen(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
+    """Every kernel that some call with packed sequences can reach; with a ratio those that pack heads too."""
     masks = (False, UNMODIFIED), (True, UNMODIFIED), (False, Kinds(window=True))
-    return [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
+    found = [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
+    return found if ratio < 2 else found + packing.sequences_kernels(found, ratio)
 
 
 def _configs(head_dim: int, head_dim_v: int, dtype: str, layout: str, causal: bool, gpu: str | None) -> list[FwdConfig]:

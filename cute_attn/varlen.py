@@ -49,7 +49,8 @@ def flash_fwd_varlen(
         k, v: (total_k, Hk, D) with Hk dividing H, v of D columns or others.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device. Sequence b begins at row cu_seqlens[b] and ends before
             cu_seqlens[b + 1]; it may be empty, and its Sq and Sk may differ. No row of q is in two sequences.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence's length. Gradients need them; otherwise nothing does.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's length. Gradients need them. A small max_seqlen_q
+            has the heads that share a K/V head packed into a tile (PackGQA); longer sequences are right all the same.
         seqused_q, seqused_k: (B,) int32 on q's device, the length of each sequence in place of the distance to the next
             one's beginning.
         causal, scale, window: as of `flash_fwd`; aligned to the last key of each sequence.
@@ -225,7 +226,9 @@ def planned(q, k, v, lengths, hints, out, causal, kinds):
         checks.out(o, q, v, "thd")
     gpu = None if q.device.type == "cpu" else device.get(q.device.index)
     kind = q.shape[2], checks.DTYPES[q.dtype], causal, kinds
-    config = plan_varlen(*kind, None if gpu is None else gpu.name, checks.other_head_dim(q, v))
+    ratio = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    name = None if gpu is None else gpu.name
+    config = plan_varlen(*kind, name, checks.other_head_dim(q, v), ratio, hints[0])
     return batch, gpu, config, (q, k, v, o)
 
 

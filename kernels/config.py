@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from cutlass import Float32, Int32, Int64, cute
-from cutlass.cute.runtime import make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from .mask import Causal, Full, UserMask, Window
+from .mask import Causal, Full, Mask, PackedRows, UserMask, Window
 from .score import Alibi, Plain, Softcap, UserScore
+from .state import ELEMENT, Arguments
 from .tile_scheduler import OneTile, Static, StaticTiles
 
 SMEM_BYTES = 227 * 1024  # of one CTA on sm_90
@@ -54,17 +55,17 @@ class FwdConfig:
     q_in_regs: bool = False  # Q is read from shared memory once per tile, not once per block
     cluster: int = 1  # or 2: CTAs along the query that share each K/V load, and so the blocks of a tile
     q_stages: int = 1  # Q tiles in shared memory: with 2, the next one is loaded while this one is used
-    split: int = 1  # CTAs of a cluster that share a tile's keys: FlashFwdSplitSm90
-    redo: bool = False  # offsets are questioned after the exponentials, and the step redone: FlashFwdRedoSm90
-    constant_time: bool = False  # no branch depends on a score: FlashFwdConstantSm90
-    timeline: bool = False  # the first CTA writes down when it does what: Timeline
-    overlap: bool = True  # PV runs beside the next block's QK and softmax; without: FlashFwdSerialSm90, for the ladder
+    split: int = 1  # CTAs of a cluster that share a tile's keys
+    redo: bool = False  # speculative softmax: P unchecked, its sums tested afterwards, the block recomputed on overflow
+    constant_time: bool = False  # no branch depends on a score
+    timeline: bool = False  # the first CTA writes down when it does what
+    overlap: bool = True  # PV runs beside the next block's QK and softmax; without: for the ladder
     score: Plain | Softcap | Alibi | UserScore = Plain()
-    sinks: bool = False  # a logit per head joins the denominator: Sinks
-    sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists: Sparse
-    dropout: bool = False  # some entries of P are left out: Dropout
-    row_max: bool = False  # each row's largest score is written too: Maxima
-    pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head: PackedHeads
+    sinks: bool = False  # a logit per head joins the denominator
+    sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists
+    dropout: bool = False  # some entries of P are left out
+    row_max: bool = False  # each row's largest score is written too
+    pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head (PackGQA)
     head_dim_v: int = 0  # columns of V and O, where they are others than Q's and K's
 
     def __post_init__(self):
@@ -73,23 +74,24 @@ class FwdConfig:
         assert self.head_dim_v != self.head_dim, "one key for a kernel"
         assert self.columns_v % 32 == 0 and self.columns_v <= 256, "whole swizzle atoms, one WGMMA N"
         assert self.tile_m % 64 == 0 and self.warpgroups in REGISTERS
-        assert self.parts_v == 1 or self.plain_rows, "SharedRows has no other"
+        assert self.parts_v == 1 or self.plain_rows, "a split head dim has no other"
         assert self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
         assert self.cluster in (1, 2), "HandOver goes from the first CTA to one other"
         assert self.split == 1 or (self.tile_m, self.cluster, self.scheduler) == (64, 1, OneTile), "one merge per CTA"
         assert not self.redo or (self.overlap and self.split == 1 and not self.q_in_regs), "Q and K are read once more"
-        assert not self.constant_time or (self.overlap and self.split == 1 and not self.redo), "one softmax per kernel"
-        assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "Windowed has a tile loop of its own"
+        assert not self.constant_time or (self.overlap and not self.redo), "one softmax per kernel"
+        assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "not with a window"
         assert not self.redo or self.score.quick, "ptxas spills"
-        assert not (self.row_max and (self.redo or self.split > 1)), "Maxima sees each S once, and all of a row's"
+        assert not (self.row_max and (self.redo or self.split > 1)), "RowMax sees each S once, and all of a row's"
         assert not self.dropout or self.tile_n % 32 == 0, "a call of Philox is for 32 keys of a row"
-        assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "Sparse's own"
+        assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "lists have a loop of their own"
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
         assert self.pack == 1 or self.packable, "what is asked of a tile has one head"
         assert self.packed == self.scheduler.packed, "lengths on the device, and a scheduler that reads them there"
         assert not self.packed or self.cluster_size == 1, "a cluster's tiles are of one sequence"
-        assert not (self.timeline and self.split > 1), "Timeline counts where a split has its parts"
+        assert not (self.packed and self.sparse), "a list's tiles are of equal lengths"
+        assert not (self.timeline and self.split > 1), "no trace of a split"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
     @property
@@ -103,7 +105,7 @@ class FwdConfig:
 
     @property
     def parts_v(self) -> int:
-        """Warpgroups that own the same rows, each with its part of V's and O's columns: SharedRows."""
+        """Warpgroups that own the same rows, each with its part of V's and O's columns."""
         return -(-self.d_v // 256)
 
     @property
@@ -146,17 +148,19 @@ class FwdConfig:
     @property
     def stages_o(self) -> bool:
         """O goes through shared memory and TMA; where it does not fit beside Q, each thread stores its own part."""
+        if self.packed and self.pack > 1:  # TMA would write rows of another K/V head's queries
+            return False
         return self.parts_v == 1 and self._smem_bytes(o_tiles=1) <= SMEM_BYTES
 
     @property
     def packable(self) -> bool:
         """Whether a tile's rows may be of several heads: no score and no list of blocks asks for one."""
         plain = self.score.name in ("", "softcap") and not self.mask.everywhere
-        return plain and not self.packed and self.sparse is None and not self.dropout and self.widest <= 256
+        return plain and self.sparse is None and not self.dropout and self.widest <= 256
 
     @property
     def from_diagonal(self) -> bool:
-        """Blocks begin where the scores are largest: FromDiagonal. In constant time each step rescales all the same."""
+        """Blocks begin where the scores are largest. In constant time each step rescales all the same."""
         usual = self.sparse is None and self.split == 1 and self.overlap and not self.constant_time
         return usual and self.score.peaked and isinstance(self.mask, Full)
 
@@ -180,33 +184,48 @@ class FwdConfig:
 
     @property
     def packed(self) -> bool:
-        """q, k, v and o are packed sequences: Varlen."""
+        """q, k, v and o are packed sequences (varlen)."""
         return self.layout == "thd"
 
-    def signature(self) -> tuple:
-        """What `__call__` takes behind the stream: one value of each argument, for its type."""
-        sequences = (*[Int64(0)] * 4, Int32(0)) if self.packed else ()  # two cu_seqlens, two seqused; how many
-        return self.mask.signature(), self.score.signature(), (*chain(*self._others().values()),), sequences
+    def arguments(self) -> tuple:
+        """Of `FlashFwdSm90.__call__`."""
+        b, h, h_kv, s_q, s_k, d, d_v = (cute.sym_int() for _ in range(7))
 
-    def _others(self) -> dict[str, tuple]:
-        """What the mixins take, by the field that asks for one."""
+        def tensor(heads, seqlen, d):
+            shapes = {"bhsd": (b, heads, seqlen, d), "bshd": (b, seqlen, heads, d), "thd": (seqlen, heads, d)}
+            shape = shapes[self.layout]
+            strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
+            return make_fake_tensor(ELEMENT[self.dtype], shape, strides, assumed_align=16)
+
+        return (
+            *(tensor(h, s_q, d), tensor(h_kv, s_k, d), tensor(h_kv, s_k, d_v), tensor(h, s_q, d_v)),
+            *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+            *chain(*self.signature()),
+        )
+
+    @property
+    def row_mask(self) -> Mask:
+        """The mask by a tile's rows, of which `pack` are one query's."""
+        return PackedRows(self.mask, self.pack) if self.pack > 1 else self.mask
+
+    def signature(self) -> Arguments:
+        """What `__call__` takes behind the stream: one value of each argument, for its type."""
         lists = [_tensor(Int32, 3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
-        return dict(
+        return Arguments(
+            mask=self.mask.signature(),
+            score=self.score.signature(),
             sinks=(Int64(0),) if self.sinks else (),
             dropout=(Int64(0), Int32(0), Float32(0.0)) if self.dropout else (),  # address of seed, offset; kept, scale
             row_max=(_tensor(Float32, 2 if self.packed else 3),) if self.row_max else (),  # like lse
-            sparse=tuple(lists),
+            lists=tuple(lists),
+            sequences=(*[Int64(0)] * 4, Int32(0)) if self.packed else (),  # two cu_seqlens, two seqused; how many
         )
 
-    def own(self, field: str, others: tuple) -> tuple:
-        """Of problem.others those of one mixin."""
-        left = iter(others)
-        return {name: tuple(islice(left, len(part))) for name, part in self._others().items()}[field]
-
-    def divide(self, extras: tuple) -> list[tuple]:
-        """Those arguments by who takes them: mask, score and mixins; and the sequences'."""
+    def divide(self, extras: tuple) -> Arguments:
+        """Those arguments by who takes them."""
         left = iter(extras)
-        return [tuple(islice(left, len(part))) for part in self.signature()]
+        return Arguments(*(tuple(islice(left, len(part))) for part in self.signature()))
 
     @property
     def name(self) -> str:
@@ -215,7 +234,7 @@ class FwdConfig:
         tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
-        mixins = [name for name in ("sinks", "dropout", "row_max", "sparse") if getattr(self, name)]
-        kind = "_".join(filter(None, (self.mask.name, self.score.name, *mixins)))
+        features = [name for name in ("sinks", "dropout", "row_max", "sparse") if getattr(self, name)]
+        kind = "_".join(filter(None, (self.mask.name, self.score.name, *features)))
         dims = f"d{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v else "")
         return f"flash_fwd_sm90_{self.dtype}_{dims}_{kind}_{tile}"

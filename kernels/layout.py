@@ -59,3 +59,20 @@ def not_before(S: cute.Tensor, n: Int32) -> Int32:
         read_only_args=[S[0].bitcast(Int32)],
     )
     return n + zero
+
+
+@cute.jit
+def quad_transpose(x, thread):
+    """Thread t of four has x[0] to x[3]; it gets the four threads' x[t]."""
+    x = list(x)
+    for bit in cutlass.range_constexpr(2):
+        step = 1 << bit
+        high = (thread >> bit) % 2 == 1
+        for i in cutlass.range_constexpr(4):
+            if cutlass.const_expr(i & step == 0):
+                give = x[i] if high else x[i + step]
+                got = cute.arch.shuffle_sync_bfly(give, step)
+                low_word, high_word = x[i], x[i + step]
+                x[i] = got if high else low_word
+                x[i + step] = high_word if high else got
+    return x

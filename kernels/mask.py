@@ -53,7 +53,7 @@ class Causal(Mask):
 
 @dataclass(frozen=True)
 class Window(Mask):
-    """Query i sees the keys from i - left to i + right, aligned to the last key; problem.mask_args is (left, right)."""
+    """Query i sees the keys from i - left to i + right, aligned to the last key; problem.args.mask is (left, right)."""
 
     windowed, name = True, "window"
 
@@ -61,10 +61,10 @@ class Window(Mask):
         return Int32(0), Int32(0)
 
     def first(self, row, problem):
-        return cutlass.max(row + problem.seqlen_k - problem.seqlen_q - problem.mask_args[0], 0)
+        return cutlass.max(row + problem.seqlen_k - problem.seqlen_q - problem.args.mask[0], 0)
 
     def limit(self, row, problem):
-        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.mask_args[1], 0)  # below 2^31
+        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.args.mask[1], 0)  # below 2^31
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class PackedRows(Mask):
 class UserMask(Mask):
     """Of the pairs that `base` leaves those for which a user's mask_mod(b, h, q_idx, kv_idx) holds.
 
-    problem.mask_args: those of `base`, then its own.
+    problem.args.mask: those of `base`, then its own.
     """
 
     mod: UserMod
@@ -124,7 +124,7 @@ class UserMask(Mask):
         def hidden(mod, score, rows, places):
             return number(where(mod(rows.batch, rows.head, *places), score, -Float32.inf))
 
-        self.mod.of_block(S, cS, at, tile_n, problem.mask_args[len(self.base.signature()) :], hidden)
+        self.mod.of_block(S, cS, at, tile_n, problem.args.mask[len(self.base.signature()) :], hidden)
 
 
 class Blocks(NamedTuple):

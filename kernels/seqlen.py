@@ -56,6 +56,20 @@ def ragged(t: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(t.iterator, cute.make_layout(shape, stride=(row, 1, head, row, back)))
 
 
+def ragged_heads(t: cute.Tensor) -> cute.Tensor:
+    """(total, d, h) -> ((h, 2^30), d, y, z), otherwise as `ragged`."""
+    r = ragged(t)
+    (rows, d, heads, *far), (row, column, head, *back) = r.shape, r.stride
+    layout = cute.make_layout(((heads, rows), d, *far), stride=((head, row), column, *back))
+    return cute.make_tensor(t.iterator, layout)
+
+
+def heads_of(t: cute.Tensor, head, p: Part) -> cute.Tensor:
+    """The rows of one sequence of the heads from `head` on: ((h, s), d), of `ragged_heads`'s coordinates."""
+    g = t[None, None, p.start + p.length, ROWS_MAX]
+    return cute.domain_offset(((head, ROWS_MAX - p.length), 0), g)
+
+
 def rows_of(t: cute.Tensor, head, p: Part) -> cute.Tensor:
     """A head's rows of one sequence: (s, d), of `ragged`'s coordinates."""
     g = t[None, None, head, p.start + p.length, ROWS_MAX]

@@ -262,6 +262,13 @@ class Constant(Softmax):
             S[r, None].store((S[r, None].load() - new) * self.scale_log2)
         return Boolean(True)
 
+    def merge(self, r: int, offset: Float32, row_sum: Float32, slack: float):
+        new = cute.arch.fmax(self.offset[r], offset)
+        keep, add = (cute.math.exp2((x - new) * self.scale_log2, fastmath=True) for x in (self.offset[r], offset))
+        self.offset[r] = new
+        self.row_sum[r] = self.row_sum[r] * keep + row_sum * add
+        return keep, add
+
     @cute.jit
     def finish(self, slack: cutlass.Constexpr) -> cute.Tensor:
         lse = cute.make_rmem_tensor_like(self.row_sum, Float32)

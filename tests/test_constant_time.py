@@ -21,8 +21,8 @@ BESIDE_POLLING = (*POLLING, "BRA", "IMAD", "MOV", "NOP", "PLOP3")
 SCRIPT = """
 import sys, torch
 from cute_attn import flash_fwd
-head_dim, causal, constant_time = int(sys.argv[1]), sys.argv[2] == "causal", sys.argv[3] == "constant"
-random = [torch.randn(2, 4, 700, head_dim, device="cuda").bfloat16() for _ in range(3)]
+head_dim, causal, constant_time, seqlen = map(eval, sys.argv[1:])
+random = [torch.randn(2, 4, seqlen, head_dim, device="cuda").bfloat16() for _ in range(3)]
 kinds = [
     [torch.zeros_like(x) for x in random],
     random,
@@ -44,7 +44,7 @@ torch.cuda.profiler.stop()
 def test_one_of_each_kind_is_shipped():
     usual = {plan.kind(c) for c in plan.shipped() if not (c.constant_time or c.score.name or c.sinks)}
     assert {plan.kind(c) for c in CONSTANT} == {kind._replace(constant_time=True) for kind in usual}
-    assert not any(c.redo or c.split > 1 for c in CONSTANT)
+    assert not any(c.redo for c in CONSTANT) and any(c.split > 1 for c in CONSTANT)
 
 
 @pytest.mark.machine_code
@@ -114,16 +114,19 @@ def test_right_where_every_block_has_a_new_maximum():
 @pytest.mark.skipif(shutil.which("ncu") is None, reason="needs Nsight Compute (ncu)")
 @pytest.mark.parametrize("mask", ["full", "causal"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_same_instructions_for_all_inputs(tmp_path, head_dim, mask):
+@pytest.mark.parametrize("seqlen", [700, 512], ids=["", "keys split"])
+def test_the_same_instructions_for_all_inputs(tmp_path, head_dim, mask, seqlen):
     """Zeros, random, sorted, extreme and all-equal ones: each instruction of the kernel runs equally often."""
-    assert unequal(executed(tmp_path, head_dim, mask, "constant")) == []
+    problem = plan.Problem(2, 4, 4, seqlen, seqlen, head_dim, causal=mask == "causal", constant_time=True)
+    assert (plan.plan(problem).split > 1) == (seqlen == 512)
+    assert unequal(executed(tmp_path, head_dim, mask == "causal", True, seqlen)) == []
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(shutil.which("ncu") is None, reason="needs Nsight Compute (ncu)")
 def test_the_usual_kernel_differs(tmp_path):
     """So the counts tell: sorted keys raise its offsets."""
-    assert unequal(executed(tmp_path, 64, "full", "usual"))
+    assert unequal(executed(tmp_path, 64, False, False, 700))
 
 
 def executed(tmp_path: Path, *args) -> list[list[tuple[str, int]]]:

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 from nightly import sample
 
-from cute_attn import compile, inspect, plan
+from cute_attn import inspect, plan
+from cute_attn.kernels.blocks import DiagonalFirst, above, skipped
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
-from cute_attn.kernels.flash_fwd_diagonal_sm90 import FromDiagonal, above, skipped
 from cute_attn.kernels.mask import Causal
+from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.score import Alibi, Softcap, UserScore
 from cute_attn.kernels.tile_scheduler import Tile
 from cute_attn.plan import HEAD_DIMS, Kinds
@@ -22,11 +23,11 @@ ALIBI = FwdConfig(64, tile_m=128, tile_n=64, score=Alibi())
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), SIZES)
 def test_each_block_comes_once_and_the_diagonal_s_early(seqlen_q, seqlen_k, cluster):
     config = replace(ALIBI, cluster=cluster)
-    kernel = compile.kernel(config)(config)
+    blocks = parts_of(config).blocks
     problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
     for m_block in range(-(-seqlen_q // (config.tile_m * cluster)) * cluster):
-        first, n_blocks = kernel._blocks(Tile(m_block, 0, 0, True), problem)
-        order = kernel._order(Tile(m_block, 0, 0, True), problem)
+        first, n_blocks = blocks.range(Tile(m_block, 0, 0, True), problem)
+        order = blocks.order(Tile(m_block, 0, 0, True), problem)
         found = [order(n) for n in reversed(range(n_blocks))]
         assert first == 0 and sorted(found) == list(range(n_blocks))
         last_row = (m_block // cluster + 1) * cluster * config.tile_m - 1
@@ -52,7 +53,8 @@ def test_which_kernels_begin_there():
         plan.modified(ALIBI, Kinds(window=True, alibi=True)),
     ]
     for config in (*begins, *others):
-        assert issubclass(compile.kernel(config), FromDiagonal) == config.from_diagonal == (config in begins)
+        found = isinstance(parts_of(config).blocks, DiagonalFirst)
+        assert found == config.from_diagonal == (config in begins)
 
 
 @pytest.mark.machine_code

@@ -52,6 +52,7 @@ KINDS = {
     "keys split, causal": planned(64, True, batch=1, heads=4, seqlen_q=512, seqlen_k=2048),
     "constant time": planned(64, constant_time=True),
     "constant time, causal": planned(128, True, constant_time=True),
+    "constant time, keys split, causal": planned(64, True, batch=1, heads=4, seqlen_q=512, constant_time=True),
     "without overlap": FwdConfig(64, overlap=False),
 }
 

@@ -16,7 +16,7 @@ WINDOWS = st.tuples(SIDES, SIDES)
 def sees(mask, row, key, problem):
     """By the words of flash_fwd's docstring, not by the mask's own limits."""
     place = row + problem.seqlen_k - problem.seqlen_q
-    left, right = problem.mask_args
+    left, right = problem.args.mask
     inside = not mask.windowed or place - left <= key <= place + right
     return 0 <= key < problem.seqlen_k and inside and (not mask.causal or key <= place)
 
@@ -32,7 +32,7 @@ def sees(mask, row, key, problem):
 )
 def test_block_range(mask, seqlen_q, seqlen_k, window, m_block, rows, tile_n):
     row0 = m_block * rows
-    problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask_args=window)
+    problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k, args=SimpleNamespace(mask=window))
     found = block_range(mask, row0, rows, tile_n, problem)
     mine = range(row0, row0 + rows)
     blocks = [range(n * tile_n, (n + 1) * tile_n) for n in range(-(-seqlen_k // tile_n))]
@@ -55,7 +55,7 @@ def test_block_range(mask, seqlen_q, seqlen_k, window, m_block, rows, tile_n):
 @MASKS
 @given(seqlen_q=st.integers(1, 60), seqlen_k=st.integers(1, 60), window=WINDOWS)
 def test_limits(mask, seqlen_q, seqlen_k, window):
-    problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask_args=window)
+    problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k, args=SimpleNamespace(mask=window))
     limits = [(mask.first(row, problem), mask.limit(row, problem)) for row in range(seqlen_q)]
     assert limits == sorted(limits), "neither falls"
     for row, (first, limit) in enumerate(limits):

@@ -8,8 +8,10 @@ import torch
 from attention import DTYPES, EDGES, bound, close_lse, inputs, sdpa, visible
 from nightly import sample
 
-from cute_attn import compile, flash_fwd, flash_fwd_varlen, inspect, plan, reference
+from cute_attn import flash_fwd, flash_fwd_varlen, inspect, plan, reference
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
+from cute_attn.kernels.outputs import RowMax, Sinks
+from cute_attn.kernels.parts import parts_of
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -233,9 +235,10 @@ def test_healthy_with_the_rest(name):
 
 
 def test_it_is_not_asked_for_in_plain_calls():
-    """Neither kernel nor arguments know of it: `plan` gives what it gave, and no class is mixed in."""
+    """Neither kernel nor arguments know of it."""
     for causal in (False, True):
         config = plan.plan(Problem(4, 16, 16, 4096, 4096, 64, causal=causal))
-        assert not config.row_max and compile.kernel(config).__name__.startswith("FlashFwd")
-        assert config.signature()[2] == ()
-    assert len(plan.modified(config, Kinds(sinks=True, row_max=True)).signature()[2]) == 2
+        assert not config.row_max and parts_of(config).outputs == () == config.signature().row_max
+    asked = plan.modified(config, Kinds(sinks=True, row_max=True))
+    assert [type(output) for output in parts_of(asked).outputs] == [RowMax, Sinks]
+    assert len(asked.signature().row_max) == len(asked.signature().sinks) == 1

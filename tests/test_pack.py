@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from nightly import sample
 
 from cute_attn import api, audit, compile, device, flash_fwd, inspect, packing, plan, reference, warmup
-from cute_attn.kernels import flash_fwd_split_sm90
+from cute_attn.kernels import blocks as blocks_room
 from cute_attn.kernels.config import PACKS, SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal, Full, PackedRows, Window, block_range, cuts
+from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.tile_scheduler import OneTile, Tile
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem
 
@@ -32,7 +33,7 @@ CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"]
 
 def sees(mask, query, key, problem):
     place = query + problem.seqlen_k - problem.seqlen_q
-    left, right = problem.mask_args
+    left, right = problem.args.mask
     inside = not mask.windowed or place - left <= key <= place + right
     return 0 <= key < problem.seqlen_k and inside and (not mask.causal or key <= place)
 
@@ -48,7 +49,7 @@ def sees(mask, query, key, problem):
 )
 def test_blocks_of_packed_rows(mask, seqlen_q, seqlen_k, window, m_block, pack, tile_n):
     rows, packed = 64, PackedRows(mask, pack)
-    problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask_args=window)
+    problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k, args=SimpleNamespace(mask=window))
     queries = {row // pack for row in range(m_block * rows, (m_block + 1) * rows)}
     for row in range(m_block * rows, (m_block + 1) * rows):
         seen = range(packed.first(row, problem), packed.limit(row, problem))
@@ -64,33 +65,32 @@ def test_blocks_of_packed_rows(mask, seqlen_q, seqlen_k, window, m_block, pack, 
 
 
 def room(pack, **fields):
-    """The kernel's object, and a function: what it finds of a row of a tile with so many heads to a K/V head."""
-    config = FwdConfig(64, tile_m=64, scheduler=OneTile, pack=pack, **fields)
-    kernel = compile.kernel(config)(config)
+    """The kernel's parts, and a function: what they find of a row of a tile with so many heads to a K/V head."""
+    parts = parts_of(FwdConfig(64, tile_m=64, scheduler=OneTile, pack=pack, **fields))
 
     def whose(row, head, ratio):
         gmem = SimpleNamespace(q=SimpleNamespace(tensor=SimpleNamespace(shape=((ratio, None), 64, None, None))))
-        return kernel._whose(row, Tile(0, head, 0, True), gmem)
+        return parts.rows.owner(row, Tile(0, head, 0, True), gmem)
 
-    return kernel, whose
+    return parts, whose
 
 
 @pytest.mark.parametrize("pack", PACKS[1:])
 @pytest.mark.parametrize("ratio", [1, *ODD])
 def test_every_row_of_every_head_is_one_tile_s(ratio, pack):
     """Whatever the pack; nobody's rows name a head that there is; and TMA's boxes hold the same rows."""
-    kernel, whose = room(pack)
+    parts, whose = room(pack)
     heads_kv, seqlen_q, packs = 2, 9, -(-ratio // pack)
     rows = range(-(-seqlen_q * pack // 64) * 64)
     found = [whose(row, head, ratio) for head in range(heads_kv * packs) for row in rows]
     assert all(0 <= head < heads_kv * ratio for _, head in found)
     mine = [(query, head) for query, head in found if query < seqlen_q]
     assert sorted(mine) == [(i, h) for i in range(seqlen_q) for h in range(heads_kv * ratio)]
-    assert kernel.rows == (pack, 64 // pack)
+    assert parts.rows.box == (pack, 64 // pack)
     for row, head in product(rows, range(heads_kv * packs)):
         block, at = divmod(row, 64)
         query, of_pack = block * (64 // pack) + at // pack, head % packs * pack + at % pack  # by the box's two columns
-        assert kernel._query(row) == query
+        assert parts.rows.query(row) == query
         if of_pack < ratio:
             assert whose(row, head, ratio) == (query, head // packs * ratio + of_pack)
         else:
@@ -101,14 +101,14 @@ def test_every_row_of_every_head_is_one_tile_s(ratio, pack):
 @pytest.mark.parametrize("mask", [Full(), Causal()], ids=lambda mask: mask.name)
 def test_split_keys_of_packed_rows(monkeypatch, mask, split):
     """Every block of keys is one CTA's."""
-    kernel, _ = room(8, mask=mask, split=split, tile_n=64)
+    parts, _ = room(8, mask=mask, split=split, tile_n=64)
     for seqlen_q, seqlen_k in ((1, 1), (5, 700), (20, 8192), (30, 17)):
         problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
         for m_block in range(-(-seqlen_q * 8 // 64)):
             loaded = []
             for rank in range(split):
-                monkeypatch.setattr(flash_fwd_split_sm90, "rank", lambda rank=rank: rank)
-                loaded += range(*kernel._blocks(Tile(m_block, 0, 0, True), problem))
+                monkeypatch.setattr(blocks_room, "rank", lambda rank=rank: rank)
+                loaded += range(*parts.blocks.range(Tile(m_block, 0, 0, True), problem))
             last = min(m_block * 8 + 7, seqlen_q - 1 if mask.causal else 1 << 30)
             limit = min(last + 1 + seqlen_k - seqlen_q, seqlen_k) if mask.causal else seqlen_k
             needed = range(max(-(-limit // 64), 1))

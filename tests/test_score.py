@@ -221,7 +221,7 @@ def test_the_plan(softcap, alibi, sinks, window, causal):
     config = plan.plan(Problem(1, 1, 1, 512, 512, 64, causal=causal and not window, kinds=kinds))
     assert config.score.name == "softcap" * softcap + "alibi" * alibi
     assert config.sinks == sinks and config.mask.windowed == window
-    assert len(config.divide(range(9))[1]) == softcap + 2 * alibi
+    assert len(config.divide(range(9)).score) == softcap + 2 * alibi
 
 
 def test_the_kernel_says_what_it_takes():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cute_attn.kernels import flash_fwd_split_sm90 as room
+from cute_attn.kernels import blocks as room
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.kernels.mask import Causal, Full, block_range
 from cute_attn.kernels.tile_scheduler import OneTile, Tile
@@ -14,14 +14,14 @@ ROWS = 64
 
 def parts(monkeypatch, split, mask, seqlen_q, seqlen_k, m_block, tile_n=64):
     """Of each CTA of the cluster: the blocks that it loads, and where its masked and its whole ones begin and end."""
-    kernel = room.FlashFwdSplitSm90(FwdConfig(64, mask=mask, tile_m=64, tile_n=tile_n, scheduler=OneTile, split=split))
+    split_range = room.SplitRange(FwdConfig(64, mask=mask, tile_m=64, tile_n=tile_n, scheduler=OneTile, split=split))
     problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
     w = SimpleNamespace(problem=problem)
     found = []
     for rank in range(split):
         monkeypatch.setattr(room, "rank", lambda rank=rank: rank)
-        blocks = kernel._blocks(Tile(m_block, 0, 0, True), problem)
-        found.append((blocks, kernel._own_blocks(w, m_block * ROWS, blocks)))
+        blocks = split_range.range(Tile(m_block, 0, 0, True), problem)
+        found.append((blocks, split_range.own(w, m_block * ROWS, blocks)))
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from .. import compile, device
 from ..api import o_like
 from ..kernels.config import FwdConfig
-from ..kernels.flash_fwd_timeline_sm90 import EVENTS, HEAD, SAMPLES
+from ..kernels.trace import EVENTS, HEAD, SAMPLES
 from ..plan import Problem, config, kernel_dims, plan
 from .contenders import make_inputs
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..benchmark.timing import geomean, percentile
 from ..kernels.config import FwdConfig
-from ..kernels.flash_fwd_sm90 import ROWS
+from ..kernels.state import ROWS
 from ..tuned import SCHEDULERS, Row
 
 MARGIN = 0.01

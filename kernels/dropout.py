@@ -10,8 +10,9 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Float32, Int32, Uint32, Uint64, cute
 
-from .flash_fwd_sm90 import At, Problem, Rows, Warpgroup, address
-from .layout import acc_mn, not_before
+from .layout import not_before
+from .part import Part
+from .state import At, Problem, Warpgroup, address
 from .tile_scheduler import Tile
 
 ROUNDS = 10
@@ -27,36 +28,30 @@ class Draws(NamedTuple):
     head: Uint32  # of which sequence, too
 
 
-class Dropout:
-    """Goes before a kernel's class: `type(name, (Dropout, FlashFwdSm90), {})`. Row sums, and so lse, are without."""
+class Weights(Part):
+    """P as the softmax leaves it."""
 
-    def _rows(self, tile: Tile, row0, problem: Problem) -> Rows:
-        state, *_ = self.config.own("dropout", problem.others)
+    def begin(self, tile: Tile, problem: Problem):
+        """What a warpgroup keeps for a tile: `at.rows.weights`."""
+        return ()
+
+    def apply(self, w: Warpgroup, P, at: At):
+        """P (rows, cols), unnormalised, becomes what V is multiplied by."""
+
+
+class Dropout(Weights):
+    """Row sums, and so lse, are without. Arguments: the address of seed and offset, levels kept, the scale of O."""
+
+    def begin(self, tile: Tile, problem: Problem) -> Draws:
+        state, *_ = problem.args.dropout
         words = cute.make_tensor(address(Uint32, state), 4)
         head = Uint32(tile.batch * problem.grid.heads + tile.head)
-        draws = Draws(key_of([words[i] for i in range(4)]), head)
-        return super()._rows(tile, row0, problem)._replace(draws=draws)
+        return Draws(key_of([words[i] for i in range(4)]), head)
 
-    def _begin_softmax(self, w: Warpgroup, S, at: At):
-        super()._begin_softmax(w, S, at)
-        self._leave_out(w, S, at)
-
-    def _softmax(self, w: Warpgroup, acc_S, q_state, k_state, at: At, edge: cutlass.Constexpr):
-        super()._softmax(w, acc_S, q_state, k_state, at, edge)
-        self._leave_out(w, acc_mn(acc_S), at)
-
-    def _leave_out(self, w: Warpgroup, P, at: At):
-        _, kept, _ = self.config.own("dropout", w.problem.others)
+    def apply(self, w: Warpgroup, P, at: At):
+        _, kept, _ = w.problem.args.dropout
         col0 = not_before(P, at.n_block) * self.config.tile_n
-        leave_out(P, w.frag.cS, at.rows.row0, col0, at.rows.draws, kept)
-
-    def _totals(self, w: Warpgroup, tile: Tile):
-        """O is divided by the share that is kept."""
-        found = super()._totals(w, tile)
-        *_, scale = self.config.own("dropout", w.problem.others)
-        rescale = w.frag.softmax.rescale
-        rescale.store(rescale.load() * scale)
-        return found
+        leave_out(P, w.frag.cS, at.rows.row0, col0, at.rows.weights, kept)
 
 
 def key_of(state) -> tuple:

@@ -1,0 +1,90 @@
+"""What becomes of a tile's partial O: this CTA has all of its keys, or a cluster's CTAs each a part of them.
+
+Split: small grids (fewer tiles than SMs). The CTAs of a cluster each process part of the keys, and the first merges
+what they found, FlashDecoding's way (Dao et al., 2023), through distributed shared memory and in the same launch.
+"""
+
+import cutlass
+from cutlass import Float32, cute
+from cutlass.memory import SmemAllocator
+
+from .layout import acc_mn
+from .part import Part
+from .ping_pong import WARPGROUP
+from .softmax import SLACK_LOG2
+from .state import Warpgroup, cluster_sync, rank
+
+
+class NoSplit(Part):
+    def allocate(self, alloc: SmemAllocator):
+        return None
+
+    def loaded(self):
+        """Where the producer warpgroup is done."""
+
+    def send(self, w: Warpgroup):
+        """To whom stores the tile."""
+
+    def stores(self):
+        """Whether this CTA does."""
+        return True
+
+    def merge(self, w: Warpgroup):
+        """What the others sent, into this warpgroup's O and softmax."""
+
+
+class ClusterSplit(NoSplit):
+    """`split` CTAs to a tile of 64 rows, one tile to a cluster."""
+
+    def allocate(self, alloc: SmemAllocator):
+        c = self.config
+        shape = (WARPGROUP, c.d_v // 2 + 4, c.split - 1)  # O, two offsets, two sums of each thread
+        return alloc.allocate_tensor(Float32, cute.make_layout(shape), 128)
+
+    def loaded(self):
+        cluster_sync(self.config.cluster_size)
+
+    @cute.jit
+    def send(self, w: Warpgroup):
+        if rank() > 0:
+            self._send(w)
+        cluster_sync(self.config.cluster_size)
+
+    def stores(self):
+        return rank() == 0
+
+    def merge(self, w: Warpgroup):
+        for part in range(self.config.split - 1):
+            self._merge(w, part)
+
+    @cute.jit
+    def _send(self, w: Warpgroup):
+        """To the first CTA: each thread's O, and the offset and the sum of each of its rows."""
+        f = w.frag
+        here = w.smem.partials[f.thread, None, rank() - 1]
+        there = cute.arch.map_dsmem_ptr(here.iterator, 0).toint()
+        n = cute.size(f.acc_O)
+        for i in cutlass.range_constexpr(n):
+            store_there(there + 4 * cute.crd2idx(i, here.layout), f.acc_O[i])
+        for r in cutlass.range_constexpr(2):
+            store_there(there + 4 * cute.crd2idx(n + r, here.layout), f.softmax.offset[r])
+            store_there(there + 4 * cute.crd2idx(n + 2 + r, here.layout), f.softmax.row_sum[r])
+
+    @cute.jit
+    def _merge(self, w: Warpgroup, part: cutlass.Constexpr):
+        """Add one CTA's part to this one's O and sums, both in the terms of whose row has the larger scores."""
+        f = w.frag
+        theirs = w.smem.partials[f.thread, None, part]
+        n = cute.size(f.acc_O)
+        O = cute.make_rmem_tensor_like(f.acc_O, Float32)
+        for i in cutlass.range_constexpr(n):
+            O[i] = theirs[i]
+        mine_mn, theirs_mn = acc_mn(f.acc_O), acc_mn(O)  # (rows, cols)
+        for r in cutlass.range_constexpr(2):
+            keep, add = f.softmax.merge(r, theirs[n + r], theirs[n + 2 + r], SLACK_LOG2[self.config.dtype])
+            mine_mn[r, None].store(mine_mn[r, None].load() * keep + theirs_mn[r, None].load() * add)
+
+
+def store_there(address, value: Float32):
+    """Into another CTA's shared memory; the cluster's barrier orders it before the reads there."""
+    cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, value])

@@ -1,0 +1,71 @@
+"""The parts of a kernel, as its config asks for them."""
+
+from typing import NamedTuple
+
+from .block_sparse import BlockSparse
+from .blocks import DiagonalFirst, Range, SplitRange
+from .cluster_split import ClusterSplit, NoSplit
+from .config import FwdConfig
+from .dropout import Dropout, Weights
+from .gemms import Gemms
+from .outputs import DropoutScale, Output, RowMax, Sinks
+from .pack_gqa import OneHead, PackGQA
+from .sequences import Dense, Varlen
+from .softmax_steps import ConstantTime, Lazy, LazyWithScores, Speculative
+from .split_head_dim import SplitHeadDim, WholeHeadDim
+from .trace import NoTrace, Timeline
+
+
+class Parts(NamedTuple):
+    rows: OneHead  # whose queries a tile's rows are
+    head_dim: WholeHeadDim  # which columns of V and O a warpgroup owns
+    sequences: Dense  # where a sequence's rows lie in q, k, v and o
+    blocks: Range  # which blocks of keys a tile multiplies, in which order
+    gemms: Gemms
+    softmax: Lazy  # how a step makes P of S
+    weights: Weights  # what becomes of P
+    split: NoSplit  # who has the rest of a tile's keys
+    outputs: tuple[Output, ...]  # beside O and lse
+    trace: NoTrace  # who writes down when
+
+
+def parts_of(c: FwdConfig) -> Parts:
+    """Each part reads what it needs of the config."""
+    head_dim = (SplitHeadDim if c.parts_v > 1 else WholeHeadDim)(c)
+    sequences = (Varlen if c.packed else Dense)(c)
+    blocks, trace = _blocks(c)(c), (Timeline if c.timeline else NoTrace)(c)
+    gemms = Gemms(c, head_dim, trace)
+    return Parts(
+        rows=(PackGQA if c.pack > 1 else OneHead)(c, sequences),
+        head_dim=head_dim,
+        sequences=sequences,
+        blocks=blocks,
+        gemms=gemms,
+        softmax=_softmax(c)(c, blocks, gemms),
+        weights=(Dropout if c.dropout else Weights)(c),
+        split=(ClusterSplit if c.split > 1 else NoSplit)(c),
+        outputs=tuple(output(c) for output in _outputs(c)),
+        trace=trace,
+    )
+
+
+def _blocks(c: FwdConfig) -> type[Range]:
+    if c.sparse:
+        return BlockSparse
+    if c.split > 1:
+        return SplitRange
+    return DiagonalFirst if c.from_diagonal else Range
+
+
+def _softmax(c: FwdConfig) -> type[Lazy]:
+    if c.constant_time:
+        return ConstantTime
+    if c.split > 1:
+        return LazyWithScores
+    return Speculative if c.redo else Lazy
+
+
+def _outputs(c: FwdConfig) -> list[type[Output]]:
+    """In the order in which they finish a row."""
+    wanted = {RowMax: c.row_max, DropoutScale: c.dropout, Sinks: c.sinks}
+    return [output for output, asked in wanted.items() if asked]

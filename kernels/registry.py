@@ -1,0 +1,26 @@
+"""Which kernel a config is of: what `cute_attn.compile` compiles, caches and names, and `cute_attn.inspect` reads."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from .config import FwdConfig
+from .flash_fwd_sm90 import FlashFwdSm90
+
+
+class KernelConfig(Protocol):
+    """A frozen, hashable dataclass: every compile-time choice of one kernel, and so its compile key."""
+
+    @property
+    def name(self) -> str:
+        """The kernel's, in profilers and file names; configs of one name differ in what the host alone sees."""
+
+    def arguments(self) -> tuple:
+        """One value of each argument of the kernel's `__call__`, the stream among them, for its type."""
+
+
+KERNELS: dict[type, Callable[[Any], Callable]] = {FwdConfig: FlashFwdSm90}
+
+
+def kernel_of(config: KernelConfig) -> Callable:
+    """What is compiled: called with such arguments, it launches."""
+    return KERNELS[type(config)](config)
