@@ -17,6 +17,7 @@ from .kernels.softmax import LARGEST_OFFSET, LARGEST_SUM, LEAST_OFFSET
 BARRIER, TRIP_COUNT, THREAD, UNKNOWN = "barrier", "trip count", "thread index", "unknown"
 LAZY_RESCALE, REDO, SLOW_STEP = "data: lazy rescale", "data: redo", "data: slow step"
 SOFTCAP = "data: softcap"
+_RESCALES = {LAZY_RESCALE, SLOW_STEP}  # what a split kernel's one branch reads
 
 _ADDRESS = re.compile(r"\s*/\*([0-9a-f]+)\*/")
 _PREDICATE = re.compile(r"\bU?P\d\b")
@@ -37,7 +38,10 @@ _LARGE = (  # some float of several is 2 or more: their bits are joined, and of 
 _COPIED = re.compile(  # as it is, or denied; VOTEU copies what is the same in a warp
     r"(?:PLOP3\.LUT P\d, PT, PT, PT|UPLOP3\.LUT UP\d, UPT, UPT, UPT|VOTEU\.ANY UP\d), (U?P\d)(?:, 0x[48]0, 0x0)?"
 )
-_FALSE = re.compile(r"U?PLOP3\.LUT U?P\d, (?:U?PT, ){4}0x(?:8|40), 0x0")
+_HELD = re.compile(  # put into a register, or asked of one
+    r"(?:SEL R\d+, RZ, 0x1, !?|ISETP\.(?:EQ|NE)\.U32\.AND P\d, PT, )(P\d|R\d+)(?:, RZ, PT)?"
+)
+_FALSE = re.compile(r"U?PLOP3\.LUT U?P\d, (?:U?PT, ){4}0x(?:8|40), 0x0|IMAD\.MOV\.U32 R\d+, RZ, RZ, RZ")
 _EITHER = re.compile(r"PLOP3\.LUT P\d, PT, (P\d), (P\d), PT, 0x(?:a8|2), 0x0")  # of two predicates; or neither
 _OF_OFFSET = re.compile(r"FSETP\.(\w+)\.(AND|OR) P\d, PT, R\d+(?:\.reuse)?, (\S+), (!?P[T\d])")
 _OUT_OF_BOUNDS = {("LTU", LEAST_OFFSET), ("GTU", LARGEST_OFFSET)}  # NaN is, too
@@ -112,6 +116,7 @@ class _Flow:
         read = {self.guards[i], *_PREDICATE.findall(self.code[i].operands.split("`")[0])} - {"", "PT", "UPT"}
         writers = {j for predicate in read for j in self.writers(i, predicate)}
         kinds = {self.stands_for(i, predicate, i) for predicate in read}
+        kinds = {LAZY_RESCALE} if kinds == _RESCALES else kinds
         leaves = self.code[i].target is None
         depends = kinds.pop() if len(kinds) == 1 and not leaves else UNKNOWN
         return Branch(address, self.text(i), depends, tuple(self.text(j) for j in sorted(writers)))
@@ -194,7 +199,7 @@ class _Flow:
             return self.stands_for(i, copied[1], branch, after | {i})
         if either := _EITHER.fullmatch(self.unguarded(i)):
             kinds = {self.stands_for(i, predicate, branch, after | {i}) for predicate in either.groups()}
-            return LAZY_RESCALE if kinds == {LAZY_RESCALE, SLOW_STEP} else UNKNOWN
+            return LAZY_RESCALE if kinds == _RESCALES else UNKNOWN
         return UNKNOWN
 
     def _votes_on_signs(self, i: int) -> bool:
@@ -231,7 +236,7 @@ class _Flow:
         return bool(votes) and all(self._votes_on_offsets(j) for j in votes)
 
     def _origins(self, i: int, predicate: str) -> set[int]:
-        """What may have written last, before the loop too, what `i` reads as `predicate`: behind all copies."""
+        """What may have written `predicate`, which `i` reads, last: before the loop too, and behind all copies."""
         found: set[int] = set()
         seen: set[int] = set()
         queue = [(i, predicate)]
@@ -239,14 +244,20 @@ class _Flow:
             new = self._writers_anywhere(*queue.pop()) - seen
             seen |= new
             for j in new:
-                if copied := _COPIED.fullmatch(self.unguarded(j)):
+                text = self.unguarded(j)
+                if copied := _COPIED.fullmatch(text) or _HELD.fullmatch(text):
                     queue.append((j, copied[1]))
                 else:
                     found.add(j)
         return found
 
-    def _writers_anywhere(self, start: int, predicate: str) -> set[int]:
-        return self._last(start, lambda i: self._writes(i, predicate), everywhere=True)
+    def _writers_anywhere(self, start: int, name: str) -> set[int]:
+        """Of a predicate or a register; -1 if none has written it."""
+        register = _REGISTER.fullmatch(name)
+        if register is None:
+            return self._last(start, lambda i: self._writes(i, name), everywhere=True)
+        kind, number = register.groups()
+        return self._last(start, lambda i: self._covers(i, kind, int(number)), everywhere=True)
 
     def _votes_on_offsets(self, i: int) -> bool:
         return i >= 0 and self.code[i].opcode == "VOTE.ANY" and self._tests_offsets(i, self._operands(i)[-1], True)
@@ -337,8 +348,13 @@ class _Flow:
         return self._last(i, lambda j: self._covers(j, kind, int(number)))
 
     def _covers(self, i: int, kind: str, number: int) -> bool:
-        """Whether an instruction writes a register: its first operand, behind a predicate too, and what follows it."""
+        """Whether an instruction writes a register: its first operand, behind a predicate too, and what follows it.
+
+        A call may write any.
+        """
         opcode, (written, *rest) = self.code[i].opcode, self._operands(i)
+        if opcode.startswith("CALL"):
+            return True
         if _PREDICATE.fullmatch(written) or written == "PT":  # SHFL, ATOM: whether all went well
             written = (rest or [""])[0]
         first = _REGISTER.fullmatch(written)

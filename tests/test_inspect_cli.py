@@ -316,6 +316,34 @@ def test_a_slow_steps_uniform_predicate_is_followed():
     assert depends(uniform) == WITH_SLOW
 
 
+# The same flag in a register.
+HELD = STEPS.replace("VOTE.ANY P5, P6 ;\n", "VOTE.ANY P6, P6 ;\nSEL R20, RZ, 0x1, !P6 ;\n").replace(
+    USUAL, "IMAD.MOV.U32 R20, RZ, RZ, RZ ;\n"
+)
+HELD = HELD.replace("@!P5 BRA", "ISETP.EQ.U32.AND P6, PT, R20, RZ, PT ;\n@P6 BRA")
+
+
+def test_a_slow_steps_register_is_followed():
+    assert depends(HELD) == WITH_SLOW
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("IMAD.MOV.U32 R20, RZ, RZ, RZ", "MOV R20, R24", id="a score"),
+        pytest.param("IMAD.MOV.U32 R20, RZ, RZ, RZ", "LDS R20, [R7]", id="memory"),
+        pytest.param("SEL R20, RZ, 0x1, !P6", "SEL R20, R24, 0x1, !P6", id="a score where no vote is"),
+        pytest.param("SEL R20, RZ, 0x1, !P6", "SEL R20, RZ, 0x1, !P3", id="another predicate"),
+        pytest.param("R20, RZ, PT", "R20, R24, PT", id="compared with a score"),
+        pytest.param("R20, RZ, PT", "R20, RZ, P3", id="and another predicate"),
+        pytest.param(HEAD, f"CALL ;\n{HEAD}", id="a call"),
+    ],
+)
+def test_a_slow_steps_register_with_something_else_is_not(old, new):
+    assert old in HELD
+    assert depends(HELD.replace(old, new))[1] == audit.UNKNOWN
+
+
 @pytest.mark.parametrize(
     ("part", "old", "new"),
     [
@@ -354,8 +382,22 @@ ALONE = "VOTE.ANY P0, P0 ;\n@!P0 BRA `(.L_no_rescale) ;\n"
 BOTH = SASS.replace(START, START + OFFSETS).replace(ALONE, JOINED + OFFSETS)
 
 
-def test_a_slow_step_joins_the_vote_on_signs():
-    assert depends(BOTH) == EXPLAINED
+# Or one that reads both predicates.
+READS_BOTH = BOTH.replace(JOINED, "VOTE.ANY P0, P0 ;\n@!P0 BRA !P5, `(.L_no_rescale) ;\n")
+
+
+@pytest.mark.parametrize("sass", [BOTH, READS_BOTH], ids=["joined", "two predicates"])
+def test_a_slow_step_joins_the_vote_on_signs(sass):
+    assert depends(sass) == EXPLAINED
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("BRA !P5", "BRA !P3"), ("R17, -0x1", "R17, 0x7"), ("R10, -256", "R10, 0.5"), ("@!P0 BRA", "@P3 BRA")],
+)
+def test_a_branch_on_a_slow_step_and_something_else_is_not(old, new):
+    assert old in READS_BOTH
+    assert depends(READS_BOTH.replace(old, new))[1] == audit.UNKNOWN
 
 
 @pytest.mark.parametrize(
