@@ -39,7 +39,7 @@ _COPIED = re.compile(  # as it is, or denied; VOTEU copies what is the same in a
     r"(?:PLOP3\.LUT P\d, PT, PT, PT|UPLOP3\.LUT UP\d, UPT, UPT, UPT|VOTEU\.ANY UP\d), (U?P\d)(?:, 0x[48]0, 0x0)?"
 )
 _HELD = re.compile(  # put into a register, or asked of one
-    r"(?:SEL R\d+, RZ, 0x1, !?|ISETP\.(?:EQ|NE)\.U32\.AND P\d, PT, )(P\d|R\d+)(?:, RZ, PT)?"
+    r"(?:U?SEL U?R\d+, U?RZ, 0x1, !?|ISETP\.(?:EQ|NE)\.U32\.AND P\d, PT, (?:RZ, )?)(U?[PR]\d+)(?:(?:, RZ)?, PT)?"
 )
 _FALSE = re.compile(r"U?PLOP3\.LUT U?P\d, (?:U?PT, ){4}0x(?:8|40), 0x0|IMAD\.MOV\.U32 R\d+, RZ, RZ, RZ")
 _EITHER = re.compile(r"PLOP3\.LUT P\d, PT, (P\d), (P\d), PT, 0x(?:a8|2), 0x0")  # of two predicates; or neither

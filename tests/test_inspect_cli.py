@@ -317,14 +317,17 @@ def test_a_slow_steps_uniform_predicate_is_followed():
 
 
 # The same flag in a register.
-HELD = STEPS.replace("VOTE.ANY P5, P6 ;\n", "VOTE.ANY P6, P6 ;\nSEL R20, RZ, 0x1, !P6 ;\n").replace(
-    USUAL, "IMAD.MOV.U32 R20, RZ, RZ, RZ ;\n"
-)
+HELD_FALSE = "IMAD.MOV.U32 R20, RZ, RZ, RZ ;\n"
+HELD = STEPS.replace("VOTE.ANY P5, P6 ;\n", "VOTE.ANY P6, P6 ;\nSEL R20, RZ, 0x1, !P6 ;\n").replace(USUAL, HELD_FALSE)
 HELD = HELD.replace("@!P5 BRA", "ISETP.EQ.U32.AND P6, PT, R20, RZ, PT ;\n@P6 BRA")
 
 
 def test_a_slow_steps_register_is_followed():
-    assert depends(HELD) == WITH_SLOW
+    uniform = HELD.replace("SEL R20, RZ, 0x1, !P6", "VOTEU.ANY UP5, P6 ;\nUSEL UR20, URZ, 0x1, !UP5")
+    false = "UPLOP3.LUT UP5, UPT, UPT, UPT, UPT, 0x40, 0x0 ;\nUSEL UR20, URZ, 0x1, !UP5 ;\n"
+    uniform = uniform.replace(HELD_FALSE, false)
+    uniform = uniform.replace("ISETP.EQ.U32.AND P6, PT, R20, RZ, PT", "ISETP.NE.U32.AND P6, PT, RZ, UR20, PT")
+    assert depends(HELD) == depends(uniform) == WITH_SLOW
 
 
 @pytest.mark.parametrize(
