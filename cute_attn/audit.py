@@ -1,8 +1,9 @@
 """What decides each conditional branch of a kernel's main loop, read from the machine code. Needs no GPU.
 
 For a shipped kernel: barriers, the trip count, the thread's index in some clusters, and one vote: on the exponents,
-where it skips rescaling O, or on sums of P, where it skips redoing the step. A softcap may have another vote: on the
-scores, where a polynomial serves for its tanh.
+where it skips rescaling O, or on sums of P, where it skips redoing the step. Beside the former there is another, made
+where offsets change: whether they still serve, or steps are slow ones, which look for their maxima. A split kernel has
+one branch for both. A softcap may have a vote of its own: on the scores, where a polynomial serves for its tanh.
 """
 
 import re
@@ -11,10 +12,12 @@ from typing import NamedTuple
 
 from .inspect import _LINE, Instruction, LoopReport, _shortest, loops, parse, sass
 from .kernels.config import FwdConfig
-from .kernels.softmax import LARGEST_SUM
+from .kernels.softmax import LARGEST_OFFSET, LARGEST_SUM, LEAST_OFFSET
 
 BARRIER, TRIP_COUNT, THREAD, UNKNOWN = "barrier", "trip count", "thread index", "unknown"
-LAZY_RESCALE, REDO, SOFTCAP = "data: lazy rescale", "data: redo", "data: softcap"
+LAZY_RESCALE, REDO, SLOW_STEP = "data: lazy rescale", "data: redo", "data: slow step"
+SOFTCAP = "data: softcap"
+_RESCALES = {LAZY_RESCALE, SLOW_STEP}  # what a split kernel's one branch reads
 
 _ADDRESS = re.compile(r"\s*/\*([0-9a-f]+)\*/")
 _PREDICATE = re.compile(r"\bU?P\d\b")
@@ -32,6 +35,17 @@ _LARGE = (  # some float of several is 2 or more: their bits are joined, and of 
     re.compile(r"SHF\.R\.U32\.HI R\d+, RZ, 0x1e, (R)(\d+)"),
     re.compile(r"LOP3\.LUT R\d+, .*, 0xf[ce], !PT"),
 )
+_COPIED = re.compile(  # as it is, or denied; VOTEU copies what is the same in a warp
+    r"(?:PLOP3\.LUT P\d, PT, PT, PT|UPLOP3\.LUT UP\d, UPT, UPT, UPT|VOTEU\.ANY UP\d), (U?P\d)(?:, 0x[48]0, 0x0)?"
+)
+_HELD = re.compile(  # put into a register, or asked of one
+    r"(?:U?SEL U?R\d+, U?RZ, 0x1, !?|ISETP\.(?:EQ|NE)\.U32\.AND P\d, PT, (?:RZ, )?)(U?[PR]\d+)(?:(?:, RZ)?, PT)?"
+)
+_FALSE = re.compile(r"U?PLOP3\.LUT U?P\d, (?:U?PT, ){4}0x(?:8|40), 0x0|IMAD\.MOV\.U32 R\d+, RZ, RZ, RZ")
+_EITHER = re.compile(r"PLOP3\.LUT P\d, PT, (P\d), (P\d), PT, 0x(?:a8|2), 0x0")  # of two predicates; or neither
+_OF_OFFSET = re.compile(r"FSETP\.(\w+)\.(AND|OR) P\d, PT, R\d+(?:\.reuse)?, (\S+), (!?P[T\d])")
+_OUT_OF_BOUNDS = {("LTU", LEAST_OFFSET), ("GTU", LARGEST_OFFSET)}  # NaN is, too
+_IN_BOUNDS = {("GE", LEAST_OFFSET), ("LE", LARGEST_OFFSET)}
 
 
 class Branch(NamedTuple):
@@ -39,7 +53,7 @@ class Branch(NamedTuple):
 
     address: int  # of the instruction in the machine code
     text: str
-    depends: str  # BARRIER, TRIP_COUNT, THREAD, LAZY_RESCALE, REDO, SOFTCAP or UNKNOWN
+    depends: str  # BARRIER, TRIP_COUNT, THREAD, LAZY_RESCALE, REDO, SLOW_STEP, SOFTCAP or UNKNOWN
     writers: tuple[str, ...]  # of its predicate: the instructions that may have written it last
 
 
@@ -70,8 +84,9 @@ class _Flow:
     """A loop's instructions and the ways between them.
 
     A predicate is followed back along all ways. A kind is given only if all that may have written the predicate agree
-    and it was written in the same loop. A trip count compares a counter, which each lap steps by a constant, with what
-    is the same in each lap, be it computed anew: nothing that a WGMMA or a load from memory gave.
+    and it was written in the same loop; for slow steps the vote before the loop must agree, too. A trip count compares
+    a counter, which each lap steps by a constant, with what is the same in each lap, be it computed anew: nothing that
+    a WGMMA or a load from memory gave.
     """
 
     def __init__(self, code: list[Instruction], matches: list[re.Match], first: int, last: int):
@@ -100,46 +115,55 @@ class _Flow:
         address = int(_ADDRESS.match(self.matches[i][0])[1], 16)  # type: ignore[index]  # `_LINE` has matched it
         read = {self.guards[i], *_PREDICATE.findall(self.code[i].operands.split("`")[0])} - {"", "PT", "UPT"}
         writers = {j for predicate in read for j in self.writers(i, predicate)}
-        reasons = {self.reason(j, i) for j in writers}
+        kinds = {self.stands_for(i, predicate, i) for predicate in read}
+        kinds = {LAZY_RESCALE} if kinds == _RESCALES else kinds
         leaves = self.code[i].target is None
-        depends = reasons.pop() if len(reasons) == 1 and not leaves else UNKNOWN
+        depends = kinds.pop() if len(kinds) == 1 and not leaves else UNKNOWN
         return Branch(address, self.text(i), depends, tuple(self.text(j) for j in sorted(writers)))
 
     def text(self, i: int) -> str:
         if i < 0:
             return "before the loop"
-        x = self.matches[i]
-        return " ".join(f"{x['when'] or ''}{x['opcode']} {x['operands']}".split())
+        return " ".join(f"{self.matches[i]['when'] or ''}{self.unguarded(i)}".split())
+
+    def unguarded(self, i: int) -> str:
+        return " ".join(f"{self.code[i].opcode} {self.code[i].operands}".split()) if i >= 0 else ""
 
     def writers(self, start: int, predicate: str) -> set[int]:
         """What may have written `predicate` last before `start`; -1 if that was outside of the loop."""
         return self._last(start, lambda i: self._writes(i, predicate))
 
-    def _last(self, start: int, writes: Callable[[int], bool]) -> set[int]:
-        """Going back from `start` along all ways: where each first meets one that `writes`; -1: outside of the loop."""
+    def _last(self, start: int, writes: Callable[[int], bool], everywhere: bool = False) -> set[int]:
+        """Going back from `start` along all ways: where each first meets one that `writes`; -1: outside of the loop.
+
+        `everywhere`: before the loop too, where no guard is asked; -1: the kernel's start.
+        """
         found, seen, queue = set(), set(), list(self.before[start])
         while queue:
             i = queue.pop()
             if i in seen:
                 continue
             seen.add(i)
-            if i not in self.body:
+            if i < 0 or (i not in self.body and not everywhere):
                 found.add(-1)
                 continue
             written = writes(i)
             if written:
                 found.add(i)
-            if not written or self.guards[i]:  # guarded: the one before may stay
-                queue += self.before[i]
+            if not written or (self.guards[i] and i in self.body):  # guarded: the one before may stay
+                queue += self.before[i] or [-1]
         return found
 
     def _writes(self, i: int, predicate: str) -> bool:
-        """Predicates are written as the first two operands, or behind a register: a carry, the outcome of a vote."""
+        """Predicates are written as the first two operands, or behind a register: a carry, the outcome of a vote.
+
+        A call may write any.
+        """
         kind, operands = self.code[i].opcode.split(".")[0], self._operands(i)
+        if kind in ("R2P", "CALL"):
+            return True
         if kind in ("BRA", "JMP", *_LEAVES):
             return False
-        if kind == "R2P":
-            return True
         vote = kind in ("VOTE", "VOTEU")
         if re.fullmatch(r"U?P[T\d]", operands[0]):
             return predicate in operands[: 1 if vote else 2]
@@ -148,11 +172,18 @@ class _Flow:
     def _operands(self, i: int) -> list[str]:
         return [operand.strip() for operand in self.code[i].operands.split(",")]
 
-    def reason(self, i: int, branch: int) -> str:
+    def stands_for(self, i: int, predicate: str, branch: int, after: frozenset[int] = frozenset()) -> str:
+        """What `predicate` stands for, which `i` reads for `branch`; `after`: the instructions that led here."""
+        if self._says_slow(i, predicate):
+            return SLOW_STEP
+        reasons = {self.reason(j, branch, after) for j in self.writers(i, predicate)}
+        return reasons.pop() if len(reasons) == 1 else UNKNOWN
+
+    def reason(self, i: int, branch: int, after: frozenset[int]) -> str:
         """What a predicate stands for that instruction `i` wrote and `branch` reads."""
         x = self.code[i]
         kind = x.opcode.split(".")[0]
-        if i < 0:
+        if i < 0 or i in after:
             return UNKNOWN
         if x.opcode.startswith("SYNCS.PHASECHK"):
             return BARRIER
@@ -164,9 +195,12 @@ class _Flow:
             return SOFTCAP
         if kind in ("ISETP", "UISETP"):
             return self._compares(i, branch)
-        copied = re.fullmatch(r"P\d, PT, PT, PT, (UP\d), 0x80, 0x0", x.operands) if kind == "PLOP3" else None
-        reasons = {self.reason(j, branch) for j in self.writers(i, copied[1])} if copied else set()
-        return reasons.pop() if len(reasons) == 1 else UNKNOWN
+        if copied := _COPIED.fullmatch(self.unguarded(i)):
+            return self.stands_for(i, copied[1], branch, after | {i})
+        if either := _EITHER.fullmatch(self.unguarded(i)):
+            kinds = {self.stands_for(i, predicate, branch, after | {i}) for predicate in either.groups()}
+            return LAZY_RESCALE if kinds == _RESCALES else UNKNOWN
+        return UNKNOWN
 
     def _votes_on_signs(self, i: int) -> bool:
         texts = [self.text(j) for j in self.writers(i, self._operands(i)[-1])]
@@ -191,6 +225,59 @@ class _Flow:
         if self.code[i].opcode.startswith("ISETP"):
             return before != "PT" and _SIGNS.search(self.text(i)) is not None and tested
         return self.code[i].opcode.startswith("FSETP.GTU") and _number(largest) in LARGEST_SUM.values() and tested
+
+    def _says_slow(self, i: int, predicate: str) -> bool:
+        """Whether `predicate`, which `i` reads, is a vote on offsets: of this lap, of one before, or before the loop.
+
+        A step that finds none out of bounds may say so by a constant. A vote before the loop may have a guard, as where
+        the loop may have no lap; what it leaves as it was is not followed.
+        """
+        votes = {j for j in self._origins(i, predicate) if not _FALSE.fullmatch(self.unguarded(j))}
+        return bool(votes) and all(self._votes_on_offsets(j) for j in votes)
+
+    def _origins(self, i: int, predicate: str) -> set[int]:
+        """What may have written `predicate`, which `i` reads, last: before the loop too, and behind all copies."""
+        found: set[int] = set()
+        seen: set[int] = set()
+        queue = [(i, predicate)]
+        while queue:
+            new = self._writers_anywhere(*queue.pop()) - seen
+            seen |= new
+            for j in new:
+                text = self.unguarded(j)
+                if copied := _COPIED.fullmatch(text) or _HELD.fullmatch(text):
+                    queue.append((j, copied[1]))
+                else:
+                    found.add(j)
+        return found
+
+    def _writers_anywhere(self, start: int, name: str) -> set[int]:
+        """Of a predicate or a register; -1 if none has written it."""
+        register = _REGISTER.fullmatch(name)
+        if register is None:
+            return self._last(start, lambda i: self._writes(i, name), everywhere=True)
+        kind, number = register.groups()
+        return self._last(start, lambda i: self._covers(i, kind, int(number)), everywhere=True)
+
+    def _votes_on_offsets(self, i: int) -> bool:
+        return i >= 0 and self.code[i].opcode == "VOTE.ANY" and self._tests_offsets(i, self._operands(i)[-1], True)
+
+    def _tests_offsets(self, i: int, operand: str, out: bool, after: frozenset[int] = frozenset()) -> bool:
+        """Whether the predicate that `i` reads says that some offset is out of bounds; or, not `out`, that none is."""
+        out = out != operand.startswith("!")
+        writers = self._writers_anywhere(i, operand.lstrip("!"))
+        return bool(writers) and all(self._is_offset_test(j, out, after) for j in writers)
+
+    def _is_offset_test(self, i: int, out: bool, after: frozenset[int]) -> bool:
+        """Of one offset, and of those tested before it; `after`: the tests that led here, no answer a lap ago."""
+        test = _OF_OFFSET.fullmatch(self.unguarded(i))
+        if test is None or i in after:
+            return False
+        compare, join, bound, before = test.groups()
+        if (compare, _number(bound)) not in (_OUT_OF_BOUNDS if out else _IN_BOUNDS):
+            return False
+        alone = (join, before) == ("AND", "PT")
+        return alone or (join == ("OR" if out else "AND") and self._tests_offsets(i, before, out, after | {i}))
 
     def _tests_magnitude(self, i: int) -> bool:
         """Whether the predicate that `i` reads says that one of several floats is 2 or more."""
@@ -261,8 +348,13 @@ class _Flow:
         return self._last(i, lambda j: self._covers(j, kind, int(number)))
 
     def _covers(self, i: int, kind: str, number: int) -> bool:
-        """Whether an instruction writes a register: its first operand, behind a predicate too, and what follows it."""
+        """Whether an instruction writes a register: its first operand, behind a predicate too, and what follows it.
+
+        A call may write any.
+        """
         opcode, (written, *rest) = self.code[i].opcode, self._operands(i)
+        if opcode.startswith("CALL"):
+            return True
         if _PREDICATE.fullmatch(written) or written == "PT":  # SHFL, ATOM: whether all went well
             written = (rest or [""])[0]
         first = _REGISTER.fullmatch(written)

@@ -282,12 +282,150 @@ def test_a_branch_on_another_integer_is_not(lane):
     assert depends(SASS.replace(STEP, lane + ARRIVE + STEP))[2] == audit.UNKNOWN
 
 
-SPLIT = plan.Problem(1, 8, 8, 512, 512, 64, layout="bshd")
-ANCHORED = pytest.mark.xfail(strict=True, reason="audit.py does not know the vote on rows whose scores are anchored")
+# A vote on two offsets, before the loop and in a slow step; a usual step says by a constant that the next is one, too.
+OFFSETS = """FSETP.GE.AND P6, PT, R10, -256, PT ;
+FSETP.LTU.OR P6, PT, R12, -256, !P6 ;
+VOTE.ANY P5, P6 ;
+"""
+RAISED = """FSETP.GTU.AND P6, PT, R10, 1048576, PT ;
+FSETP.GTU.OR P6, PT, R12, 1048576, P6 ;
+VOTE.ANY P5, P6 ;
+"""
+USUAL = "PLOP3.LUT P5, PT, PT, PT, PT, 0x8, 0x0 ;\n"
+START, HEAD = "MOV R5, 0x8 ;\n", "ISETP.GT.AND P0, PT, R17"
+SLOW = f"@!P5 BRA `(.L_usual) ;\n{OFFSETS}BRA `(.L_no_rescale) ;\n.L_usual:\n{USUAL}"
+STEPS = SASS.replace(START, START + OFFSETS).replace(HEAD, SLOW + HEAD).replace(ARM, RAISED + ARM)
+WITH_SLOW = [EXPLAINED[0], audit.SLOW_STEP, *EXPLAINED[1:]]
+
+
+def test_a_slow_step_is_known():
+    assert depends(STEPS) == WITH_SLOW
+    assert depends(STEPS.replace(OFFSETS, OFFSETS.replace("GE.AND P6", "GE.AND P1").replace("!P6", "!P1"))) == WITH_SLOW
+
+
+def test_a_slow_steps_vote_before_the_loop_may_have_a_guard():
+    """As where a window may leave the loop no lap."""
+    guarded = "".join(f"@P2 {line}\n" for line in OFFSETS.splitlines())
+    assert depends(STEPS.replace(START + OFFSETS, START + guarded)) == WITH_SLOW
+
+
+def test_a_slow_steps_uniform_predicate_is_followed():
+    uniform = STEPS.replace("VOTE.ANY P5, P6 ;\n", "VOTE.ANY P6, P6 ;\nVOTEU.ANY UP5, P6 ;\n")
+    uniform = uniform.replace(USUAL, "UPLOP3.LUT UP5, UPT, UPT, UPT, UPT, 0x40, 0x0 ;\n")
+    uniform = uniform.replace("@!P5 BRA", "PLOP3.LUT P6, PT, PT, PT, UP5, 0x40, 0x0 ;\n@P6 BRA")
+    assert depends(uniform) == WITH_SLOW
+
+
+# The same flag in a register.
+HELD_FALSE = "IMAD.MOV.U32 R20, RZ, RZ, RZ ;\n"
+HELD = STEPS.replace("VOTE.ANY P5, P6 ;\n", "VOTE.ANY P6, P6 ;\nSEL R20, RZ, 0x1, !P6 ;\n").replace(USUAL, HELD_FALSE)
+HELD = HELD.replace("@!P5 BRA", "ISETP.EQ.U32.AND P6, PT, R20, RZ, PT ;\n@P6 BRA")
+
+
+def test_a_slow_steps_register_is_followed():
+    uniform = HELD.replace("SEL R20, RZ, 0x1, !P6", "VOTEU.ANY UP5, P6 ;\nUSEL UR20, URZ, 0x1, !UP5")
+    false = "UPLOP3.LUT UP5, UPT, UPT, UPT, UPT, 0x40, 0x0 ;\nUSEL UR20, URZ, 0x1, !UP5 ;\n"
+    uniform = uniform.replace(HELD_FALSE, false)
+    uniform = uniform.replace("ISETP.EQ.U32.AND P6, PT, R20, RZ, PT", "ISETP.NE.U32.AND P6, PT, RZ, UR20, PT")
+    assert depends(HELD) == depends(uniform) == WITH_SLOW
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "data"), [(64, {audit.REDO}), pytest.param(224, {audit.LAZY_RESCALE, audit.SOFTCAP}, marks=ANCHORED)]
+    ("old", "new"),
+    [
+        pytest.param("IMAD.MOV.U32 R20, RZ, RZ, RZ", "MOV R20, R24", id="a score"),
+        pytest.param("IMAD.MOV.U32 R20, RZ, RZ, RZ", "LDS R20, [R7]", id="memory"),
+        pytest.param("SEL R20, RZ, 0x1, !P6", "SEL R20, R24, 0x1, !P6", id="a score where no vote is"),
+        pytest.param("SEL R20, RZ, 0x1, !P6", "SEL R20, RZ, 0x1, !P3", id="another predicate"),
+        pytest.param("R20, RZ, PT", "R20, R24, PT", id="compared with a score"),
+        pytest.param("R20, RZ, PT", "R20, RZ, P3", id="and another predicate"),
+        pytest.param(HEAD, f"CALL ;\n{HEAD}", id="a call"),
+    ],
+)
+def test_a_slow_steps_register_with_something_else_is_not(old, new):
+    assert old in HELD
+    assert depends(HELD.replace(old, new))[1] == audit.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new"),
+    [
+        pytest.param(START + OFFSETS, "R10, -256", "R10, -255", id="another bound before the loop"),
+        pytest.param(START + OFFSETS, OFFSETS, "", id="no vote before the loop"),
+        pytest.param(START + OFFSETS, "VOTE", "@P2 BRA `(.L_steady) ;\nVOTE", id="a way round the one before the loop"),
+        pytest.param(START + OFFSETS, "VOTE.ANY P5, P6 ;\n", "VOTE.ANY P5, P6 ;\nCALL ;\n", id="a call behind it"),
+        pytest.param(START + OFFSETS, "!P6", "P6", id="an offset in bounds"),
+        pytest.param(SLOW, "R12, -256", "R24, 0.5", id="a score"),
+        pytest.param(SLOW, "GE.AND", "GE.OR", id="one in bounds of two"),
+        pytest.param(SLOW, "R12, -256", "R12, R24", id="below a score"),
+        pytest.param(SLOW, "@!P5", "@P3", id="a predicate from before the loop"),
+        pytest.param(SLOW, "ANY", "ALL", id="another vote"),
+        pytest.param(SLOW, USUAL, USUAL.replace("0x8,", "0x80,"), id="always after it"),
+        pytest.param(SLOW, USUAL, "FSETP.GTU.AND P5, PT, R24, 1048576, PT ;\n", id="no vote"),
+        pytest.param(RAISED, "1048576", "-256", id="above the least"),
+        pytest.param(RAISED, "R10, 1048576, PT", "R10, 1048576, P6", id="a lap ago"),
+        pytest.param(RAISED, "GTU.OR", "GTU.AND", id="two at once"),
+    ],
+)
+def test_a_slow_step_by_another_test_is_not(part, old, new):
+    assert part in STEPS and old in part
+    assert depends(STEPS.replace(part, part.replace(old, new)))[1] == audit.UNKNOWN
+
+
+def test_a_constant_is_no_slow_step():
+    assert audit.UNKNOWN in depends(STEPS.replace(OFFSETS, USUAL).replace(RAISED, USUAL))
+
+
+# As a split kernel has it: one branch for both votes, taken where neither calls for the maximum.
+JOINED = """VOTE.ANY P0, P0 ;
+PLOP3.LUT P0, PT, P5, P0, PT, 0x2, 0x0 ;
+@P0 BRA `(.L_no_rescale) ;
+"""
+ALONE = "VOTE.ANY P0, P0 ;\n@!P0 BRA `(.L_no_rescale) ;\n"
+BOTH = SASS.replace(START, START + OFFSETS).replace(ALONE, JOINED + OFFSETS)
+
+
+# Or one that reads both predicates.
+READS_BOTH = BOTH.replace(JOINED, "VOTE.ANY P0, P0 ;\n@!P0 BRA !P5, `(.L_no_rescale) ;\n")
+
+
+@pytest.mark.parametrize("sass", [BOTH, READS_BOTH], ids=["joined", "two predicates"])
+def test_a_slow_step_joins_the_vote_on_signs(sass):
+    assert depends(sass) == EXPLAINED
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("BRA !P5", "BRA !P3"), ("R17, -0x1", "R17, 0x7"), ("R10, -256", "R10, 0.5"), ("@!P0 BRA", "@P3 BRA")],
+)
+def test_a_branch_on_a_slow_step_and_something_else_is_not(old, new):
+    assert old in READS_BOTH
+    assert depends(READS_BOTH.replace(old, new))[1] == audit.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("P0, PT, 0x2,", "P0, PT, 0x80,", id="only where both"),
+        pytest.param("P5, P0, PT, 0x2", "P5, P0, P3, 0x2", id="and a third"),
+        pytest.param("P5, P0", "P3, P0", id="another predicate"),
+        pytest.param("P5, P0", "P5, P5", id="one of them twice"),
+        pytest.param("R17, -0x1", "R17, 0x7", id="no signs"),
+        pytest.param("R10, -256", "R10, 0.5", id="no offset"),
+        pytest.param("VOTE.ANY P0, P0 ;\n", "", id="no vote"),
+        pytest.param(JOINED, JOINED.split("\n", 1)[1].replace("P0", "P4"), id="its own value of the lap before"),
+    ],
+)
+def test_a_slow_step_that_joins_another_is_not(old, new):
+    assert old in BOTH
+    assert depends(BOTH.replace(old, new))[1] == audit.UNKNOWN
+
+
+SPLIT = plan.Problem(1, 8, 8, 512, 512, 64, layout="bshd")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "data"), [(64, {audit.REDO}), (224, {audit.LAZY_RESCALE, audit.SLOW_STEP, audit.SOFTCAP})]
 )
 def test_a_softcaps_kernel_is_explained(head_dim, data):
     kinds = plan.Kinds(softcap=True)
@@ -297,7 +435,17 @@ def test_a_softcaps_kernel_is_explained(head_dim, data):
     assert all(found.count(kind) == 1 for kind in data)
 
 
-@ANCHORED
+@pytest.mark.parametrize(
+    ("head_dim", "window"), [(128, False), (64, True), (224, True)], ids=["full", "a guard", "uniform predicates"]
+)
+def test_a_kernel_with_slow_steps_is_explained(head_dim, window):
+    config = plan.plan(plan.Problem(4, 16, 16, 2048, 2048, head_dim, kinds=plan.Kinds(window=window)))
+    found = [branch.depends for branch in audit.audit(config)]
+    assert not config.redo
+    assert set(found) == {audit.BARRIER, audit.TRIP_COUNT, audit.LAZY_RESCALE, audit.SLOW_STEP}
+    assert found.count(audit.LAZY_RESCALE) == found.count(audit.SLOW_STEP) == 1
+
+
 def test_a_split_kernel_is_explained(capsys):
     """It computes its trip count anew in each lap."""
     config = plan.plan(SPLIT)
@@ -313,13 +461,25 @@ def test_a_split_kernel_that_counts_by_a_score_is_not():
     (branch,) = (branch for branch in audit.control_flow(sass) if branch.depends == audit.TRIP_COUNT)
     (compare,) = branch.writers
     assert sass.count(compare) == 1
-    score = re.search(r"FMNMX (R\d+)", sass)[1]
-    by_score = re.sub(r"PT, U?R\d+", f"PT, {score}", compare)
+    offset = re.search(r"FSETP\.LTU\.OR P\d, PT, (R\d+), -256", sass)[1]  # above the scores
+    by_score = re.sub(r"PT, U?R\d+", f"PT, {offset}", compare)
     by_both = compare.removesuffix("PT") + "P6"
     for other in (by_score, by_both):
         assert other != compare and audit.UNKNOWN in {
             x.depends for x in audit.control_flow(sass.replace(compare, other))
         }
+
+
+def test_a_split_kernel_that_rescales_by_another_test_is_not():
+    """In place of a vote on offsets, before the loop or in it, or of that on signs."""
+    sass = inspect.sass(plan.plan(SPLIT))
+    offsets = re.findall(r"FSETP\.LTU\.OR P\d, PT, R\d+, -256, !P\d", sass)
+    signs = re.findall(r"ISETP\.GT\.AND P\d, PT, R\d+, -0x1, PT", sass)
+    assert (len(offsets), len(signs)) == (2, 1)
+    for test in offsets + signs:
+        assert sass.count(test) == 1
+        other = sass.replace(test, test.replace("-256", "0.5").replace("-0x1", "0x7"))
+        assert audit.UNKNOWN in {x.depends for x in audit.control_flow(other)}
 
 
 def test_a_copied_predicate_is_followed():
