@@ -17,7 +17,8 @@ from . import checks, compile, device, notices, reference, strides
 from .checks import Spec
 from .kernels.config import FwdConfig
 from .modifiers import NONE, UNMODIFIED, Modifiers
-from .plan import HEAD_DIMS, Problem, kind, plan, shipped
+from .plan import HEAD_DIMS, kind, plan, shipped
+from .problem import Problem
 
 
 class Options(TypedDict, total=False):

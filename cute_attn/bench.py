@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .checks import ALIGNMENT, DTYPES, HEAD_DIM_MAX, LAYOUTS
-from .plan import Problem
+from .problem import Problem
 
 try:
     from rich.console import Console

@@ -12,7 +12,7 @@ from .kernels.config import HEAD_DIM_MAX
 from .mod_types import PLACE_MAX
 from .modifiers import Dropout, Modifiers
 from .mods import Mod, prepare
-from .plan import Kinds, Problem
+from .problem import Kinds, Problem
 from .reference import LEVELS, levels_kept
 from .scalars import integer
 

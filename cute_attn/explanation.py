@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from . import api, checks, notices, varlen
 from .modifiers import Modifiers
-from .plan import Problem
+from .problem import Problem
 
 OURS = "cute_attn"
 

@@ -7,8 +7,8 @@ Names, order, defaults and results are those of hopper/flash_attn_interface.py a
 FlashAttention-3 copies a tensor whose last dimension is not contiguous, this raises.
 
 Three arguments say how FlashAttention-3 is to compute, not what, and are not followed: `num_splits` (keys are split
-where tiles are few, as the plan has it, and merged in a fixed order), `pack_gqa` (never) and `sm_margin` (a launch may
-take every SM).
+where tiles are few, as the plan has it, and merged in a fixed order), `pack_gqa` (where few queries leave tiles empty)
+and `sm_margin` (a launch may take every SM).
 """
 
 import numbers

@@ -27,7 +27,8 @@ from .benchmark import machine, static
 from .benchmark.report import print_facts, write_json
 from .checks import DTYPES, LAYOUTS
 from .kernels.config import FwdConfig
-from .plan import Problem, plan
+from .plan import plan
+from .problem import Problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:

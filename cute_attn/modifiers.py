@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .block_mask import BlockLists, Sparsity
 from .mods import Mod
-from .plan import UNMODIFIED as UNMODIFIED
-from .plan import Kinds, Problem
+from .problem import UNMODIFIED as UNMODIFIED
+from .problem import Kinds, Problem
 from .reference import LEVELS, levels_kept
 
 SEEDS = (1 << 63) - 1

@@ -1,17 +1,14 @@
-"""Which calls pack the query heads of a K/V head into the rows of one tile, and into which tiles. Pure Python.
+"""Which calls pack the query heads of a K/V head into the rows of one tile, and into which tiles.
 
 A query of `ratio` heads becomes `pack` rows, the ratio rounded up to a power of two: a block of 64 rows then has whole
 queries, and TMA leaves out the rows that no head has. Of more than 64 heads each 64 are packed for themselves.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from .kernels.config import PACKS, SMEM_BYTES, FwdConfig
 from .kernels.tile_scheduler import OneTile, Static
-
-if TYPE_CHECKING:
-    from .plan import Problem
+from .problem import Problem
 
 SMS = 132  # of an H200: with more tiles than that, two CTAs on an SM are better than one
 WORTH = 0.75  # of the rows that the tiles hold otherwise: with more, packing is not worth a kernel of its own
@@ -24,25 +21,25 @@ def pack_of(ratio: int) -> int:
     return next((pack for pack in PACKS if ratio <= pack), PACKS[-1])
 
 
-def rows_of(problem: "Problem") -> "Problem":
+def rows_of(problem: Problem) -> Problem:
     """What a problem is to the table when its heads are packed: fewer heads, with more rows each."""
     pack = pack_of(problem.ratio)
     heads = problem.heads_kv * -(-problem.ratio // pack)
     return problem._replace(heads=heads, heads_kv=heads, seqlen_q=problem.seqlen_q * pack)
 
 
-def held(config: FwdConfig, problem: "Problem") -> int:
+def held(config: FwdConfig, problem: Problem) -> int:
     """Rows of all tiles, with or without a query: a tile of one busy warpgroup takes nearly as long as a full one."""
     tile = config.tile_m * config.cluster
     return problem.batch * problem.heads * -(-problem.seqlen_q // tile) * tile
 
 
-def worth(config: FwdConfig, rows: "Problem", base: FwdConfig, problem: "Problem") -> bool:
+def worth(config: FwdConfig, rows: Problem, base: FwdConfig, problem: Problem) -> bool:
     """Whether `config` on packed rows is to be preferred to `base` on the problem as it is."""
     return held(config, rows) <= WORTH * held(base, problem)
 
 
-def few_rows(table: FwdConfig, always: FwdConfig, rows: "Problem") -> FwdConfig:
+def few_rows(table: FwdConfig, always: FwdConfig, rows: Problem) -> FwdConfig:
     """For heads of 64 rows at most. What counts is how fast K and V come, so as many CTAs as possible ask for them.
 
     table: what serves the problem by the table; always: what serves any length.

@@ -1,4 +1,4 @@
-"""Problem -> FwdConfig: which kernel runs. What was measured is in `tuned.json`. Pure Python: no GPU, no torch."""
+"""Problem -> FwdConfig: which kernel runs. What was measured is in `tuned.json`. Needs no GPU."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,73 +12,13 @@ from .kernels.mask import Causal, Full, Mask, UserMask, Window
 from .kernels.packed_scheduler import Packed, PackedLongest
 from .kernels.score import Alibi, Plain, Score, Softcap, UserScore
 from .kernels.tile_scheduler import DynamicLongest, StaticTiles
-from .kernels.user_mod import UserMod
+from .problem import UNMODIFIED as UNMODIFIED
+from .problem import Kinds as Kinds
+from .problem import Problem as Problem
 
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the tables' kernels; D runs on the next one up
 EQUAL_HEAD_DIMS = tuple((d, 0) for d in HEAD_DIMS)
 EVERY_HEAD_DIM = (*HEAD_DIMS, 320, 384, 448, 512)  # and those of kernels that are in no table
-
-
-class Kinds(NamedTuple):
-    """Which modifiers a call has, whatever their values."""
-
-    window: bool = False
-    softcap: bool = False
-    alibi: bool = False
-    sinks: bool = False
-    score_mod: UserMod | None = None
-    mask_mod: UserMod | None = None
-    sparse: SparseBlocks | None = None
-    row_max: bool = False
-    dropout: bool = False
-
-
-UNMODIFIED = Kinds()
-
-
-class Problem(NamedTuple):
-    """What is asked of one call: sizes, element type ("bf16" or "fp16"), mode order and mask."""
-
-    batch: int
-    heads: int
-    heads_kv: int
-    seqlen_q: int
-    seqlen_k: int
-    head_dim: int
-    dtype: str = "bf16"
-    layout: str = "bhsd"
-    causal: bool = False
-    constant_time: bool = False
-    kinds: Kinds = UNMODIFIED
-    head_dim_v: int = 0  # of v and o, where it is another than q's and k's
-
-    @property
-    def d_v(self) -> int:
-        return self.head_dim_v or self.head_dim
-
-    @property
-    def ratio(self) -> int:
-        """Query heads to a K/V head."""
-        return self.heads // self.heads_kv if self.heads_kv else 1
-
-    @property
-    def empty(self) -> bool:
-        """Nothing to multiply: no output, or no keys."""
-        return 0 in (self.batch, self.heads, self.seqlen_q, self.seqlen_k)
-
-    @property
-    def row_blocks(self) -> int:
-        """Blocks of 64 queries in all heads and sequences."""
-        return self.batch * self.heads * -(-self.seqlen_q // 64)
-
-    @property
-    def lse_shape(self) -> tuple[int, int, int]:
-        return self.batch, self.heads, self.seqlen_q
-
-    def flops(self) -> float:
-        """2 B H Sq Sk (D + Dv): the products' multiplications and additions; halved for causal (FlashAttention's)."""
-        pairs = 2.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k / (2 if self.causal else 1)
-        return pairs * (self.head_dim + self.d_v)
 
 
 MODIFIED = {False: [Kinds(alibi=True)], True: [Kinds(softcap=True), Kinds(softcap=True, alibi=True, sinks=True)]}
@@ -168,7 +108,8 @@ def keys_of_a_block(config: FwdConfig, score: Score, mask: Mask) -> int:
         much = score.name and (mask.windowed if mask.everywhere else mask.causal and redoes(config, score, mask))
         return min(n, 48) if much else n
     if config.warpgroups < 3 or held < 120:
-        return n
+        much = config.warpgroups == 3 and held >= 112 and mask.windowed and isinstance(score, Softcap)
+        return min(n, 48) if much else n
     much = isinstance(score, UserScore) or mask.everywhere or (score.name and mask.windowed)  # at d160
     return n - 16 if (score.name and n > 64) or (held >= 128 and much) else n
 

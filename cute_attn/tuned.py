@@ -1,4 +1,4 @@
-"""The tuned tables: which kernel serves a class of problems, as measured on one GPU. Pure Python: no GPU, no torch.
+"""The tuned tables: which kernel serves a class of problems, as measured on one GPU. Needs no GPU.
 
 A table is JSON: what it was measured on, and rows such as
 

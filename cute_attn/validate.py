@@ -33,7 +33,8 @@ from .benchmark.contenders import OURS, PEERS, CuteAttn, first_line, make_inputs
 from .benchmark.progress import each
 from .benchmark.timing import Call, compare
 from .kernels.config import FwdConfig
-from .plan import Problem, plan
+from .plan import plan
+from .problem import Problem
 
 HEADLINE = Problem(16, 16, 16, 2048, 2048, 64, "fp16")
 DIFFERENCE = 2e-3  # to torch SDPA

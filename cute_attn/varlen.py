@@ -13,8 +13,8 @@ from torch.compiler import is_compiling
 from . import api, checks, compile, device, notices, reference, strides
 from .checks import Spec
 from .modifiers import NONE, UNMODIFIED, Modifiers
-from .plan import Problem
 from .plan import varlen as plan_varlen
+from .problem import Problem
 
 
 def flash_fwd_varlen(

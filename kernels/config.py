@@ -84,7 +84,8 @@ class FwdConfig:
         assert not self.redo or self.score.quick, "ptxas spills"
         assert not (self.row_max and (self.redo or self.split > 1)), "RowMax sees each S once, and all of a row's"
         assert not self.dropout or self.tile_n % 32 == 0, "a call of Philox is for 32 keys of a row"
-        assert self.sparse is None or (self.cluster == 1 and not self.redo and not self.constant_time), "lists have a loop of their own"
+        plain = self.cluster == 1 and not self.redo and not self.constant_time
+        assert self.sparse is None or plain, "with lists any step may mask"
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
         assert self.pack == 1 or self.packable, "what is asked of a tile has one head"

@@ -129,7 +129,7 @@ QUESTIONED = {
 
 
 @pytest.mark.parametrize(("name", "factor"), sample(6, QUESTIONED, [1, 8]))
-def test_scores_that_are_questioned_after_the_exponentials(name, factor):
+def test_scores_of_the_speculative_softmax(name, factor):
     """With scores that all lie near 0; and with some that softcap's short polynomial is not for, or that overtake."""
     head_dim, how = QUESTIONED[name]
     for seqlen_q, seqlen_k in ((113, 203), (70, 330)):

@@ -236,3 +236,13 @@ def test_the_kernel_says_what_it_takes():
 
 def test_a_symbolic_softcap_is_left_to_the_call():
     assert checks.softcap(None) is None and checks.softcap(30) == 30.0
+
+
+@pytest.mark.machine_code
+@pytest.mark.parametrize(
+    "head_dim", [pytest.param(d, marks=() if d == 128 else pytest.mark.nightly) for d in plan.HEAD_DIMS]
+)
+def test_a_window_s_softcap_does_not_spill(head_dim):
+    for dtype in ("bf16", "fp16"):
+        config = plan.modified(plan.config(head_dim, dtype, "bhsd", True), Kinds(window=True, softcap=True))
+        assert inspect.report(config).problems() == []

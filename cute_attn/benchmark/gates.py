@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..plan import Problem
+from ..problem import Problem
 from .cells import EAGER
 from .contenders import OURS
 

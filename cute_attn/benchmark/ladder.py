@@ -11,7 +11,8 @@ from rich.text import Text
 from .. import compile, device
 from ..kernels.config import FwdConfig
 from ..kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
-from ..plan import Problem, plan
+from ..plan import plan
+from ..problem import Problem
 from . import report, static
 from .contenders import DEFAULT_PEERS, CuteAttn, Inputs, Prepared
 from .progress import each
@@ -88,9 +89,7 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "q_in_regs": lambda yes: "Q in registers" if yes else "Q in shared memory",
     "cluster": lambda n: f"clusters of {n} share K/V" if n > 1 else "no clusters",
     "q_stages": lambda n: "next Q loaded ahead" if n > 1 else "one Q tile",
-    "redo": lambda yes: (
-        "offsets questioned after the exponentials" if yes else "offsets questioned before the exponentials"
-    ),
+    "redo": lambda yes: "speculative softmax" if yes else "lazy rescaling",
     "split": lambda n: f"keys split over {n} CTAs" if n > 1 else "keys not split",
 }
 

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from .. import inspect
 from ..kernels.config import FwdConfig
-from ..plan import Problem, plan
+from ..plan import plan
+from ..problem import Problem
 from .report import print_facts
 
 

@@ -10,7 +10,8 @@ from .. import compile, device
 from ..api import o_like
 from ..kernels.config import FwdConfig
 from ..kernels.trace import EVENTS, HEAD, SAMPLES
-from ..plan import Problem, config, kernel_dims, plan
+from ..plan import config, kernel_dims, plan
+from ..problem import Problem
 from .contenders import make_inputs
 
 PRODUCER = 0

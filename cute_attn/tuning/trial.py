@@ -12,7 +12,7 @@ from ..benchmark.cells import ERROR_MAX, Truth
 from ..benchmark.contenders import Inputs, first_line, make_inputs
 from ..benchmark.timing import SETTLE_MS, TIMED_MS, CudaTimer, Stats, Timer, compare, geomean
 from ..kernels.config import FwdConfig
-from ..plan import Problem
+from ..problem import Problem
 from ..tuned import Key
 from .candidates import LAYOUT, of_type
 
