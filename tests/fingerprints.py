@@ -13,12 +13,13 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, combinations, product
 from pathlib import Path
 
-from cute_attn import inspect
+from cute_attn import compile
 from cute_attn.benchmark.ladder import configs as stages
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.mods import prepare
@@ -119,7 +120,11 @@ def chosen() -> dict[str, FwdConfig]:
 
 def fingerprint(config: FwdConfig) -> str:
     """Of the PTX without comments and without the kernel's name."""
-    ptx = COMMENT.sub("", inspect.build.__wrapped__(config).ptx).replace(config.name, "kernel")
+    with tempfile.TemporaryDirectory() as folder:
+        with compile.lock:  # nobody runs the machine code
+            compile.compile(config, f"--keep-ptx --dump-dir {folder} --ptxas-options -O1")
+        (path,) = Path(folder).glob("*.ptx")
+        ptx = COMMENT.sub("", path.read_text()).replace(config.name, "kernel")
     return hashlib.sha256(ptx.encode()).hexdigest()
 
 
