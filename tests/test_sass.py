@@ -1,12 +1,14 @@
 """The machine code of every shipped kernel, and the checker itself. No GPU needed; about 2 s for each kernel.
 
-Of kernels of fp16, which differ from those of bf16 by the type alone, one of each class; the others at night.
+Of kernels of fp16, which differ from those of bf16 by the type alone, one of each class runs every time; of those that
+run in constant time or change scores, a head dim of each class. The others run at night.
 """
 
 import dataclasses
 import subprocess
 
 import pytest
+from nightly import HEAD_DIM_OF_EACH_CLASS, where
 
 from cute_attn import compile, inspect, plan
 from cute_attn.kernels.config import FwdConfig
@@ -26,12 +28,17 @@ def kernel_class(config):
 FIRST_OF_FP16 = {kernel_class(c): c for c in reversed(SHIPPED) if c.dtype == "fp16"}.values()
 
 
+def every_time(config):
+    if config.dtype == "fp16":
+        return config in FIRST_OF_FP16
+    return config.head_dim in HEAD_DIM_OF_EACH_CLASS or not (config.constant_time or config.score.name)
+
+
 def of_each(configs):
     def decorate(test):
         return pytest.mark.machine_code(pytest.mark.parametrize("config", cases, ids=case)(test))
 
-    every_time = [c for c in configs if c.dtype == "bf16" or c in FIRST_OF_FP16]
-    cases = [pytest.param(c, marks=() if c in every_time else pytest.mark.nightly) for c in configs]
+    cases = where(every_time, configs)
     return decorate
 
 
@@ -43,6 +50,7 @@ def test_what_runs_at_night_has_a_twin():
     fp16 = [c for c in SHIPPED if c.dtype == "fp16"]
     assert {dataclasses.replace(c, dtype="bf16") for c in fp16} <= set(SHIPPED)
     assert len(FIRST_OF_FP16) == len({kernel_class(c) for c in fp16}) == 11
+    assert {kernel_class(c) for c in SHIPPED if every_time(c)} == {kernel_class(c) for c in SHIPPED}
 
 
 def test_both_layouts_have_the_same_kernels():
