@@ -1,7 +1,7 @@
 """The machine code of every shipped kernel, and the checker itself. No GPU needed; about 2 s for each kernel.
 
 Of kernels of fp16, which differ from those of bf16 by the type alone, one of each class runs every time; of those that
-run in constant time or change scores, a head dim of each class. The others run at night.
+have a window, run in constant time or change scores, a head dim of each class. The others run at night.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ FIRST_OF_FP16 = {kernel_class(c): c for c in reversed(SHIPPED) if c.dtype == "fp
 def every_time(config):
     if config.dtype == "fp16":
         return config in FIRST_OF_FP16
-    return config.head_dim in HEAD_DIM_OF_EACH_CLASS or not (config.constant_time or config.score.name)
+    usual = not (config.mask.windowed or config.constant_time or config.score.name)
+    return usual or config.head_dim in HEAD_DIM_OF_EACH_CLASS
 
 
 def of_each(configs):
