@@ -1,5 +1,6 @@
 """GPU tests run where there is a Hopper GPU, and say why they did not run elsewhere; nightly ones by -m nightly."""
 
+import gc
 import importlib.util
 import platform
 from pathlib import Path
@@ -8,6 +9,7 @@ import away
 import built
 import pytest
 import torch
+from ptx.memory import freeze
 
 interpreter = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="the host code is loaded by hand, for x86-64 only"
@@ -34,6 +36,15 @@ def pytest_configure(config):
     away.configure(config)
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)  # each core has a worker of its own
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    """What is imported stays: Python need not search it for garbage, time and again."""
+    gc.disable()
+    yield
+    freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -109,15 +110,28 @@ ALONE = "integrations", "lists", "modifiers", "varlen", "window"  # that take --
 
 
 @pytest.mark.parametrize("script", ["accuracy", "odd_shapes", *ALONE])
-def test_without_a_hopper_gpu_a_script_says_so_and_writes_nothing(script, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--out", str(tmp_path / "x.json")]
+def test_without_a_hopper_gpu_a_script_says_so_and_writes_nothing(script, tmp_path, monkeypatch, capsys):
+    path = ROOT / "benchmarks" / f"{script}.py"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(path), "--out", str(tmp_path / "x.json")])
+    monkeypatch.syspath_prepend(path.parent)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    refused(script, tmp_path, stop.value.code, *capsys.readouterr())
+
+
+def test_a_script_is_run_from_any_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "window.py"), "--out", str(tmp_path / "x.json")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    refused("window", tmp_path, done.returncode, done.stdout, done.stderr)
+
+
+def refused(script, folder, code, out, err):
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
     assert line.startswith(f"benchmarks/{script}.py: a Hopper GPU") and "no CUDA device is available" in line
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
 # Accuracy: the truth

@@ -4,7 +4,7 @@ import threading
 
 import built
 import pytest
-from nightly import sample
+from nightly import sample, where
 
 from cute_attn import compile, inspect, plan
 
@@ -81,3 +81,9 @@ def test_a_sample_has_all_cases_and_marks_the_rest():
     assert cases == sample(3, range(4), "ab")
     with pytest.raises(AssertionError, match="8 of 8 cases are no sample"):
         sample(8, range(4), "ab")
+
+
+def test_those_that_run_every_time_are_chosen():
+    cases = where((2).__eq__, range(4))
+    assert [case.values for case in cases] == [(0,), (1,), (2,), (3,)]
+    assert [not case.marks for case in cases] == [False, False, True, False]

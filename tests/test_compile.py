@@ -42,10 +42,11 @@ def counted() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", COUNTED], stdout=subprocess.PIPE, text=True)
 
 
-def test_next_process_loads_from_disk(cache):
-    compile.get(CONFIG)
-    output, _ = counted().communicate()
-    assert output == "0\n"
+def test_what_is_on_disk_is_loaded(cache, monkeypatch, whole):
+    """By the next process: this one has nothing in memory."""
+    compile.cache_file(CONFIG).write_bytes(whole)
+    monkeypatch.setattr(compile, "compile", None)
+    assert callable(compile.get(CONFIG))
     assert files(cache) == [compile.cache_file(CONFIG).name]
 
 
@@ -57,8 +58,16 @@ def whole(tmp_path_factory):
         return compile.store(CONFIG).read_bytes()
 
 
+@pytest.fixture
+def at_once(whole, monkeypatch):
+    """Every kernel is compiled to that file's code, in no time."""
+    one = SimpleNamespace(export_to_c=lambda file, _: Path(file).write_bytes(whole[:-32]))
+    monkeypatch.setattr(compile, "compile", lambda config: one)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "flipped", "foreign object"])
-def test_a_damaged_file_is_compiled_again(cache, monkeypatch, damage, whole):
+@pytest.mark.usefixtures("at_once")
+def test_a_damaged_file_is_compiled_again(cache, damage, whole):
     path = compile.cache_file(CONFIG)
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
@@ -71,8 +80,6 @@ def test_a_damaged_file_is_compiled_again(cache, monkeypatch, damage, whole):
         "foreign object": whole[:-32],
     }
     path.write_bytes(bad[damage])
-    again = SimpleNamespace(export_to_c=lambda file, _: Path(file).write_bytes(whole[:-32]))
-    monkeypatch.setattr(compile, "compile", lambda config: again)
     assert callable(compile.get(CONFIG))
     assert path.read_bytes() == whole
 
@@ -117,7 +124,7 @@ def test_threads_compile_once(cache, monkeypatch):
 
 
 def test_processes_share_the_cache(cache):
-    """Of two that ask at once, one compiles."""
+    """Of two that ask at once, one compiles, and the other loads what that has stored."""
     running = [counted() for _ in range(2)]
     assert sorted(process.communicate()[0] for process in running) == ["0\n", "1\n"]
     assert files(cache) == [compile.cache_file(CONFIG).name]
@@ -134,6 +141,7 @@ def test_a_failed_write_leaves_nothing(cache, monkeypatch):
     assert files(cache) == []
 
 
+@pytest.mark.usefixtures("at_once")
 def test_cache_can_be_off_or_impossible(cache, monkeypatch):
     monkeypatch.setenv("CUTE_ATTN_CACHE", "0")
     assert compile.cache_dir() is None
@@ -152,6 +160,7 @@ def test_default_directory(monkeypatch):
     assert compile.cache_dir().name == "cute_attn"
 
 
+@pytest.mark.usefixtures("at_once")
 def test_warmup(cache):
     ready = warmup((64, 72), dtype="bf16", layout="bhsd", causal=False)
     assert [(c.head_dim, c.scheduler.name) for c in ready[:2]] == [(64, "static"), (96, "static")]
@@ -171,6 +180,6 @@ OTHER = [config for config in plan.shipped() if config.layout != "bhsd"]  # test
 
 
 @pytest.mark.machine_code
-@pytest.mark.parametrize("config", sample(12, OTHER), ids=lambda c: f"{c.name}_{c.layout}_{c.scheduler.__name__}")
+@pytest.mark.parametrize("config", sample(6, OTHER), ids=lambda c: f"{c.name}_{c.layout}_{c.scheduler.__name__}")
 def test_every_shipped_kernel_of_the_other_layout_compiles(config):
     assert callable(compile.get(config))

@@ -1,12 +1,14 @@
 """The machine code of every shipped kernel, and the checker itself. No GPU needed; about 2 s for each kernel.
 
-Of kernels of fp16, which differ from those of bf16 by the type alone, one of each class; the others at night.
+Of kernels of fp16, which differ from those of bf16 by the type alone, one of each class runs every time; of those that
+have a window, run in constant time or change scores, a head dim of each class. The others run at night.
 """
 
 import dataclasses
 import subprocess
 
 import pytest
+from nightly import HEAD_DIM_OF_EACH_CLASS, where
 
 from cute_attn import compile, inspect, plan
 from cute_attn.kernels.config import FwdConfig
@@ -28,12 +30,18 @@ def parts(config):
 FIRST_OF_FP16 = {parts(c): c for c in reversed(SHIPPED) if c.dtype == "fp16"}.values()
 
 
+def every_time(config):
+    if config.dtype == "fp16":
+        return config in FIRST_OF_FP16
+    usual = not (config.mask.windowed or config.constant_time or config.score.name)
+    return usual or config.head_dim in HEAD_DIM_OF_EACH_CLASS
+
+
 def of_each(configs):
     def decorate(test):
         return pytest.mark.machine_code(pytest.mark.parametrize("config", cases, ids=case)(test))
 
-    every_time = [c for c in configs if c.dtype == "bf16" or c in FIRST_OF_FP16]
-    cases = [pytest.param(c, marks=() if c in every_time else pytest.mark.nightly) for c in configs]
+    cases = where(every_time, configs)
     return decorate
 
 
@@ -44,7 +52,8 @@ each_with_edges = of_each([c for c in SHIPPED if c.mask.causal or c.mask.windowe
 def test_what_runs_at_night_has_a_twin():
     fp16 = [c for c in SHIPPED if c.dtype == "fp16"]
     assert {dataclasses.replace(c, dtype="bf16") for c in fp16} <= set(SHIPPED)
-    assert len(FIRST_OF_FP16) == len({parts(c) for c in fp16}) == 11
+    assert len(FIRST_OF_FP16) == len({parts(c) for c in fp16}) > 10
+    assert {parts(c) for c in SHIPPED if every_time(c)} == {parts(c) for c in SHIPPED}
 
 
 def test_both_layouts_have_the_same_kernels():

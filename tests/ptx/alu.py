@@ -9,8 +9,10 @@ import numpy as np
 
 from .parse import SINK, Instruction, Not, Pair, Register, Vector
 from .slots import TYPES, Slots
+from .waits import for_lanes
 
-Step = Callable  # Warp -> None; or why it cannot go on, a str
+TINY = np.finfo(np.float32).tiny
+Step = Callable  # Warp -> None; or why it cannot go on, a Wait
 
 
 def binary(op: np.ufunc):
@@ -74,7 +76,8 @@ def ternary(function: Callable, kinds: Callable = lambda kind: (kind,) * 4):
 
 def flushed(x: np.ndarray) -> np.ndarray:
     """Subnormals as zeros of their sign."""
-    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+    small = np.abs(x) < TINY
+    return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
 
 
 def fma(a, b, c):
@@ -295,7 +298,7 @@ def shfl(i: Instruction, s: Slots) -> Step:
 
     def step(w):
         if w.where is not True:
-            return "shfl.sync waits for the other lanes"
+            return for_lanes("shfl.sync")
         by, packed = w.rows[b].astype(np.int64) & 31, w.rows[c].astype(np.int64)
         segment, most = packed >> 8 & 31, packed & 31
         last = (own & segment) | (most & ~segment)
@@ -322,7 +325,7 @@ def vote(i: Instruction, s: Slots) -> Step:
 
     def step(w):
         if w.where is not True:
-            return "vote.sync waits for the other lanes"
+            return for_lanes("vote.sync")
         w.rows[d][...] = reduce(p(w))
         return None
 
@@ -335,7 +338,7 @@ def elect(i: Instruction, s: Slots) -> Step:
 
     def step(w):
         if w.where is not True:
-            return "elect.sync waits for the other lanes"
+            return for_lanes("elect.sync")
         w.rows[d][...] = 0
         w.rows[p][...] = False
         w.rows[p][0] = True
@@ -352,7 +355,7 @@ def redux(i: Instruction, s: Slots) -> Step:
 
     def step(w):
         if w.where is not True:
-            return "redux.sync waits for the other lanes"
+            return for_lanes("redux.sync")
         w.rows[d][...] = reduce(w.rows[a])
         return None
 
@@ -363,7 +366,10 @@ def rounded_bf16(x: np.ndarray) -> np.ndarray:
     """float32 -> the bits of the nearest bfloat16, ties to even."""
     bits = x.view(np.uint32)
     up = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
-    return np.where(np.isnan(x), 0x7FFF, (bits + up) >> np.uint32(16)).astype(np.uint16)
+    found, nan = ((bits + up) >> np.uint32(16)).astype(np.uint16), np.isnan(x)
+    if nan.any():
+        found[nan] = 0x7FFF
+    return found
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:

@@ -54,7 +54,7 @@ def compiled(build: Callable, symbol: str = compile.SYMBOL) -> Compiled:
 
 def _ptx_and_object(build: Callable, symbol: str) -> tuple[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        function = build(f"--keep-ptx --dump-dir {folder}")
+        function = build(f"--keep-ptx --dump-dir {folder} --ptxas-options -O1")  # nobody runs the machine code
         function.export_to_c(f"{folder}/host.o", symbol)
         (ptx,) = Path(folder).glob("*.ptx")
         return ptx.read_text(), Path(folder, "host.o").read_bytes()

@@ -4,6 +4,7 @@ Warps and the transfers on their way have priorities by chance: the highest goes
 get another one (PCT: Burckhardt et al., ASPLOS 2010). So some transfers arrive at once, and others when all warps wait.
 """
 
+import operator
 import random
 from collections import defaultdict
 
@@ -20,6 +21,9 @@ from .translate import Jump, Kernel, full
 TURNS = (1, 3, 20, 1 << 30)  # how many blocks of instructions a warp gets, one of these by chance
 CHANGE = 0.2  # how often a warp's priority changes after that
 BLOCKS_MAX = 20_000_000  # of a launch: more is a loop without an end
+ALL = np.ones(LANES, bool)
+ALL.flags.writeable = False
+PRIORITY = operator.attrgetter("priority")
 
 
 class Deadlock(Fault):
@@ -32,11 +36,12 @@ class Warp:
     def __init__(self, cta, index: int):
         self.machine, self.cta, self.index = cta.cluster.machine, cta, index
         self.number = 1 + cta.index * (cta.threads // LANES) + index
-        self.file = File(self.machine.kernel.slots, self._special())
+        self.file = File(self.machine.kernel.plan, self._special())
         self.rows = self.file.rows
         self.paths: dict[int, np.ndarray | bool] = {0: True}  # instruction -> lanes; True: all
         self.where: np.ndarray | bool = True
-        self.waits_for, self.cluster_target, self.why = None, 0, ""
+        self.waits_for, self.cluster_target, self.why = None, 0, None
+        self.waits: list = []  # of each path, since the last time that none could go on
         self.wgmmas, self.bulk_groups = Wgmmas(self), BulkGroups()
         self.priority = self.machine.random.random()
 
@@ -45,25 +50,33 @@ class Warp:
         return not self.paths
 
     def lanes(self) -> np.ndarray:
-        return np.ones(LANES, bool) if self.where is True else self.where
+        return ALL if self.where is True else self.where
 
     def put(self, row: int, values):
-        np.copyto(self.rows[row], values, where=self.where, casting="unsafe")
+        if self.where is True:
+            self.rows[row][...] = values
+        else:
+            np.copyto(self.rows[row], values, where=self.where, casting="unsafe")
 
     def clock(self) -> int:
         return self.machine.blocks
 
     def advance(self) -> bool:
         """One block of instructions; False where no lane can go on."""
+        self.waits = []
         for at in sorted(self.paths):
             end = self._run(at)
-            if end != at or self.why == "":
+            if end != at or self.why is None:
                 return True
+            self.waits.append(self.why)
         return False
+
+    def may_go_on(self) -> bool:
+        return any(wait.over() for wait in self.waits)
 
     def _run(self, at: int) -> int:
         """Of the lanes there, up to a jump, a label, or where they wait; where that is."""
-        kernel, self.where, self.why = self.machine.kernel, self.paths.pop(at), ""
+        kernel, self.where, self.why = self.machine.kernel, self.paths.pop(at), None
         end = kernel.ends[at]
         kernel.ran.add(at)
         for n in range(at, end):
@@ -80,11 +93,14 @@ class Warp:
         if not isinstance(jump, Jump):
             self._join(end, self.where)
             return
-        taken = self.where if jump.when is None else self.lanes() & jump.when(self)
-        if taken is True or taken.any():
-            self._join(jump.target, taken)
-        if jump.when is not None and (rest := self.lanes() & ~taken).any():
-            self._join(end + 1, rest)
+        if jump.when is None:
+            self._join(jump.target, self.where)
+        else:
+            lanes = self.lanes()
+            taken = lanes & jump.when(self)
+            for at, some in ((jump.target, taken), (end + 1, lanes ^ taken)):
+                if np.count_nonzero(some):
+                    self._join(at, some)
         if self.ended:
             self.cta.warp_ends()
 
@@ -92,10 +108,11 @@ class Warp:
         if at is None:
             return
         there = self.paths.get(at)
-        lanes = np.ones(LANES, bool) if lanes is True else lanes
-        self.paths[at] = full(lanes if there is None else lanes | there)
+        if lanes is not True and there is not None:
+            lanes = lanes | there
+        self.paths[at] = lanes if lanes is True else full(lanes)
 
-    def _special(self) -> dict[str, np.ndarray]:
+    def _special(self) -> dict:
         cta, lane = self.cta, np.arange(LANES)
         launch, size = self.machine.launch, self.machine.launch.cluster
         values = {
@@ -106,7 +123,7 @@ class Warp:
         }
         ones = {f"{name}.{axis}": 1 for name in ("ntid", "nctaid", "cluster_nctaid", "nclusterid") for axis in "yz"}
         zeros = {f"{name}.{axis}": 0 for name in ("tid", "ctaid", "cluster_ctaid", "clusterid") for axis in "yz"}
-        return {name: np.broadcast_to(value, LANES) for name, value in (values | ones | zeros).items()}
+        return values | ones | zeros
 
 
 class Cta:
@@ -192,11 +209,13 @@ class Machine:
         self._waiting = [*range(launch.grid // launch.cluster)][::-1]
         self._ready: list[Warp] = []
         self._blocked: list[Warp] = []
+        self._news = False
 
     def run(self):
         with np.errstate(all="ignore"):
             while self._waiting or self._ready or self._blocked or self.flying:
-                self._refill()
+                if self._waiting:
+                    self._refill()
                 self._one_turn()
 
     def chance(self) -> bool:
@@ -207,9 +226,15 @@ class Machine:
         self.flying.append(transfer)
 
     def something_happened(self):
-        """Whoever waits may look again."""
-        self._ready += self._blocked
-        self._blocked = []
+        """Before the next turn, those that wait are looked at."""
+        self._news = True
+
+    def _wake(self):
+        """Those whose wait is over."""
+        self._news = False
+        awake = [w for w in self._blocked if w.may_go_on()]
+        self._ready += awake
+        self._blocked = [w for w in self._blocked if w not in awake] if awake else self._blocked
 
     def _packed(self, values: tuple[bytes, ...]) -> bytes:
         """As the kernel's parameters lie in memory."""
@@ -228,7 +253,9 @@ class Machine:
             self._ready += Cluster(self, index).warps()
 
     def _one_turn(self):
-        first = max((*self._ready, *self.flying), key=lambda x: x.priority, default=None)
+        if self._news:
+            self._wake()
+        first = max((*self._ready, *self.flying), key=PRIORITY, default=None)
         if first is None:
             raise Deadlock("\n".join(["deadlock; these wait:", *map(_where, self._blocked)]))
         if isinstance(first, Transfer):
@@ -255,4 +282,4 @@ class Machine:
 
 
 def _where(w: Warp) -> str:
-    return f"CTA {w.cta.index}, warp {w.index}, at {sorted(w.paths)}: {w.why}"
+    return f"CTA {w.cta.index}, warp {w.index}, at {sorted(w.paths)}: {w.why.told()}"

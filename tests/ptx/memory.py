@@ -3,6 +3,7 @@
 import bisect
 import ctypes
 import gc
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from .slots import PARAMETER_BASE, SHARED_BASE, TYPES, Slots
 
 POISON = 0xFF  # bytes: NaN in any float type, -1 in any integer
 RANK_SHIFT = 24  # of a shared address: 1 + which CTA of the cluster, 0: the own one
+_frozen: list[weakref.ref] = []
 OFFSET = (1 << RANK_SHIFT) - 1
 
 
@@ -33,10 +35,7 @@ class Global:
     def __init__(self, addresses: Iterable[int]):
         wanted = sorted(a for a in addresses if a)
         found = {}
-        types = set(
-            _subclasses(torch.Tensor)
-        )  # isinstance would ask each object for its __class__, at ten times the time
-        for start, size in (_storage(x) for x in gc.get_objects() if type(x) in types):
+        for start, size in map(_storage, _tensors()):
             at = bisect.bisect_left(wanted, start)
             if at < len(wanted) and wanted[at] < start + size:
                 found[start] = max(size, found.get(start, 0))
@@ -76,6 +75,24 @@ class Global:
             memory[offsets[:, None] + span] = raw[here]
 
 
+def freeze():
+    """No later search looks at what there is now, nor does Python's own for garbage; its tensors stay known."""
+    gc.collect()
+    _frozen.extend(map(weakref.ref, _searched()))
+    gc.freeze()
+
+
+def _tensors() -> Iterator[torch.Tensor]:
+    yield from (x for known in _frozen if (x := known()) is not None)
+    yield from _searched()
+
+
+def _searched() -> Iterator[torch.Tensor]:
+    """isinstance would ask each object for its __class__, at ten times the time."""
+    types = set(_subclasses(torch.Tensor))
+    return (x for x in gc.get_objects() if type(x) in types)
+
+
 def _subclasses(cls: type) -> Iterator[type]:
     yield cls
     for below in cls.__subclasses__():
@@ -99,12 +116,13 @@ class Shared:
 
     def __init__(self, size: int):
         self.bytes = np.full(SHARED_BASE + -(-size // 16) * 16, POISON, np.uint8)
+        self._storing: set[int] = set()  # the warps that have stored since their last fence
         self._unfenced = np.zeros(len(self.bytes) // 16, np.int32)  # of 16 bytes: the warp that stored there; 0: none
         self._views = {dtype: self.bytes.view(dtype) for dtype in ("u1", "u2", "u4", "u8")}
 
     def load(self, offsets: np.ndarray, dtype: np.dtype, why: str, proxy: bool = False) -> np.ndarray:
         items = self._items(offsets, dtype.itemsize, why)
-        if proxy and (found := self._unfenced[offsets // 16]).any():
+        if proxy and self._storing and (found := self._unfenced[offsets // 16]).any():
             raise Fault(f"shared memory: {why} reads what warp {found.max() - 1} has stored, without fence.proxy.async")
         return self._views[f"u{dtype.itemsize}"][items].view(dtype)
 
@@ -113,12 +131,16 @@ class Shared:
         view = self._views[f"u{values.itemsize}"]
         view[self._items(offsets, values.itemsize, why)] = values.view(view.dtype)
         self._unfenced[offsets // 16] = warp
+        if warp:
+            self._storing.add(warp)
 
     def fence(self, warp: int):
-        self._unfenced[self._unfenced == warp] = 0
+        if warp in self._storing:
+            self._storing.remove(warp)
+            self._unfenced[self._unfenced == warp] = 0
 
     def _items(self, offsets: np.ndarray, size: int, why: str) -> np.ndarray:
-        if (offsets % size).any():
+        if np.count_nonzero(offsets & (size - 1)):
             raise Fault(f"shared memory: {why} at {offsets[0]:#x} is not aligned to {size} bytes")
         if offsets.min() < SHARED_BASE or offsets.max() + size > len(self.bytes):
             raise Fault(f"shared memory: {why} touches {offsets.min():#x} to {offsets.max():#x}, beyond its end")

@@ -78,23 +78,40 @@ class Slots:
         return operand.bits % (1 << 8 * dtype.itemsize)
 
 
-class File:
-    """A warp's registers, poisoned: NaN, or -1."""
+class Plan:
+    """What the files of a program's warps have alike: constants, and which view of which bank a row is."""
 
-    def __init__(self, slots: Slots, special: dict[str, np.ndarray]):
-        self.banks = {bits: np.zeros((n, LANES), BANKS[bits]) for bits, n in slots.sizes.items()}
+    def __init__(self, slots: Slots):
+        self.sizes = dict(slots.sizes)
+        self.constants = [_constant_row(row) if row.bank == CONSTANT else None for row in slots.rows]
+        self.special = [(n, row.of, np.dtype(row.dtype)) for n, row in enumerate(slots.rows) if row.bank == SPECIAL]
+        self.views: dict[tuple, list[tuple[int, int]]] = {}  # (bank, type, part) -> (row, which register)
+        for n, row in enumerate(slots.rows):
+            if row.bank in BANKS:
+                self.views.setdefault((row.bank, np.dtype(row.dtype), row.part), []).append((n, row.of))
+
+
+def _constant_row(row: Row) -> np.ndarray:
+    dtype = np.dtype(row.dtype)
+    if dtype.kind == "b":
+        found = np.full(LANES, bool(row.of))
+    else:
+        found = np.full(LANES, row.of, f"u{dtype.itemsize}").view(dtype)
+    found.flags.writeable = False
+    return found
+
+
+class File:
+    """A warp's registers, poisoned: NaN, or -1. special: a value, or one for each lane, of every special register."""
+
+    def __init__(self, plan: Plan, special: dict):
+        self.banks = {bits: np.empty((n, LANES), BANKS[bits]) for bits, n in plan.sizes.items()}
         for bits, bank in self.banks.items():
             bank[...] = True if bits == 1 else np.iinfo(bank.dtype).max
-        self.rows = [self._view(row, special) for row in slots.rows]
-
-    def _view(self, row: Row, special: dict[str, np.ndarray]) -> np.ndarray:
-        dtype = np.dtype(row.dtype)
-        if row.bank == SPECIAL:
-            return special[row.of].astype(dtype)
-        if row.bank == CONSTANT:
-            if dtype.kind == "b":
-                return np.full(LANES, bool(row.of))
-            return np.full(LANES, row.of, f"u{dtype.itemsize}").view(dtype)
-        values = self.banks[row.bank][row.of]
-        steps = values.itemsize // dtype.itemsize
-        return values.view(dtype)[row.part :: steps]
+        self.rows = list(plan.constants)
+        for n, name, dtype in plan.special:
+            self.rows[n] = np.broadcast_to(special[name], LANES).astype(dtype)
+        for (bits, dtype, part), places in plan.views.items():
+            views = [*self.banks[bits].view(dtype)[:, part :: self.banks[bits].itemsize // dtype.itemsize]]
+            for n, register in places:
+                self.rows[n] = views[register]

@@ -7,6 +7,7 @@ import numpy as np
 from .memory import Fault, address
 from .parse import SINK, Instruction, Register
 from .slots import Slots
+from .waits import Wait, for_lanes
 
 
 @dataclass
@@ -140,33 +141,37 @@ def _wait(i: Instruction, s: Slots, blocks: bool):
     p, at, parity = s.of(i.operands[0], "pred"), address(i.operands[1], s), s.of(i.operands[2], "u32")
 
     def step(w):
-        ended = np.zeros(32, bool)
-        for lane, barrier in _barriers(w, at(w), i.text):
-            ended[lane] = barrier.has_ended(int(w.rows[parity][lane]))
-        if blocks and not ended[w.lanes()].all():
-            return f"{i.text} waits: {_told(w, at(w), w.rows[parity], i.text)}"
+        lanes, ended = w.lanes(), np.zeros(32, bool)
+        asked = [*zip(at(w)[lanes].tolist(), w.rows[parity][lanes].tolist(), strict=True)]
+        found = {one: (w.cta.barrier(one[0], i.text), one[1]) for one in set(asked)}
+        ended[lanes] = [found[one][0].has_ended(one[1]) for one in asked]
+        if blocks and not ended[lanes].all():
+            each = found.values()
+            return Wait(
+                lambda: all(barrier.has_ended(odd) for barrier, odd in each), lambda: _told(i.text, asked[0], found)
+            )
         w.put(p, ended)
         return None
 
     return step
 
 
-def _told(w, addresses, parity, why: str) -> str:
-    lane, b = next(_barriers(w, addresses, why))
+def _told(why: str, one: tuple[int, int], found: dict) -> str:
+    (address, parity), (b, _) = one, found[one]
     missing = f"{b.pending} of {b.expected} arrivals and {b.bytes} bytes missing"
-    return f"mbarrier {int(addresses[lane]):#x}, parity {parity[lane]}; {b.phases} phases ended, {missing}"
+    return f"{why} waits: mbarrier {address:#x}, parity {parity}; {b.phases} phases ended, {missing}"
 
 
 def bar(i: Instruction, s: Slots):
     mode = next(word for word in i.words if word in ("sync", "arrive", "warp"))
     if mode == "warp":
-        return lambda w: None if w.where is True else "bar.warp.sync waits for the other lanes"
+        return lambda w: None if w.where is True else for_lanes("bar.warp.sync")
     number = s.of(i.operands[0], "u32")
     count = s.of(i.operands[1], "u32") if len(i.operands) > 1 else None
 
     def step(w):
         if w.where is not True:
-            return f"{i.text} waits for the other lanes"
+            return for_lanes(i.text)
         barrier = w.cta.named[int(w.rows[number][0])]
         threads = int(w.rows[count][0]) if count is not None else w.cta.threads
         if mode == "arrive" or w.waits_for is None:
@@ -174,7 +179,10 @@ def bar(i: Instruction, s: Slots):
             barrier.arrive(threads, i.text)
             w.machine.something_happened()
         if mode == "sync" and barrier.times < w.waits_for:
-            return f"{i.text} waits: barrier {int(w.rows[number][0])}, {barrier.arrived} of {threads} threads there"
+            target, told = w.waits_for, f"{i.text} waits: barrier {int(w.rows[number][0])}"
+            return Wait(
+                lambda: barrier.times >= target, lambda: f"{told}, {barrier.arrived} of {threads} threads there"
+            )
         w.waits_for = None
         return None
 
@@ -191,7 +199,7 @@ def barrier(i: Instruction, s: Slots):
 
 def _cluster_arrive(w):
     if w.where is not True:
-        return "barrier.cluster.arrive waits for the other lanes"
+        return for_lanes("barrier.cluster.arrive")
     cluster = w.cta.cluster
     if w in cluster.barrier.arrived:
         raise Fault("barrier.cluster.arrive: twice without a wait between")
@@ -204,9 +212,11 @@ def _cluster_arrive(w):
 
 def _cluster_wait(w):
     if w.where is not True:
-        return "barrier.cluster.wait waits for the other lanes"
-    there = w.cta.cluster.barrier
-    return None if there.times >= w.cluster_target else f"barrier.cluster.wait: {len(there.arrived)} warps are there"
+        return for_lanes("barrier.cluster.wait")
+    there, target = w.cta.cluster.barrier, w.cluster_target
+    if there.times >= target:
+        return None
+    return Wait(lambda: there.times >= target, lambda: f"barrier.cluster.wait: {len(there.arrived)} warps are there")
 
 
 def griddepcontrol(i: Instruction, s: Slots):
@@ -222,7 +232,7 @@ def setmaxnreg(i: Instruction, s: Slots):
     count = i.operands[0].bits
     if not (24 <= count <= 256 and count % 8 == 0):
         raise Fault(f"{i.text}: a multiple of 8 from 24 to 256 is needed")
-    return lambda w: None if w.where is True else f"{i.text} waits for the other lanes"
+    return lambda w: None if w.where is True else for_lanes(i.text)
 
 
 def fence(i: Instruction, s: Slots):

@@ -13,6 +13,7 @@ from .alu import FROM_HALF
 from .memory import Fault, address
 from .parse import Instruction, Vector
 from .slots import LANES, Slots
+from .waits import for_lanes
 
 ROW_BYTES = {1: 128, 2: 64, 3: 32, 0: 16}  # of a swizzle mode: what lies in one piece along the contiguous mode
 LANE = np.arange(LANES)
@@ -46,14 +47,19 @@ def swizzled(at: np.ndarray, piece: int) -> np.ndarray:
     return at ^ (at >> 3 & (piece - 1) & ~15)
 
 
-def read(w, descriptor: int, rows: int, transposed: bool, kind: str) -> np.ndarray:
-    """(rows, 16) float32 of the operand that a matrix descriptor says."""
+def read(w, descriptor: int, rows: int, transposed: bool, kind: str, part=slice(None)) -> np.ndarray:
+    """(rows, 16) float32 of the operand that a matrix descriptor says; of these rows, a part."""
     start, leading, stride = ((descriptor >> at & 0x3FFF) * 16 for at in (0, 16, 32))
     if descriptor >> 49 & 7:
         raise NotImplementedError("a matrix descriptor with a base offset")
-    layout = Layout(rows, transposed, leading, stride, descriptor >> 62 & 3)
-    at = swizzled(start + offsets(layout), ROW_BYTES[layout.swizzle])
+    at = places(start, Layout(rows, transposed, leading, stride, descriptor >> 62 & 3))[part]
     return FROM_HALF[kind](w.cta.shared.load(at, np.dtype("u2"), f"wgmma of descriptor {descriptor:#x}", proxy=True))
+
+
+@lru_cache(maxsize=1024)
+def places(start: int, layout: Layout) -> np.ndarray:
+    """(rows, 16): where in shared memory the elements lie."""
+    return swizzled(start + offsets(layout), ROW_BYTES[layout.swizzle])
 
 
 @lru_cache
@@ -65,15 +71,18 @@ def accumulator_places(n: int) -> np.ndarray:
 
 def fragment(words: np.ndarray, kind: str) -> np.ndarray:
     """(registers, 32) of pairs -> (16, 16) or, of two registers for B, (16, 8) of float32, k second or first."""
-    halves = words.view(np.uint16).reshape(len(words), LANES, 2)
-    j, lane, h = np.ogrid[: len(words), :LANES, :2]
-    if len(words) == 4:
-        found = np.empty((16, 16), np.uint16)
-        found[lane // 4 + j % 2 * 8, lane % 4 * 2 + h + j // 2 * 8] = halves
-    else:
-        found = np.empty((16, 8), np.uint16)
-        found[lane % 4 * 2 + h + j * 8, lane // 4 + 0 * h] = halves
+    found = np.empty((16, 4 * len(words)), np.uint16)
+    found.ravel()[fragment_places(len(words))] = words.view(np.uint16).reshape(len(words), LANES, 2)
     return FROM_HALF[kind](found)
+
+
+@lru_cache
+def fragment_places(count: int) -> np.ndarray:
+    """(registers, 32, 2): where in (16, 16) or (16, 8) the halves of a lane's registers are."""
+    j, lane, h = np.ogrid[:count, :LANES, :2]
+    if count == 4:
+        return (lane // 4 + j % 2 * 8) * 16 + lane % 4 * 2 + h + j // 2 * 8
+    return (lane % 4 * 2 + h + j * 8) * 8 + lane // 4
 
 
 class Accumulator:
@@ -141,7 +150,7 @@ def wgmma(i: Instruction, s: Slots):
 
 
 def _aligned(step, i: Instruction):
-    return lambda w: step(w) if w.where is True else f"{i.text[:60]} waits for the other lanes"
+    return lambda w: step(w) if w.where is True else for_lanes(i.text[:60])
 
 
 def _multiply(i: Instruction, s: Slots):
@@ -185,7 +194,7 @@ def _matrix(a, s: Slots, kind: str, transposed: bool):
 
     def source(w):
         descriptor, first = _uniform(w.rows[row], "wgmma"), 16 * (w.index % 4)
-        return lambda: read(w, descriptor, 64, transposed, kind)[first : first + 16]
+        return lambda: read(w, descriptor, 64, transposed, kind, slice(first, first + 16))
 
     return source
 

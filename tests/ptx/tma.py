@@ -10,6 +10,7 @@ from .memory import Fault, address
 from .parse import Instruction, Vector
 from .slots import PARAMETER_BASE, Slots
 from .tensor_core import swizzled
+from .waits import Wait
 
 ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 10: 2}  # of a descriptor's type
 PIECES = {0: 1, 1: 32, 2: 64, 3: 128}  # of a descriptor's swizzle: bytes
@@ -29,7 +30,7 @@ class Descriptor(NamedTuple):
     box: tuple[int, ...]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def decode(raw: bytes) -> Descriptor:
     w = struct.unpack("<16Q", raw)
     rank, element = (w[1] >> 4 & 7) + 1, ELEMENT_BYTES[w[1] >> 7 & 15]
@@ -52,10 +53,15 @@ class Box(NamedTuple):
     row_bytes: int  # of a row of the box
 
 
+@lru_cache(maxsize=64)
+def rows(sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Of a box's rows, where each is along every dimension but the contiguous one."""
+    return [x.ravel(order="F") for x in np.meshgrid(*map(np.arange, sizes), indexing="ij")]
+
+
 def box(d: Descriptor, start: tuple[int, ...]) -> Box:
     """Where the box at these coordinates lies in global memory."""
-    others = [np.arange(n) for n in d.box[1:]]
-    grid = [x.ravel(order="F") for x in np.meshgrid(*others, indexing="ij")]
+    grid = rows(d.box[1:])
     at = [g + c for g, c in zip(grid, start[1:], strict=True)]
     inside = np.ones(len(grid[0]), bool)
     addresses = np.full(len(grid[0]), (d.address + start[0] * d.element) % (1 << 64), np.uint64)
@@ -68,14 +74,15 @@ def box(d: Descriptor, start: tuple[int, ...]) -> Box:
     return Box(inside & (width > 0), addresses[inside & (width > 0)], width, d.box[0] * d.element)
 
 
-def places(d: Descriptor, at: int, rows: int, row_bytes: int) -> np.ndarray:
+@lru_cache(maxsize=256)
+def places(piece: int, at: int, rows: int, row_bytes: int) -> np.ndarray:
     """(rows, row_bytes / 2): where in shared memory the box's halves lie."""
     if at % 128:
         raise Fault(f"TMA: shared address {at:#x} is not aligned to 128 bytes")
-    if d.piece > 1 and row_bytes > d.piece:
-        raise Fault(f"TMA: rows of {row_bytes} bytes are wider than the swizzle's {d.piece}")
+    if piece > 1 and row_bytes > piece:
+        raise Fault(f"TMA: rows of {row_bytes} bytes are wider than the swizzle's {piece}")
     halves = at + np.arange(rows)[:, None] * row_bytes + np.arange(0, row_bytes, 2)
-    return swizzled(halves, max(d.piece, 16))
+    return swizzled(halves, max(piece, 16))
 
 
 def load(machine, d: Descriptor, start: tuple[int, ...], cta, at: int):
@@ -83,26 +90,25 @@ def load(machine, d: Descriptor, start: tuple[int, ...], cta, at: int):
     b = box(d, start)
     values = np.zeros((len(b.inside), b.row_bytes), np.uint8)
     if len(b.addresses):
-        values[b.inside, : b.width] = _rows(machine, b, "a TMA load")
-    cta.shared.store(places(d, at, len(b.inside), b.row_bytes), values.view(np.uint16), "a TMA load")
+        memory, offsets = _place(machine, b, "a TMA load")
+        values[b.inside, : b.width] = memory[offsets]
+    cta.shared.store(places(d.piece, at, len(b.inside), b.row_bytes), values.view(np.uint16), "a TMA load")
 
 
 def store(machine, d: Descriptor, start: tuple[int, ...], cta, at: int):
     """The part of a box that lies in the tensor."""
     b = box(d, start)
-    values = cta.shared.load(places(d, at, len(b.inside), b.row_bytes), np.dtype("u2"), "a TMA store", proxy=True)
+    values = cta.shared.load(places(d.piece, at, len(b.inside), b.row_bytes), np.dtype("u2"), "a TMA store", proxy=True)
     values = np.ascontiguousarray(values).view(np.uint8)[b.inside, : b.width]
-    for row, first in zip(values, b.addresses, strict=True):
-        a = machine.memory.find(int(first), int(first) + b.width - 1, "a TMA store")
-        a.bytes[int(first) - a.start : int(first) - a.start + b.width] = row
+    if len(b.addresses):
+        memory, offsets = _place(machine, b, "a TMA store")
+        memory[offsets] = values
 
 
-def _rows(machine, b: Box, why: str) -> np.ndarray:
-    found = np.empty((len(b.addresses), b.width), np.uint8)
-    for i, first in enumerate(b.addresses):
-        a = machine.memory.find(int(first), int(first) + b.width - 1, why)
-        found[i] = a.bytes[int(first) - a.start : int(first) - a.start + b.width]
-    return found
+def _place(machine, b: Box, why: str) -> tuple[np.ndarray, np.ndarray]:
+    """The memory of the tensor that a box is of, and (rows, bytes): where there."""
+    a = machine.memory.find(int(b.addresses.min()), int(b.addresses.max()) + b.width - 1, why)
+    return a.bytes, (b.addresses - np.uint64(a.start)).astype(np.int64)[:, None] + np.arange(b.width)
 
 
 class Transfer:
@@ -199,11 +205,10 @@ class BulkGroups:
             self.open[lane] = []
 
     def wait(self, w, pending: int, why: str):
-        for lane in np.flatnonzero(w.lanes()):
-            groups = self.groups[lane]
-            if any(t in w.machine.flying for group in groups[: len(groups) - pending] for t in group):
-                return f"{why} waits for a store"
-        return None
+        groups = (self.groups[lane] for lane in np.flatnonzero(w.lanes()))
+        stores, flying = [t for g in groups for group in g[: len(g) - pending] for t in group], w.machine.flying
+        wait = Wait(lambda: all(t not in flying for t in stores), lambda: f"{why} waits for a store")
+        return None if wait.over() else wait
 
 
 def st_async(i: Instruction, s: Slots):

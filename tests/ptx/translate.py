@@ -7,7 +7,7 @@ import numpy as np
 
 from . import alu, memory, sync, tensor_core, tma
 from .parse import Instruction, Program
-from .slots import Slots
+from .slots import LANES, Plan, Slots
 
 OPS = alu.OPS | memory.OPS | sync.OPS | tensor_core.OPS | tma.OPS
 ENDS = ("bra", "ret", "exit")
@@ -63,6 +63,7 @@ class Kernel:
         self.program = program
         self.slots = Slots(self.program)
         self.steps = [self._translate(x) for x in self.program.code]
+        self.plan = Plan(self.slots)
         self.ends = self._block_ends()
         self.ran: set[int] = set()  # where blocks of instructions began that some warp has run
         self.waits_for_stream = any(x.opcode.startswith("griddepcontrol") for x in self.program.code)
@@ -97,9 +98,11 @@ def guarded(step: Callable, when: Callable) -> Callable:
     """For those active lanes for which a predicate holds."""
 
     def run(w):
-        before = w.where
-        w.where = w.lanes() & when(w)
-        found = step(w) if w.where.any() else None
+        before, lanes = w.where, w.lanes() & when(w)
+        if not np.count_nonzero(lanes):
+            return None
+        w.where = full(lanes)
+        found = step(w)
         w.where = before
         return found
 
@@ -108,4 +111,4 @@ def guarded(step: Callable, when: Callable) -> Callable:
 
 def full(lanes: np.ndarray):
     """True where all lanes are active, which NumPy takes faster."""
-    return True if lanes.all() else lanes
+    return True if np.count_nonzero(lanes) == LANES else lanes
