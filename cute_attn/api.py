@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from . import checks, compile, device, notices, reference, strides
 from .checks import Spec
+from .integrations import by_operator, dlpack
 from .kernels.config import FwdConfig
 from .modifiers import NONE, UNMODIFIED, Modifiers
 from .plan import HEAD_DIMS, kind, plan, shipped
@@ -169,11 +170,9 @@ def flash_fwd(
         if isinstance(q, torch.fx.Proxy):
             return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
         if not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
-            from .integrations import dlpack
-
             how = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
             how |= dict(zip(ASKED, asked, strict=True))
-            return dlpack.flash_fwd(q, k, v, out=out, **how, **modifiers.by_name())
+            return dlpack.shared_by(flash_fwd, q, k, v, out=out, **how, **modifiers.by_name())
         if checks.stands_in(q, k, v):
             return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
     if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
@@ -236,9 +235,7 @@ def results(o, lse, row_max, rng_state, asked):
 
 
 def _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers):
-    from .integrations import torch_op  # which imports this file
-
-    return results(*torch_op.traced(q, k, v, causal, scale, layout, asked[0], out, constant_time, modifiers), asked)
+    return results(*by_operator.dense(q, k, v, causal, scale, layout, asked[0], out, constant_time, modifiers), asked)
 
 
 def traced(**tensors) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import api, checks, notices, varlen
+from .integrations import by_operator
 from .modifiers import Modifiers
 from .problem import Problem
 
@@ -110,7 +111,7 @@ def _backward(a: SimpleNamespace, modifiers: Modifiers, scale: float | None) -> 
     checks.trained_head_dims(a.q, a.v)
     checks.gradients(a.q, a.layout, modifiers)
     if a.out is not None:
-        raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
+        raise ValueError(by_operator.OUT_LEARNS)
     by_cudnn = modifiers.window is None and torch_op.cudnn_serves(a.q, a.k, scale, a.layout)
     return "torch's cuDNN" if by_cudnn else "torch's FlashAttention-2"
 

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from . import api, checks, compile, device, notices, reference, strides
 from .checks import Spec
+from .integrations import by_operator
 from .modifiers import NONE, UNMODIFIED, Modifiers
 from .plan import varlen as plan_varlen
 from .problem import Problem
@@ -139,10 +140,8 @@ def _have_memory(lengths):
 
 
 def _by_operator(modifiers, q, k, v, lengths, hints, *arguments):
-    from .integrations.varlen_op import traced  # which imports this file
-
     operator_takes(modifiers)
-    return traced(q, k, v, lengths, tuple(map(checks.max_seqlen, HINTS, hints)), *arguments)
+    return by_operator.varlen(q, k, v, lengths, tuple(map(checks.max_seqlen, HINTS, hints)), *arguments)
 
 
 def operator_takes(modifiers):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_bench import assert_words_lie_apart, committed
 
-from cute_attn import inspect, inspect_cli
+from cute_attn import inspect
 from cute_attn.benchmark import timeline, timeline_plot
 from cute_attn.benchmark.timeline import Sample, Span
+from cute_attn.inspect import __main__ as inspect_cli
 from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.trace import EVENTS, HEAD, SAMPLES
 from cute_attn.plan import Problem

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cute_attn import api, device, flash_fwd, flash_fwd_varlen, varlen
-from cute_attn.integrations import torch_op
+from cute_attn.integrations import by_operator
 
 Q, K, V = inputs(2, 4, 2, 20, 24, 16, device="cpu")
 PACKED = [x[0].transpose(0, 1) for x in (Q, K, V)]
@@ -174,7 +174,8 @@ def test_jit_trace_of_a_call_whose_kernel_is_known(monkeypatch):
 
 
 def test_a_mode_of_functions_alone_traces_nothing(monkeypatch):
-    monkeypatch.setattr(torch_op, "traced", None)
+    for traced in ("dense", "varlen"):
+        monkeypatch.setattr(by_operator, traced, None)
     with torch.device("cpu"):
         flash_fwd(Q, K, V)
         flash_fwd_varlen(*PACKED, CU_Q, CU_K)

@@ -5,6 +5,7 @@ before; what that library queues next runs after. Eager only: inside `jax.jit` t
 """
 
 import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,18 +17,17 @@ IMMUTABLE = ("jax", "jaxlib")
 CUDA = 2  # kDLCUDA
 
 
-def flash_fwd(q, k, v, *, out=None, **options) -> Any:
-    """As `cute_attn.flash_fwd`; what comes back are arrays of q's library, and o is `out` where that is given.
+def shared_by(flash_fwd: Callable, q, k, v, *, out=None, **options) -> Any:
+    """As `cute_attn.flash_fwd`, which is called on tensors of the same memory. What comes back are arrays of q's
+    library, and o is `out` where that is given.
 
     Raises:
         TypeError: the arrays are of several libraries, or cannot be shared as they are; and whatever flash_fwd raises.
     """
-    from .. import api
-
     given = dict(q=q, k=k, v=v) | ({} if out is None else dict(out=out))
     q, k, v, *o = shared(**given)
     options |= {name: _tensor(name, x) for name, x in options.items() if hasattr(x, "__dlpack__")}
-    found = api.flash_fwd(q, k, v, out=o[0] if o else None, **options)
+    found = flash_fwd(q, k, v, out=o[0] if o else None, **options)
     several = isinstance(found, tuple)
     results = [_array(x, given["q"]) for x in (found if several else (found,))]  # its library waits for the kernel
     if out is not None:

@@ -183,27 +183,3 @@ def _no_backward(ctx, *grads):
 
 gradients("flash_fwd_varlen", _backward, _save)
 gradients("flash_bwd_varlen", _no_backward)
-
-
-def traced(q, k, v, lengths, hints, causal, scale, window, return_lse, out):
-    """What flash_fwd_varlen does where torch traces it or differentiates it: one operator in the graph."""
-    checks.no_tangents(q=q, k=k, v=v, out=out)
-    how = *lengths, *hints, causal, scale, *((None, None) if window is None else window)
-    if isinstance(q, torch.fx.Proxy):  # whether gradients need lse is not known yet
-        if out is None:
-            found = torch.ops.cute_attn.flash_fwd_varlen(q, k, v, *how, True)
-            o, lse = found[0], found[1]
-        else:
-            o, lse = out, torch.ops.cute_attn.flash_fwd_varlen_out(q, k, v, out, *how, return_lse)
-        return (o, lse) if return_lse else o
-    learns = checks.learns(q, k, v)
-    if learns:
-        checks.trained_head_dims(q, v)
-        checks.packed_gradients(*hints, *lengths[2:])
-    if out is None:
-        o, lse = torch.ops.cute_attn.flash_fwd_varlen(q, k, v, *how, return_lse or learns)
-    elif learns:
-        raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
-    else:
-        o, lse = out, torch.ops.cute_attn.flash_fwd_varlen_out(q, k, v, out, *how, return_lse)
-    return (o, lse) if return_lse else o

@@ -21,14 +21,14 @@ try:
 except ImportError:
     raise SystemExit('python -m cute_attn.inspect: rich is missing; pip install "cute_attn[bench]"') from None
 
-from . import audit, inspect
-from .bench import WIDTH, asked, head_dim, out_file, png, positive, sizes
-from .benchmark import machine, static
-from .benchmark.report import print_facts, write_json
-from .checks import DTYPES, LAYOUTS
-from .kernels.config import FwdConfig
-from .plan import plan
-from .problem import Problem
+from .. import audit, inspect
+from ..bench import WIDTH, asked, head_dim, out_file, png, positive, sizes
+from ..benchmark import machine, static
+from ..benchmark.report import print_facts, write_json
+from ..checks import DTYPES, LAYOUTS
+from ..kernels.config import FwdConfig
+from ..plan import plan
+from ..problem import Problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +83,7 @@ def timeline(args: argparse.Namespace, problem: Problem) -> int:
     if reason is not None:
         print(f"--timeline: a kernel must run for it, and {reason}", file=sys.stderr)
         return 1
-    from .benchmark import timeline, timeline_plot
+    from ..benchmark import timeline, timeline_plot
 
     spans = timeline.spans(timeline.record(problem))
     facts = machine.conditions(machine.Nvml())
@@ -126,3 +126,7 @@ def print_audit(console: Console, branches: Sequence[audit.Branch]) -> None:
         writers = "\n".join(branch.writers) or "none"
         table.add_row(f"{branch.address:#x}", Text(branch.depends, style=style), Text(branch.text), Text(writers))
     console.print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,27 @@
+"""Machine code is as fingerprints.json has it: a sample every time, each combination of features at night."""
+
+import json
+
+import fingerprints
+import pytest
+from fingerprints import GOLDEN, chosen, different, fingerprint
+from nightly import sample
+
+KNOWN = json.loads(GOLDEN.read_text())
+pytestmark = pytest.mark.machine_code
+
+
+@pytest.mark.parametrize("name", sample(4, KNOWN))
+def test_as_it_was(name):
+    assert different({name: fingerprint(chosen()[name])}, KNOWN) == [], "on purpose? tests/fingerprints.py --update"
+
+
+def test_the_file_has_each_combination():
+    assert set(KNOWN) == set(chosen())
+    combinations = {fingerprints.combination(config) for config in chosen().values()}
+    assert len(combinations) > 250
+
+
+def test_it_tells_what_differs():
+    said = different({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "0"})
+    assert said == ["b: its PTX is another", "c: is not in fingerprints.json"]
