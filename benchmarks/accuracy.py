@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cute_attn import compile, device, reference
-from cute_attn.bench import WIDTH, out_file
-from cute_attn.benchmark.cells import shape_word, sweep
-from cute_attn.benchmark.contenders import OURS, PEERS, Contender, CuteAttn, Inputs, first_run, make_inputs
-from cute_attn.benchmark.machine import no_hopper
-from cute_attn.benchmark.progress import each, steps
-from cute_attn.benchmark.report import write_json
 from cute_attn.checks import TORCH_DTYPES
 from cute_attn.plan import Problem, plan
+from cute_attn.tools.bench import WIDTH, out_file
+from cute_attn.tools.benchmark.cells import shape_word, sweep
+from cute_attn.tools.benchmark.contenders import OURS, PEERS, Contender, CuteAttn, Inputs, first_run, make_inputs
+from cute_attn.tools.benchmark.machine import no_hopper
+from cute_attn.tools.benchmark.progress import each, steps
+from cute_attn.tools.benchmark.report import write_json
 
 ROOT = Path(__file__).parent.parent
 CUDNN = "cudnn"

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from statistics import geometric_mean
 
-from cute_attn.benchmark.gates import PEER, PROBLEM, Cell, compare, ratios
+from cute_attn.tools.benchmark.gates import PEER, PROBLEM, Cell, compare, ratios
 
 ROOT = Path(__file__).parent.parent
 GATES = ROOT / "benchmarks" / "gates.json"

@@ -26,7 +26,7 @@ from pathlib import Path
 import outcomes as log
 import torch
 
-from cute_attn.benchmark.machine import Nvml, conditions
+from cute_attn.tools.benchmark.machine import Nvml, conditions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

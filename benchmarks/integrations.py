@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cute_attn import flash_fwd
-from cute_attn.benchmark.contenders import OURS, make_inputs
-from cute_attn.benchmark.report import write_json
-from cute_attn.benchmark.timing import METHOD, Call, CudaTimer, Timer, compare, host_us
 from cute_attn.integrations import torch_op  # noqa: F401  registers the operator
 from cute_attn.integrations import transformers as room
 from cute_attn.plan import Problem
+from cute_attn.tools.benchmark.contenders import OURS, make_inputs
+from cute_attn.tools.benchmark.report import write_json
+from cute_attn.tools.benchmark.timing import METHOD, Call, CudaTimer, Timer, compare, host_us
 
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 TOKENS = 2048

@@ -17,11 +17,11 @@ from gpu_tests import where
 from script import record_of
 
 from cute_attn import BlockLists, flash_fwd, reference
-from cute_attn.benchmark.contenders import make_inputs
-from cute_attn.benchmark.report import write_json
-from cute_attn.benchmark.timing import METHOD, CudaTimer, Timer, compare
 from cute_attn.block_mask import as_lists
 from cute_attn.plan import Problem
+from cute_attn.tools.benchmark.contenders import make_inputs
+from cute_attn.tools.benchmark.report import write_json
+from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, Timer, compare
 
 PROBLEM = Problem(16, 96, 96, 4096, 4096, 128)
 DENSITIES, SIZES = (0.1, 0.017), ((128, 128), (192, 128))

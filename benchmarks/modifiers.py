@@ -16,10 +16,10 @@ from script import record_of
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from cute_attn import flash_fwd
-from cute_attn.benchmark.contenders import OURS, make_inputs
-from cute_attn.benchmark.report import write_json
-from cute_attn.benchmark.timing import METHOD, CudaTimer, compare
 from cute_attn.plan import Problem
+from cute_attn.tools.benchmark.contenders import OURS, make_inputs
+from cute_attn.tools.benchmark.report import write_json
+from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, compare
 
 ERROR_MAX = 1e-2  # of ours beside FlexAttention's, relative
 Entry = dict[str, Any]

@@ -19,14 +19,14 @@ from rich import box
 from rich.table import Table
 
 from cute_attn import device
-from cute_attn.bench import out_file
-from cute_attn.benchmark.cells import ERROR_MAX, SEQLENS, Setup, Truth, cell_word, gpu_setup, shape_word, sweep
-from cute_attn.benchmark.contenders import CuteAttn, first_run, make_inputs
-from cute_attn.benchmark.machine import FLOP_FORMULA, Monitor, Nvml, no_hopper
-from cute_attn.benchmark.progress import each
-from cute_attn.benchmark.report import us, write_json
-from cute_attn.benchmark.timing import METHOD, ROUNDS, Call, Stats, compare
 from cute_attn.plan import Problem, plan
+from cute_attn.tools.bench import out_file
+from cute_attn.tools.benchmark.cells import ERROR_MAX, SEQLENS, Setup, Truth, cell_word, gpu_setup, shape_word, sweep
+from cute_attn.tools.benchmark.contenders import CuteAttn, first_run, make_inputs
+from cute_attn.tools.benchmark.machine import FLOP_FORMULA, Monitor, Nvml, no_hopper
+from cute_attn.tools.benchmark.progress import each
+from cute_attn.tools.benchmark.report import us, write_json
+from cute_attn.tools.benchmark.timing import METHOD, ROUNDS, Call, Stats, compare
 
 ROOT = Path(__file__).parent.parent
 BAR = 0.85  # the least share

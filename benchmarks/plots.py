@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cute_attn.benchmark import plot, timeline_plot
-from cute_attn.benchmark.timeline import Span
+from cute_attn.tools.benchmark import plot, timeline_plot
+from cute_attn.tools.benchmark.timeline import Span
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cute_attn.bench import out_file
-from cute_attn.benchmark.machine import no_hopper
+from cute_attn.tools.bench import out_file
+from cute_attn.tools.benchmark.machine import no_hopper
 
 RESULTS = Path(__file__).parent / "results"
 

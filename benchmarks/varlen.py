@@ -19,9 +19,9 @@ from gpu_tests import where
 from script import record_of
 
 from cute_attn import flash_fwd, flash_fwd_varlen
-from cute_attn.benchmark.contenders import OURS
-from cute_attn.benchmark.report import write_json
-from cute_attn.benchmark.timing import METHOD, CudaTimer, Timer, compare
+from cute_attn.tools.benchmark.contenders import OURS
+from cute_attn.tools.benchmark.report import write_json
+from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, Timer, compare
 
 BATCH, SHORTEST, LONGEST, HEADS, HEAD_DIMS, SEED = 64, 64, 8192, 16, (64, 128), 0
 ERROR_MAX = 1e-2  # of ours beside the first peer's, relative

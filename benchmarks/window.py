@@ -16,10 +16,10 @@ from gpu_tests import where
 from script import record_of
 
 from cute_attn import flash_fwd
-from cute_attn.benchmark.contenders import OURS, PEERS, make_inputs
-from cute_attn.benchmark.report import write_json
-from cute_attn.benchmark.timing import METHOD, CudaTimer, Timer, compare
 from cute_attn.plan import Kinds, Problem
+from cute_attn.tools.benchmark.contenders import OURS, PEERS, make_inputs
+from cute_attn.tools.benchmark.report import write_json
+from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, Timer, compare
 
 LEFTS, SEQLENS, HEAD_DIMS, TOKENS = (256, 1024), (8192, 32768), (64, 128, 256), 32768
 ERROR_MAX = 1e-2  # of ours beside the first peer's, relative

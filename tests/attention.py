@@ -3,11 +3,11 @@
 import torch
 
 from cute_attn import flash_fwd
-from cute_attn.benchmark import edges
-from cute_attn.benchmark.edges import EDGES as EDGES
-from cute_attn.benchmark.edges import LSE_ATOL, LSE_RTOL, sdpa
-from cute_attn.benchmark.edges import visible as visible
 from cute_attn.reference import attention
+from cute_attn.tools.benchmark import edges
+from cute_attn.tools.benchmark.edges import EDGES as EDGES
+from cute_attn.tools.benchmark.edges import LSE_ATOL, LSE_RTOL, sdpa
+from cute_attn.tools.benchmark.edges import visible as visible
 
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import filelock
 
-from cute_attn import compile, inspect
+from cute_attn import compile
+from cute_attn.tools import inspect
 
 FOLDERS_KEPT = 3  # of this state of the sources, and of those used last
 

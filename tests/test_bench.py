@@ -21,10 +21,10 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from cute_attn import bench
-from cute_attn.benchmark import cells, contenders, machine, plot, progress, report, static, timing
-from cute_attn.benchmark.cells import Setup
 from cute_attn.plan import Problem, plan
+from cute_attn.tools import bench
+from cute_attn.tools.benchmark import cells, contenders, machine, plot, progress, report, static, timing
+from cute_attn.tools.benchmark.cells import Setup
 
 SMALL = Problem(2, 4, 2, 24, 24, 16, "bf16", "bshd", False)
 

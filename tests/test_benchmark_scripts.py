@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from cute_attn import reference
-from cute_attn.benchmark import cells, contenders, timing
 from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped, shipped_varlen
+from cute_attn.tools.benchmark import cells, contenders, timing
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ import built
 import pytest
 from nightly import sample, where
 
-from cute_attn import compile, inspect, plan
+from cute_attn import compile, plan
+from cute_attn.tools import inspect
 
 CONFIG = plan.config(64, "bf16", "bhsd", False)
 

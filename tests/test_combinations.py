@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from ptx import interpreted
 
 from cute_attn import BlockLists, flash_fwd
-from cute_attn.benchmark.edges import lse_atol
 from cute_attn.block_mask import as_lists
 from cute_attn.reference import attention
+from cute_attn.tools.benchmark.edges import lse_atol
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DIM = st.sampled_from([8, 40, 64, 96, 128, 192, 256, 320])

@@ -12,7 +12,8 @@ import torch
 from attention import DTYPES, EDGES, check, inputs
 from nightly import HEAD_DIM_OF_EACH_CLASS, where
 
-from cute_attn import api, audit, flash_fwd, inspect, plan
+from cute_attn import api, flash_fwd, plan
+from cute_attn.tools import audit, inspect
 
 CONSTANT = [c for c in plan.shipped() if c.constant_time]
 LOOKED_AT = [c for c in CONSTANT if c.layout == "bhsd" and c.dtype == "bf16"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from nightly import sample
 
-from cute_attn import inspect, plan
+from cute_attn import plan
 from cute_attn.kernels.blocks import DiagonalFirst, above, skipped
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal
@@ -14,6 +14,7 @@ from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.score import Alibi, Softcap, UserScore
 from cute_attn.kernels.tile_scheduler import Tile
 from cute_attn.plan import HEAD_DIMS, Kinds
+from cute_attn.tools import inspect
 
 SIZES = [(1, 1), (64, 40), (64, 8192), (300, 200), (100, 700), (1000, 130), (1500, 1500)]
 ALIBI = FwdConfig(64, tile_m=128, tile_n=64, score=Alibi())

@@ -15,21 +15,20 @@ from nightly import sample
 from cute_attn import (
     BlockLists,
     api,
-    bench,
     checks,
     compile,
     flash_attn_interface,
     flash_fwd,
     flash_fwd_varlen,
-    inspect,
     plan,
     warmup,
 )
-from cute_attn.benchmark import cells
-from cute_attn.benchmark.contenders import make_inputs
 from cute_attn.integrations import sdpa, torch_op, transformers, varlen_op  # noqa: F401  operators
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem
+from cute_attn.tools import bench, inspect
+from cute_attn.tools.benchmark import cells
+from cute_attn.tools.benchmark.contenders import make_inputs
 
 # Named by their users (DeepSeek's prefill first), then edges: the smallest, columns that are padded, either side large.
 PAIRS = [(192, 128), (64, 128), (64, 256), (96, 64), (128, 256), (128, 64), (256, 64)]

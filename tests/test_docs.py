@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import cute_attn
-from cute_attn import bench, tune, validate
-from cute_attn.inspect import __main__ as inspect_cli
+from cute_attn.tools import bench, tune, validate
+from cute_attn.tools.inspect import __main__ as inspect_cli
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -14,13 +14,14 @@ from cutlass.cute.runtime import from_dlpack
 from nightly import sample
 from test_score import modifiers
 
-from cute_attn import checks, compile, flash_fwd, inspect, plan, reference
+from cute_attn import checks, compile, flash_fwd, plan, reference
 from cute_attn.kernels import dropout as room
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.kernels.layout import acc_mn
 from cute_attn.modifiers import Modifiers
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem
 from cute_attn.reference import LEVELS, keep_mask, levels_kept
+from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

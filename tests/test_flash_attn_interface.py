@@ -9,8 +9,8 @@ import torch
 from attention import bound, inputs
 
 from cute_attn import api, reference
-from cute_attn.benchmark.edges import sdpa
 from cute_attn.flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+from cute_attn.tools.benchmark.edges import sdpa
 
 # hopper/flash_attn_interface.py at Dao-AILab/flash-attention 0251105 (2026-08-15)
 LENGTHS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, "

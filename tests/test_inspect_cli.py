@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from cute_attn import audit, inspect, plan
-from cute_attn.inspect import __main__ as inspect_cli
+from cute_attn import plan
+from cute_attn.tools import audit, inspect
+from cute_attn.tools.inspect import __main__ as inspect_cli
 
 KERNELS = [
     pytest.param(["--shape", "4,16,2048,64"], plan.Problem(4, 16, 16, 2048, 2048, 64, layout="bshd"), id="d64 full"),
@@ -124,7 +125,7 @@ def test_module_runs():
 
 
 def test_without_rich_says_what_to_install():
-    code = "import sys; sys.modules['rich'] = None; import cute_attn.inspect.__main__"
+    code = "import sys; sys.modules['rich'] = None; import cute_attn.tools.inspect.__main__"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == 'python -m cute_attn.inspect: rich is missing; pip install "cute_attn[bench]"\n'

@@ -24,10 +24,10 @@ from test_bench import (
     words_of,
 )
 
-from cute_attn import bench, inspect
-from cute_attn.benchmark import cells, contenders, ladder, machine, plot, timing
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from cute_attn.plan import EVERY_HEAD_DIM, HEAD_DIMS, Problem, plan
+from cute_attn.tools import bench, inspect
+from cute_attn.tools.benchmark import cells, contenders, ladder, machine, plot, timing
 
 SHAPE = Problem(16, 16, 16, 2048, 2048, 64, "bf16", "bhsd")
 US = dict(zip(ladder.NAMES, (1000.0, 800.0, 750.0, 600.0, 500.0), strict=True))

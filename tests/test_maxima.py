@@ -8,11 +8,12 @@ import torch
 from attention import DTYPES, EDGES, bound, close_lse, inputs, sdpa, visible
 from nightly import sample
 
-from cute_attn import flash_fwd, flash_fwd_varlen, inspect, plan, reference
+from cute_attn import flash_fwd, flash_fwd_varlen, plan, reference
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.kernels.outputs import RowMax, Sinks
 from cute_attn.kernels.parts import parts_of
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem
+from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

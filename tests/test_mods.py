@@ -13,11 +13,12 @@ from attention import EDGES, bound, close_lse, inputs, visible
 from nightly import sample
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, noop_mask
 
-from cute_attn import BlockLists, compile, flash_fwd, inspect, mods, plan, reference
+from cute_attn import BlockLists, compile, flash_fwd, mods, plan, reference
 from cute_attn.block_mask import as_lists
 from cute_attn.kernels import user_mod
 from cute_attn.kernels.config import SparseBlocks
 from cute_attn.plan import Kinds, Problem
+from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 LENGTH = 1100  # that the tables reach to

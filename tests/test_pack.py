@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nightly import sample
 
-from cute_attn import api, audit, compile, device, flash_fwd, inspect, packing, plan, reference, warmup
+from cute_attn import api, compile, device, flash_fwd, packing, plan, reference, warmup
 from cute_attn.kernels import blocks as blocks_room
 from cute_attn.kernels.config import PACKS, SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal, Full, PackedRows, Window, block_range, cuts
 from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.tile_scheduler import OneTile, Tile
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem
+from cute_attn.tools import audit, inspect
 
 RATIOS = (2, 3, 4, 5, 7, 8, 16, 32, 64)
 QUERIES = (1, 2, 3, 5, 16, 33, 64, 100)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cute_attn.benchmark import progress
+from cute_attn.tools.benchmark import progress
 
 
 class Terminal(io.StringIO):

@@ -10,9 +10,10 @@ import subprocess
 import pytest
 from nightly import HEAD_DIM_OF_EACH_CLASS, where
 
-from cute_attn import compile, inspect, plan
+from cute_attn import compile, plan
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.kernels.parts import parts_of
+from cute_attn.tools import inspect
 
 # The layout only permutes modes on the host: `test_layout_leaves_the_machine_code_alone`.
 SHIPPED = [c for c in dict.fromkeys(plan.shipped()) if c.layout == "bhsd"]

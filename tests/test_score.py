@@ -10,9 +10,10 @@ from attention import DTYPES, EDGES, check, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cute_attn import checks, compile, flash_fwd, inspect, plan, reference
+from cute_attn import checks, compile, flash_fwd, plan, reference
 from cute_attn.kernels import score
 from cute_attn.plan import Kinds, Problem
+from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 NAMES = ("softcap", "alibi_slopes", "sinks")

@@ -15,17 +15,18 @@ from attention import check, inputs
 from nightly import sample
 from rich.console import Console
 
-from cute_attn import api, compile, device, plan, reference, tune, tuned
-from cute_attn.benchmark import machine, progress
+from cute_attn import api, compile, device, plan, reference, tuned
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.kernels.mask import Causal
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from cute_attn.plan import HEAD_DIMS, Problem
+from cute_attn.tools import tune
+from cute_attn.tools.benchmark import machine, progress
+from cute_attn.tools.tuning import candidates as room
+from cute_attn.tools.tuning import choose, results, trial
+from cute_attn.tools.tuning.candidates import Verdict, candidates, incumbents
+from cute_attn.tools.tuning.tables import row_word
 from cute_attn.tuned import Row
-from cute_attn.tuning import candidates as room
-from cute_attn.tuning import choose, results, trial
-from cute_attn.tuning.candidates import Verdict, candidates, incumbents
-from cute_attn.tuning.tables import row_word
 
 GPU = "NVIDIA H100 NVL"
 CONDITIONS = dict(gpu=GPU, date="2026-01-02", kernels_sha256="5eed") | dict.fromkeys(results.VERSIONS, "1")

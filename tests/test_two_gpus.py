@@ -456,7 +456,7 @@ def test_a_model_over_both(padding, monkeypatch):
 
 
 def test_sensors_are_of_the_current_gpu():
-    from cute_attn.benchmark.machine import Nvml
+    from cute_attn.tools.benchmark.machine import Nvml
 
     nvml = []
     for gpu in (0, 1):
@@ -469,7 +469,7 @@ def test_sensors_are_of_the_current_gpu():
 
 
 def test_the_benchmark_is_of_the_current_gpu():
-    from cute_attn.benchmark import cells, contenders
+    from cute_attn.tools.benchmark import cells, contenders
 
     p = Problem(2, 4, 4, 300, 300, 64)
     with torch.cuda.device(1):

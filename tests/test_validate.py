@@ -12,9 +12,10 @@ from conftest import why_no_hopper
 from test_bench import FakeMonitor, FakeTimer
 
 import cute_attn
-from cute_attn import inspect, plan, validate
-from cute_attn.benchmark import cells, contenders, gates, machine, progress
+from cute_attn import plan
 from cute_attn.plan import Problem
+from cute_attn.tools import inspect, validate
+from cute_attn.tools.benchmark import cells, contenders, gates, machine, progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["compiles", "machine code", "edge shapes", "difference to SDPA", "std of the time", "over cuDNN"]
@@ -239,7 +240,7 @@ def test_gates_that_do_not_serve_exit_with_2(tmp_path, capsys, content, says):
 
 
 def test_without_rich_says_what_to_install():
-    code = "import sys; sys.modules['rich'] = None; import cute_attn.validate"
+    code = "import sys; sys.modules['rich'] = None; import cute_attn.tools.validate"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == 'python -m cute_attn.validate: rich is missing; pip install "cute_attn[bench]"\n'

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nightly import HEAD_DIM_OF_EACH_CLASS, sample, where
 
-from cute_attn import checks, compile, device, flash_fwd, flash_fwd_varlen, inspect, plan, reference, varlen
+from cute_attn import checks, compile, device, flash_fwd, flash_fwd_varlen, plan, reference, varlen
 from cute_attn.integrations import varlen_op
 from cute_attn.kernels import packed_scheduler, seqlen
 from cute_attn.kernels.packed_scheduler import Lane, Packed, PackedGrid, PackedLongest
 from cute_attn.kernels.seqlen import Packing, Part
 from cute_attn.plan import Kinds
+from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 HEAD_DIMS = (8, 32, 64, 72, 96, 128, 160, 192, 224, 256)

@@ -9,9 +9,10 @@ from nightly import sample
 from test_mods import by_hand, mask_mods, score_mods
 from test_varlen import MARK, marked, one_sequence, packed
 
-from cute_attn import compile, flash_fwd_varlen, inspect, mods, plan, reference
+from cute_attn import compile, flash_fwd_varlen, mods, plan, reference
 from cute_attn.flash_attn_interface import flash_attn_varlen_func
 from cute_attn.plan import HEAD_DIMS, Kinds
+from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 SEQUENCES = [(1, 1), (0, 0), (65, 63), (0, 17), (33, 0), (70, 130)]

@@ -10,8 +10,9 @@ from nightly import sample
 from ptx import interpreted
 from test_varlen import check, packed
 
-from cute_attn import flash_fwd_varlen, inspect, packing, plan, reference
+from cute_attn import flash_fwd_varlen, packing, plan, reference
 from cute_attn.plan import HEAD_DIMS, Kinds
+from cute_attn.tools import inspect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,14 +21,14 @@ try:
 except ImportError:
     raise SystemExit('python -m cute_attn.inspect: rich is missing; pip install "cute_attn[bench]"') from None
 
+from ...checks import DTYPES, LAYOUTS
+from ...kernels.config import FwdConfig
+from ...plan import plan
+from ...problem import Problem
 from .. import audit, inspect
 from ..bench import WIDTH, asked, head_dim, out_file, png, positive, sizes
 from ..benchmark import machine, static
 from ..benchmark.report import print_facts, write_json
-from ..checks import DTYPES, LAYOUTS
-from ..kernels.config import FwdConfig
-from ..plan import plan
-from ..problem import Problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .. import device, reference
-from ..api import o_like
-from ..plan import plan
-from ..problem import Problem
+from ... import device, reference
+from ...api import o_like
+from ...plan import plan
+from ...problem import Problem
 from .contenders import OURS, Contender, Inputs, Prepared, first_line, first_run, make_inputs
 from .timing import ROUNDS, Call, CudaTimer, NoMonitor, Stats, Timer, compare, graph_calls, graphed, host_us
 

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import cute_attn
 
-from ..checks import TORCH_DTYPES
-from ..problem import Problem
+from ...checks import TORCH_DTYPES
+from ...problem import Problem
 from .timing import Call
 
 OURS = "cute_attn"

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..kernels.config import FwdConfig
+from ..kernels.softmax import LARGEST_OFFSET, LARGEST_SUM, LEAST_OFFSET
 from .inspect import _LINE, Instruction, LoopReport, _shortest, loops, parse, sass
-from .kernels.config import FwdConfig
-from .kernels.softmax import LARGEST_OFFSET, LARGEST_SUM, LEAST_OFFSET
 
 BARRIER, TRIP_COUNT, THREAD, UNKNOWN = "barrier", "trip count", "thread index", "unknown"
 LAZY_RESCALE, REDO, SLOW_STEP = "data: lazy rescale", "data: redo", "data: slow step"

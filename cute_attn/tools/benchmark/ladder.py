@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from .. import compile, device
-from ..kernels.config import FwdConfig
-from ..kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
-from ..plan import plan
-from ..problem import Problem
+from ... import compile, device
+from ...kernels.config import FwdConfig
+from ...kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
+from ...plan import plan
+from ...problem import Problem
 from . import report, static
 from .contenders import DEFAULT_PEERS, CuteAttn, Inputs, Prepared
 from .progress import each

@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import compile
-from ..kernels.config import FwdConfig
-from ..kernels.ping_pong import WARPGROUP
+from ... import compile
+from ...kernels.config import FwdConfig
+from ...kernels.ping_pong import WARPGROUP
 
 LOOP_WARPGROUP_OPS = 4  # at most: QK and PV are issued in one go each, an arrive and a wait for either
 ELEMENT_BYTES = 2  # of bf16 and fp16

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import compile, device
+from ... import compile, device
+from ...kernels.config import FwdConfig
+from ...problem import Problem
+from ...tuned import Key
 from ..benchmark.cells import ERROR_MAX, Truth
 from ..benchmark.contenders import Inputs, first_line, make_inputs
 from ..benchmark.timing import SETTLE_MS, TIMED_MS, CudaTimer, Stats, Timer, compare, geomean
-from ..kernels.config import FwdConfig
-from ..problem import Problem
-from ..tuned import Key
 from .candidates import LAYOUT, of_type
 
 HIDDEN = 2048  # heads x head_dim of a timed problem, about

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..problem import Problem
+from ...problem import Problem
 from .cells import EAGER, GRAPH
 from .contenders import OURS
 from .timing import geomean

@@ -15,7 +15,7 @@ import torch
 
 import cute_attn
 
-from ..compile import KERNELS
+from ...compile import KERNELS
 from .contenders import cudnn_version
 from .timing import Call, CudaTimer, Stats, compare
 

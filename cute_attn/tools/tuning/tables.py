@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...kernels.config import FwdConfig
+from ...tuned import Key, Row, config_of
 from ..benchmark.timing import geomean
-from ..kernels.config import FwdConfig
-from ..tuned import Key, Row, config_of
 from .candidates import Verdict
 from .results import Entry, Results, key_of
 

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from .. import compile, device
-from ..api import o_like
-from ..kernels.config import FwdConfig
-from ..kernels.trace import EVENTS, HEAD, SAMPLES
-from ..plan import config, kernel_dims, plan
-from ..problem import Problem
+from ... import compile, device
+from ...api import o_like
+from ...kernels.config import FwdConfig
+from ...kernels.trace import EVENTS, HEAD, SAMPLES
+from ...plan import config, kernel_dims, plan
+from ...problem import Problem
 from .contenders import make_inputs
 
 PRODUCER = 0

@@ -11,10 +11,10 @@ from dataclasses import replace
 from math import isqrt
 from typing import NamedTuple
 
+from ...kernels.config import FwdConfig
+from ...kernels.state import ROWS
+from ...tuned import SCHEDULERS, Row
 from ..benchmark.timing import geomean, percentile
-from ..kernels.config import FwdConfig
-from ..kernels.state import ROWS
-from ..tuned import SCHEDULERS, Row
 
 MARGIN = 0.01
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import tuned
+from ... import tuned
+from ...kernels.config import FwdConfig
+from ...tuned import Key, Row
 from ..benchmark.report import write_json
 from ..benchmark.timing import METHOD
-from ..kernels.config import FwdConfig
-from ..tuned import Key, Row
 from .choose import MARGIN, Rows, serving
 from .trial import HIDDEN, SCREEN, Outcome, problem
 

@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..problem import Problem
+from ...problem import Problem
 from .cells import EAGER
 from .contenders import OURS
 
-GATES = Path(__file__).parent.parent / "gates.json"  # in the repository a link to benchmarks/gates.json
+GATES = Path(__file__).parents[2] / "gates.json"  # in the repository a link to benchmarks/gates.json
 TOLERANCE = 0.05  # of the gate
 PEER = "cudnn"
 PROBLEM = ("dtype", "layout")  # what all cells of a sweep share

@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ...kernels.config import FwdConfig
+from ...plan import plan
+from ...problem import Problem
 from .. import inspect
-from ..kernels.config import FwdConfig
-from ..plan import plan
-from ..problem import Problem
 from .report import print_facts
 
 

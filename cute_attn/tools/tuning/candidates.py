@@ -9,9 +9,10 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
-from .. import compile, inspect
-from ..kernels.config import REGISTERS, FwdConfig
-from ..tuned import MASKS, SCHEDULERS, Key, Row
+from ... import compile
+from ...kernels.config import REGISTERS, FwdConfig
+from ...tuned import MASKS, SCHEDULERS, Key, Row
+from .. import inspect
 
 LAYOUT = "bshd"  # of the timed tensors; both layouts have the same machine code
 TILE_M, TILE_N = (128, 192, 256), range(48, 257, 16)
