@@ -15,6 +15,7 @@ from .slots import PARAMETER_BASE, SHARED_BASE, TYPES, Slots
 
 POISON = 0xFF  # bytes: NaN in any float type, -1 in any integer
 RANK_SHIFT = 24  # of a shared address: 1 + which CTA of the cluster, 0: the own one
+MANY = 100_000  # objects: a search of so many takes as long as a small launch
 _frozen: list[weakref.ref] = []
 OFFSET = (1 << RANK_SHIFT) - 1
 
@@ -78,11 +79,17 @@ class Global:
 def freeze():
     """No later search looks at what there is now, nor does Python's own for garbage; its tensors stay known."""
     gc.collect()
-    _frozen.extend(map(weakref.ref, _searched()))
+    _frozen[:] = map(weakref.ref, _known())
     gc.freeze()
 
 
 def _tensors() -> Iterator[torch.Tensor]:
+    if len(gc.get_objects()) > MANY:
+        freeze()
+    return _known()
+
+
+def _known() -> Iterator[torch.Tensor]:
     yield from (x for known in _frozen if (x := known()) is not None)
     yield from _searched()
 
