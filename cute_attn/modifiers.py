@@ -1,12 +1,14 @@
 """What a call asks for beside plain attention: its window, what changes its scores, their sums or their weights."""
 
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .block_mask import BlockLists, Sparsity
+from .kernels.state import Arguments
 from .mods import Mod
 from .problem import UNMODIFIED as UNMODIFIED
 from .problem import Kinds, Problem
@@ -71,19 +73,21 @@ class Modifiers(NamedTuple):
         return dict(score_mod=self.score_mod, mask_mod=self.mask_mod)
 
     def arguments(self) -> tuple:
-        """What the compiled call takes behind the stream: `FwdConfig.signature`."""
-        slopes, sinks, score, mask = self.alibi_slopes, self.sinks, self.score_mod, self.mask_mod
-        return (
-            *(self.window or ()),
-            *(() if mask is None else mask.arguments),
-            *(() if self.softcap is None else (self.softcap,)),
-            *(() if slopes is None else (slopes.data_ptr(), slopes.stride(0) if slopes.dim() == 2 else 0)),
-            *(() if score is None else score.arguments),
-            *(() if sinks is None else (sinks.data_ptr(),)),
-            *(() if self.dropout is None else self.dropout.arguments),
-            *(() if self.row_max is False else (self.row_max,)),
-            *(self.block_mask.arguments if isinstance(self.block_mask, Sparsity) else ()),
+        """What the compiled call takes behind the stream, in the order of `FwdConfig.signature`."""
+        slopes, score, mask = self.alibi_slopes, self.score_mod, self.mask_mod
+        by_part = Arguments(
+            mask=(*(self.window or ()), *(() if mask is None else mask.arguments)),
+            score=(
+                *(() if self.softcap is None else (self.softcap,)),
+                *(() if slopes is None else (slopes.data_ptr(), slopes.stride(0) if slopes.dim() == 2 else 0)),
+                *(() if score is None else score.arguments),
+            ),
+            sinks=() if self.sinks is None else (self.sinks.data_ptr(),),
+            dropout=() if self.dropout is None else self.dropout.arguments,
+            row_max=() if self.row_max is False else (self.row_max,),
+            lists=self.block_mask.arguments if isinstance(self.block_mask, Sparsity) else (),
         )
+        return (*chain(*by_part),)
 
     def for_reference(self) -> dict:
         """As `reference.attention` takes them: functions with their aux, and a block mask is part of mask_mod."""

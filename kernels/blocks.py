@@ -27,7 +27,7 @@ class Walk(NamedTuple):
 
     first: Callable  # () -> the first block of scores, and the cursor
     segments: list[Segment]
-    before: Any = None  # blocks that only later warpgroups' rows see
+    before: Any = None  # () -> blocks that only later warpgroups' rows see
     after: Any = None  # () -> blocks that only earlier ones' do
 
 
@@ -66,31 +66,32 @@ class Range(Part):
 
     def walk(self, w: Warpgroup, rows: Rows, blocks) -> Walk:
         """A narrow window has blocks that it cuts on both sides, and no whole ones."""
-        own, windowed = self.own(w, rows.row0, blocks), self.config.row_mask.windowed
+        own = self.own(w, rows.row0, blocks)
 
-        def down_from(block):
-            return lambda n, cursor: (At(rows, block() - n), cursor)
+        def down(masked, begin, end, settles=None):
+            """From the block below `begin` to `end`."""
 
-        before, first = lambda: blocks[1] - own.end, lambda: (At(rows, own.end - 1), ())
-        right = down_from(lambda: own.end - 2)
-        if not windowed:
-            cut = [Segment(True, lambda: own.end - 1 - own.whole_end, right)] if self.config.mask.causal else []
-            whole = down_from(lambda: own.whole_end - 1)
-            count = lambda: own.whole_end - own.whole_first  # noqa: E731
-            return Walk(first, [*cut, Segment(False, count, whole, settles=lambda: True)], before)
-        whole_end = cutlass.max(own.whole_end, own.first)
-        left_end = cutlass.min(cutlass.max(own.whole_first, own.first), whole_end)  # of those cut on the left
-        segments = [
-            Segment(True, lambda: own.end - 1 - whole_end, right),
-            Segment(
-                False,
-                lambda: whole_end - left_end,
-                down_from(lambda: whole_end - 1),
-                settles=lambda: whole_end > left_end,  # then every row has seen a key when the left edge comes
-            ),
-            Segment(True, lambda: left_end - own.first, down_from(lambda: left_end - 1)),
-        ]
-        return Walk(first, segments, before, lambda: own.first - blocks[0])
+            def at(n, cursor):
+                return At(rows, begin() - 1 - n), cursor
+
+            return Segment(masked, lambda: begin() - end(), at, settles=settles)
+
+        def first():
+            return At(rows, own.end - 1), ()
+
+        def before():
+            return blocks[1] - own.end
+
+        if self.config.row_mask.windowed:
+            whole_end = cutlass.max(own.whole_end, own.first)
+            left_end = cutlass.min(cutlass.max(own.whole_first, own.first), whole_end)  # of those cut on the left
+            right = down(True, lambda: own.end - 1, lambda: whole_end)
+            whole = down(False, lambda: whole_end, lambda: left_end, lambda: whole_end > left_end)
+            left = down(True, lambda: left_end, lambda: own.first)
+            return Walk(first, [right, whole, left], before, lambda: own.first - blocks[0])
+        right = [down(True, lambda: own.end - 1, lambda: own.whole_end)] if self.config.mask.causal else []
+        whole = down(False, lambda: own.whole_end, lambda: own.whole_first, lambda: True)
+        return Walk(first, [*right, whole], before)
 
     def cut(self, w: Warpgroup, at: At):
         """Whether the mask hides a key of this block from any of these 64 rows."""

@@ -4,20 +4,24 @@ import json
 
 import fingerprints
 import pytest
-from fingerprints import GOLDEN, chosen, different, fingerprint
+from fingerprints import GOLDEN, chosen, different, fingerprint, known
 from nightly import sample
 
-KNOWN = json.loads(GOLDEN.read_text())
+NAMES = json.loads(GOLDEN.read_text())["kernels"]
 pytestmark = pytest.mark.machine_code
 
 
-@pytest.mark.parametrize("name", sample(4, KNOWN))
+@pytest.mark.parametrize("name", sample(4, NAMES))
 def test_as_it_was(name):
-    assert different({name: fingerprint(chosen()[name])}, KNOWN) == [], "on purpose? tests/fingerprints.py --update"
+    try:
+        golden = known()
+    except ValueError as other:
+        pytest.skip(str(other))
+    assert different({name: fingerprint(chosen()[name])}, golden) == [], "on purpose? tests/fingerprints.py --update"
 
 
 def test_the_file_has_each_combination():
-    assert set(KNOWN) == set(chosen())
+    assert set(NAMES) == set(chosen())
     combinations = {fingerprints.combination(config) for config in chosen().values()}
     assert len(combinations) > 250
 
