@@ -118,8 +118,14 @@ def chosen() -> dict[str, FwdConfig]:
         new = {view(config) for view in (combination, values, tiles)} - seen
         if new:
             seen |= new
-            found[f"{config.name} {config.layout}"] = config
+            found[named(config)] = config
     return found
+
+
+def named(c: FwdConfig) -> str:
+    """By all that its machine code depends on, and `FwdConfig.name` leaves out."""
+    turns = ("" if c.pingpong else " no ping-pong") + ("" if c.overlap else " serial")
+    return f"{c.name} {c.layout} {c.stages} stages {c.q_stages} of q{' in registers' if c.q_in_regs else ''}{turns}"
 
 
 def fingerprint(config: FwdConfig) -> str:
