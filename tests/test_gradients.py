@@ -10,7 +10,7 @@ from attention import DTYPES, gradient_bound, inputs, sdpa
 from torch.utils.checkpoint import checkpoint
 
 from cute_attn import flash_fwd, reference
-from cute_attn.integrations import torch_op
+from cute_attn.integrations import by_operator, torch_op
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 OP, OP_BWD, OP_CUDNN = torch.ops.cute_attn.flash_fwd, torch.ops.cute_attn.flash_bwd, torch.ops.cute_attn.cudnn_bwd
@@ -135,7 +135,7 @@ def test_gradients_leave_the_output_as_it_is(device):
 
 
 def test_without_gradients_there_is_no_operator(monkeypatch):
-    monkeypatch.setattr(torch_op, "traced", None)
+    monkeypatch.setattr(by_operator, "dense", None)
     q, k, v = inputs(2, 4, 2, 40, 50, 64, device="cpu")
     flash_fwd(q, k, v)
     with torch.no_grad():

@@ -202,7 +202,7 @@ def test_wrong():
     packed = [x[0].transpose(0, 1) for x in (q, k, v)]
     with pytest.raises(ValueError, match="return_row_max, return_max_logit: asked for of packed sequences, with input"):
         flash_fwd_varlen(packed[0].clone().requires_grad_(), *packed[1:], cu, cu, return_max_logit=True)
-    with pytest.raises(AssertionError, match="Maxima sees each S once"):
+    with pytest.raises(AssertionError, match="RowMax sees each S once"):
         FwdConfig(64, redo=True, row_max=True)
 
 
