@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import api, checks, notices, varlen
-from .integrations import by_operator
+from .integrations import by_operator, dlpack, torch_op
 from .modifiers import Modifiers
 from .problem import Problem
 
@@ -76,8 +76,6 @@ def _flash_fwd(*args, **options) -> Explanation:
     checks.flags(**{name: getattr(a, name) for name in api.ASKED})
     causal, modifiers = _modifiers(a, checks.dropout(a.dropout_p, a.generator, a.rng_state))
     if not isinstance(a.q, torch.Tensor) and hasattr(a.q, "__dlpack__"):
-        from .integrations import dlpack
-
         given = dict(q=a.q, k=a.k, v=a.v) | ({} if a.out is None else dict(out=a.out))
         vars(a).update(zip(given, dlpack.shared(**given), strict=True))
     problem, gpu, config, specs = api.planned(a.q, a.k, a.v, a.out, causal, a.layout, a.constant_time, modifiers.kinds)
@@ -106,8 +104,6 @@ def _answer(gpu, config, empty: bool, tensors, backward: str | None) -> Explanat
 
 
 def _backward(a: SimpleNamespace, modifiers: Modifiers, scale: float | None) -> str:
-    from .integrations import torch_op
-
     checks.trained_head_dims(a.q, a.v)
     checks.gradients(a.q, a.layout, modifiers)
     if a.out is not None:

@@ -11,7 +11,6 @@ from cutlass.memory import SmemAllocator
 from .layout import acc_mn
 from .part import Part
 from .ping_pong import WARPGROUP
-from .softmax import SLACK_LOG2
 from .state import Warpgroup, cluster_sync, rank
 
 
@@ -81,7 +80,7 @@ class ClusterSplit(NoSplit):
             O[i] = theirs[i]
         mine_mn, theirs_mn = acc_mn(f.acc_O), acc_mn(O)  # (rows, cols)
         for r in cutlass.range_constexpr(2):
-            keep, add = f.softmax.merge(r, theirs[n + r], theirs[n + 2 + r], SLACK_LOG2[self.config.dtype])
+            keep, add = f.softmax.merge(r, theirs[n + r], theirs[n + 2 + r], self.config.slack)
             mine_mn[r, None].store(mine_mn[r, None].load() * keep + theirs_mn[r, None].load() * add)
 
 

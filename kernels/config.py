@@ -8,6 +8,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from .mask import Causal, Full, Mask, PackedRows, UserMask, Window
 from .score import Alibi, Plain, Softcap, UserScore
+from .softmax import SLACK_LOG2
 from .state import ELEMENT, Arguments
 from .tile_scheduler import OneTile, Static, StaticTiles
 
@@ -204,6 +205,11 @@ class FwdConfig:
             make_fake_stream(use_tvm_ffi_env_stream=True),
             *chain(*self.signature()),
         )
+
+    @property
+    def slack(self) -> float:
+        """By how much, in powers of 2, a row's running max starts above its first block's."""
+        return SLACK_LOG2[self.dtype]
 
     @property
     def row_mask(self) -> Mask:

@@ -7,7 +7,6 @@ from cutlass.cute.nvgpu import cpasync, warp
 from .config import FwdConfig
 from .layout import normalise_rows, quad_transpose
 from .parts import Parts
-from .softmax import SLACK_LOG2
 from .state import ELEMENT, ROWS, Warpgroup
 from .tile_scheduler import Tile
 
@@ -53,7 +52,7 @@ class Epilogue:
 
     def _totals(self, w: Warpgroup, tile: Tile):
         """The rows' natural-log sums, and those of the keys that they saw; softmax.rescale normalises O."""
-        lse = seen = w.frag.softmax.finish(SLACK_LOG2[self.config.dtype])
+        lse = seen = w.frag.softmax.finish(self.config.slack)
         for output in self.parts.outputs:
             lse = output.finish(self, w, tile, lse, seen)
         return lse, seen

@@ -17,6 +17,7 @@ from .mainloop import Overlapped, Serial
 from .parts import parts_of
 from .ping_pong import WARPGROUP
 from .producer import Producer
+from .softmax import LOG2_E
 from .state import (
     ELEMENT,
     ROWS,
@@ -34,7 +35,6 @@ from .state import (
 )
 from .tile_scheduler import HandOver
 
-LOG2_E = 1.4426950408889634
 TINY = 1.401298464324817e-45  # the least float32: times a hidden score's -inf it is still -inf, not NaN
 
 

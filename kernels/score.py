@@ -10,13 +10,11 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cutlass_dsl import select_
 
 from .layout import not_before
-from .softmax import Exponents
+from .softmax import LN2, LOG2_E, Exponents
 from .user_mod import UserMod
 
-LOG2_E = 1.4426950408889634
 LARGEST = 3.4028234663852886e38  # the largest float32
 SIGN = -0x80000000  # of an int32: a float32's sign
-LN2 = 0.6931471805599453
 # tanh(x) / 4x by powers of (4x)^2, for |x| < 1/2: within 7e-7 of it, the least error that three powers allow
 TANH = (0.249999866, -0.00520723732, 0.000128811487, -2.71009685e-06)
 NEAR = 0.3

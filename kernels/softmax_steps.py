@@ -8,7 +8,7 @@ from .blocks import Range
 from .gemms import Gemms
 from .layout import acc_mn, scale_rows
 from .part import Part
-from .softmax import LARGEST_SUM, SLACK_LOG2, Constant, Exponents, Softmax
+from .softmax import LARGEST_SUM, Constant, Exponents, Softmax
 from .state import ROWS, At, Frag, Warpgroup
 
 
@@ -21,16 +21,12 @@ class Lazy(Part):
         super().__init__(config)
         self.blocks, self.gemms = blocks, gemms
 
-    @property
-    def slack(self) -> float:
-        return SLACK_LOG2[self.config.dtype]
-
     @cute.jit
     def first(self, w: Warpgroup, S, at: At):
         """S (rows, cols) of a tile's first block becomes P."""
         if self.blocks.cut(w, at):
             self.blocks.mask(w, S, at)
-        w.frag.softmax.step(S, self.slack)
+        w.frag.softmax.step(S, self.config.slack)
         if cutlass.const_expr(self.blocks.mixed):
             w.frag.softmax.settle()  # any step may be either
 
@@ -53,7 +49,7 @@ class Lazy(Part):
         if cutlass.const_expr(self.blocks.mixed):
             self.unmasked(w, S)
         else:
-            changed = f.softmax.step(S, self.slack)
+            changed = f.softmax.step(S, self.config.slack)
             self.gemms.wait_for_pv(w)
             if changed:
                 scale_rows(f.acc_O, f.softmax.rescale)
@@ -63,12 +59,12 @@ class Lazy(Part):
         """S (rows, cols) becomes P by the offsets as they are, but where a score exceeds one."""
         f = w.frag
         if f.softmax.slow[0] != 0:
-            f.softmax.renew_any(S, self.slack)
+            f.softmax.renew_any(S, self.config.slack)
             f.softmax.settle()
             self.gemms.wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
         elif f.softmax.exponents(S):
-            f.softmax.raise_offsets(S, self.slack)
+            f.softmax.raise_offsets(S, self.config.slack)
             self.gemms.wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
         f.softmax.exp(S)
@@ -92,7 +88,7 @@ class LazyWithScores(Lazy):
         kept.store(S.load())
         if f.softmax.exponents(S) | (f.softmax.slow[0] != 0):
             S.store(kept.load())
-            f.softmax.renew_any(S, self.slack)
+            f.softmax.renew_any(S, self.config.slack)
             f.softmax.settle()
             self.gemms.wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
@@ -120,7 +116,7 @@ class Speculative(Lazy):
             if overflow:
                 self._recompute_qk(w, acc_S, q_state, k_state)
                 self.score(w, S, at)
-                softmax.renew_any(S, self.slack)
+                softmax.renew_any(S, self.config.slack)
                 softmax.exp(S)
                 scale_rows(w.frag.acc_O, softmax.rescale)
                 sums.fill(0.0)
@@ -179,7 +175,7 @@ class ConstantTime(Lazy):
         self.score(w, S, at)
         if cutlass.const_expr(masked):
             self.blocks.mask(w, S, at)
-        f.softmax.step(S, self.slack)
+        f.softmax.step(S, self.config.slack)
         self.gemms.wait_for_pv(w)
         scale_rows(f.acc_O, f.softmax.rescale)
 
