@@ -29,7 +29,7 @@ from cute_attn.api import o_like
 from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
-from cute_attn.plan import HEAD_DIMS, MODIFIED, Kinds, Problem, plan, shipped, shipped_varlen, varlen
+from cute_attn.plan import HEAD_DIMS, MODIFIED, FeatureKey, Problem, plan, shipped, shipped_varlen, varlen
 from cute_attn.tools.benchmark.contenders import make_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -53,12 +53,12 @@ def problems(head_dim: int, head_dim_v: int = 0) -> list[Problem]:
     other = 0 if head_dim_v in (0, head_dim) else head_dim_v - 8
     found: dict[FwdConfig, Problem] = {}
     for (s_q, s_k, h), dtype, mask, constant_time, ratio in product(SIZES, DTYPES, MASKS, (False, True), (3, 1)):
-        how = dict(causal=mask == "causal", kinds=Kinds(window=mask == "window"), constant_time=constant_time)
+        how = dict(causal=mask == "causal", features=FeatureKey(window=mask == "window"), constant_time=constant_time)
         problem = Problem(2, h, max(h // ratio, 1), s_q, s_k, head_dim - 8, dtype, **how, head_dim_v=other)
         found.setdefault(plan(problem), problem)
     for (s_q, s_k, h), causal in product(SIZES[:1], (False, True)):
         for kinds in MODIFIED[causal]:
-            problem = Problem(2, h, h, s_q, s_k, head_dim - 8, causal=causal, kinds=kinds, head_dim_v=other)
+            problem = Problem(2, h, h, s_q, s_k, head_dim - 8, causal=causal, features=kinds, head_dim_v=other)
             found.setdefault(plan(problem), problem)
     return list(found.values())
 
@@ -82,7 +82,7 @@ def run_problem(p: Problem) -> FwdConfig:
     scale, out = -0.1 if p.dtype == "fp16" else None, o_like(q, v).fill_(torch.nan)
     how: dict[str, Any] = dict(causal=p.causal, constant_time=p.constant_time)
     asked = dict(window=WINDOW, softcap=30.0, alibi_slopes=per_head, sinks=per_head)
-    given = dict(window=p.kinds.window, softcap=p.kinds.softcap, alibi_slopes=p.kinds.alibi, sinks=p.kinds.sinks)
+    given = dict(window=p.features.window, softcap=p.features.softcap, alibi_slopes=p.features.alibi, sinks=p.features.sinks)
     how |= {name: value for name, value in asked.items() if given[name]}
     whole(*flash_fwd(q, k, v, scale=scale, return_lse=True, out=out, **how))
     return plan(p)
@@ -96,7 +96,7 @@ def run_packed(head_dim: int, dtype: str, mask: str) -> FwdConfig:
     causal, window = mask == "causal", WINDOW if mask == "window" else None
     out = torch.full_like(q, torch.nan)
     whole(*flash_fwd_varlen(q, k, v, *starts, causal=causal, window=window, return_lse=True, out=out))
-    return varlen(head_dim, dtype, causal, Kinds(window=window is not None))
+    return varlen(head_dim, dtype, causal, FeatureKey(window=window is not None))
 
 
 def run_lists(head_dim: int) -> FwdConfig:
@@ -114,7 +114,7 @@ def run_lists(head_dim: int) -> FwdConfig:
     )
     whole(*flash_fwd(q, k, v, **how, **mods))
     kinds = {name: prepare(name, function, ()).kernel for name, function in mods.items()}
-    return plan(p._replace(kinds=Kinds(sparse=lists.blocks, **kinds)))
+    return plan(p._replace(features=FeatureKey(sparse=lists.blocks, **kinds)))
 
 
 def whole(o: torch.Tensor, lse: torch.Tensor) -> None:

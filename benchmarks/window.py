@@ -16,7 +16,7 @@ from gpu_tests import where
 from script import record_of
 
 from cute_attn import flash_fwd
-from cute_attn.plan import Kinds, Problem
+from cute_attn.plan import FeatureKey, Problem
 from cute_attn.tools.benchmark.contenders import OURS, PEERS, make_inputs
 from cute_attn.tools.benchmark.report import write_json
 from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, Timer, compare
@@ -71,7 +71,7 @@ def entries(
 
 def problems() -> list[Problem]:
     return [
-        Problem(TOKENS // s, 2048 // d, 2048 // d, s, s, d, layout="bshd", kinds=Kinds(window=True))
+        Problem(TOKENS // s, 2048 // d, 2048 // d, s, s, d, layout="bshd", features=FeatureKey(window=True))
         for d, s in product(HEAD_DIMS, SEQLENS)
     ]
 

@@ -1,9 +1,9 @@
 """Exact attention for NVIDIA Hopper (sm_90a), in CuTe's Python DSL. Importing compiles nothing and needs no GPU."""
 
+from . import ops  # noqa: F401  torch.ops.cute_attn.*
 from .api import flash_fwd, warmup
 from .block_mask import BlockLists
 from .explanation import explain
-from .integrations import torch_op, varlen_op  # noqa: F401  torch.ops.cute_attn.*
 from .varlen import flash_fwd_varlen
 
 __version__ = "0.1.0"

@@ -1,25 +1,25 @@
-"""The whole path of a call: check -> plan -> compile -> allocate -> launch."""
+"""`flash_fwd` and `warmup`, what users call."""
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any, Literal, NamedTuple, TypedDict, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch._C import _is_torch_function_mode_enabled as _function_modes
-from torch._C import _is_tracing as _jit_traces
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from typing_extensions import Unpack
 
-from . import checks, compile, device, notices, reference, strides
-from .checks import Spec
-from .integrations import by_operator, dlpack
+from . import checks, compile, device, notices
+from .call import Call, known
+from .features import PLAIN
+from .features.dropout import NO_DROPOUT
 from .kernels.config import FwdConfig
-from .modifiers import NONE, UNMODIFIED, Modifiers
+from .operands import Dense, dense_key
 from .plan import HEAD_DIMS, kind, plan, shipped
-from .problem import Problem
+from .request import Outputs, request
 
 
 class Options(TypedDict, total=False):
@@ -86,7 +86,7 @@ def flash_fwd(
     block_mask=None,
     return_row_max=False,
     return_max_logit=False,
-    dropout_p=0.0,
+    dropout_p=NO_DROPOUT,
     generator=None,
     rng_state=None,
     return_rng_state=False,
@@ -145,179 +145,73 @@ def flash_fwd(
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    modifiers, dropout, asked = NONE, None, (return_lse, return_row_max, return_max_logit, return_rng_state)
-    if type(return_row_max) is not bool or type(return_max_logit) is not bool or type(return_rng_state) is not bool:
-        checks.flags(**dict(zip(ASKED, asked, strict=True)))
-    if type(dropout_p) is not float or dropout_p != 0.0 or generator is not None or rng_state is not None:
-        dropout = checks.dropout(dropout_p, generator, rng_state)
-    more = return_row_max or return_max_logit or dropout is not None
     if (
-        more
-        or type(aux) is not tuple
-        or aux
-        or not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is block_mask is None
+        window
+        is softcap
+        is alibi_slopes
+        is sinks
+        is score_mod
+        is mask_mod
+        is block_mask
+        is generator
+        is rng_state
+        is None
+        and return_row_max is return_max_logit is return_rng_state is False
+        and dropout_p is NO_DROPOUT
+        and type(aux) is tuple
+        and not aux
+        and type(causal) is type(return_lse) is type(constant_time) is bool
     ):
-        causal, window = checks.window(window, causal)
-        mods = checks.mods(score_mod, mask_mod, aux, block_mask)
-        row_max = return_row_max or return_max_logit
-        modifiers = Modifiers(window, checks.softcap(softcap), alibi_slopes, sinks, *mods, dropout, row_max)
-    if is_compiling() or (
-        (_dispatch_modes() or _function_modes() or forward_ad._current_level >= 0)
-        and traced(q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
-    ):
-        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
-    if not type(q) is type(k) is type(v) is Tensor:
-        if isinstance(q, torch.fx.Proxy):
-            return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
-        if not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
-            how = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
-            how |= dict(zip(ASKED, asked, strict=True))
-            return dlpack.shared_by(flash_fwd, q, k, v, out=out, **how, **modifiers.by_name())
-        if checks.stands_in(q, k, v):
-            return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
-    if type(causal) is not bool or type(return_lse) is not bool or type(constant_time) is not bool:
-        checks.flags(causal=causal, return_lse=return_lse, constant_time=constant_time)
-    how = causal, layout, constant_time, UNMODIFIED if modifiers is NONE else modifiers.kinds
-    call = _call(q, k, v, out, how)
-    if call is None:
-        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
-    problem, default_scale, gpu, kernel, draws, plain, nbytes, like = call
-    scale = default_scale if scale is None else checks.scale(scale)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # checks.learns, uncalled
-        for name, x in zip("qkv", (q, k, v), strict=True):
-            checks.tensor(name, x)
-        return _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers)
-    if modifiers is not NONE:
-        modifiers = checks.fitted(modifiers, problem, q.device)
+        call = _seen_before(q, k, v, out, causal, layout, constant_time)
+        if call is not None:
+            return _plain(call, q, k, v, out, layout, causal, scale, return_lse)
+    given = dict(
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        aux=aux,
+        block_mask=block_mask,
+        dropout_p=dropout_p,
+        generator=generator,
+        rng_state=rng_state,
+        return_row_max=return_row_max,
+        return_max_logit=return_max_logit,
+    )
+    outputs = Outputs(return_lse, return_row_max, return_max_logit, return_rng_state)
+    return request(Dense(q, k, v, out, layout), outputs, causal, scale, constant_time, given).run()
+
+
+def _plain(call: Call, q, k, v, out, layout, causal, scale, return_lse):
+    """Of `Request.run` what a plain call needs that was prepared before."""
+    scale = call.scale if scale is None else checks.scale(scale)
     if out is not None:
-        checks.out_memory(out, q, k, v, nbytes)
-    if more:
-        modifiers = modifiers.started(q, problem)
-    if gpu is None:
-        return _on_cpu(problem, q, k, v, scale, modifiers, asked, out)
-    o = (torch.empty_like(q) if like is None else q.new_empty_strided(*like)) if out is None else out
-    lse = q.new_empty(problem.lse_shape, dtype=torch.float32) if return_lse else None
-    if kernel is None:
-        o.zero_()
-        if lse is not None:
-            lse.fill_(-torch.inf) if sinks is None else lse.copy_(sinks[:, None])
-    else:
-        address, ticket = 0 if lse is None else lse.data_ptr(), gpu.ticket() if draws else 0
-        tensors = (q, k, v, o) if plain else map(_for_tma, (q, k, v, o))
-        if device.current() != gpu.index:
-            kernel = gpu.guarded(kernel)
-        try:
-            if modifiers is NONE:
-                kernel(*tensors, address, ticket, scale, gpu.num_sms)
-            else:
-                kernel(*tensors, address, ticket, scale, gpu.num_sms, *modifiers.arguments())
-        except Exception:  # where the call's own check has refused them, before the launch, ours says how to mend it
-            _prepared(q, k, v, out, *how)
-            checks.addresses(q, k, v, o)
-            raise
-    if modifiers is NONE and not return_rng_state:
-        return (o, lse) if return_lse else o
-    return results(o, lse, modifiers.row_max, modifiers.rng_state, asked)
-
-
-ASKED = "return_lse", "return_row_max", "return_max_logit", "return_rng_state"
-
-
-def results(o, lse, row_max, rng_state, asked):
-    """o, or a tuple of it and what else was asked for."""
-    return_lse, return_row_max, return_max_logit, return_rng_state = asked
-    found = [o, lse] if return_lse else [o]
-    if return_row_max or return_max_logit:
-        found += reference.maxima(row_max, return_row_max, return_max_logit)
-    if return_rng_state:
-        found.append(o.new_zeros(2, dtype=torch.int64) if rng_state is None else rng_state)
-    return tuple(found) if len(found) > 1 else o
-
-
-def _by_operator(q, k, v, causal, scale, layout, asked, out, constant_time, modifiers):
-    return results(*by_operator.dense(q, k, v, causal, scale, layout, asked[0], out, constant_time, modifiers), asked)
-
-
-def traced(**tensors) -> bool:
-    """Whether something records what is done with tensors (a mode of dispatch, jit.trace): it gets the operator then.
-
-    A mode of functions alone, such as torch.device's, records nothing; but that of make_fx's pre_dispatch does.
-    """
-    from .integrations import operator
-
-    checks.no_tangents(**tensors)
-    if operator.inside():
-        return False
-    before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included("PreDispatch")
-    if not (before_dispatch or _jit_traces() or _dispatch_modes()):
-        return False
-    for name, x in tensors.items():
-        if isinstance(x, Tensor) and not torch._C._functorch.is_functionaltensor(x):
-            checks.untransformed(name, x)
-    return True
-
-
-class Call(NamedTuple):
-    """What the shapes, strides, types and devices of a call's arguments say, whatever their addresses and values."""
-
-    problem: Problem
-    scale: float  # the default
-    gpu: device.Device | None  # None: the CPU
-    kernel: Callable | None  # None: the CPU, or nothing to multiply
-    draws: bool  # the kernel's CTAs draw their tiles
-    plain: bool  # no size of 1 has a stride that TMA would refuse
-    nbytes: tuple[int, ...]  # that q, k, v and o reach over
-    like: tuple[tuple[int, ...], tuple[int, ...]] | None  # o's shape and strides; None: torch.empty_like's of q
-
-
-_calls: dict[tuple, Call] = {}
-CALLS = 4096  # looked up; with one more all are forgotten
-
-
-def _call(q, k, v, out, how) -> Call | None:
-    """Checked, planned and compiled; a look-up where the like has come before. None under torch.jit.trace, whose sizes
-    are tensors, which no key has.
-
-    The key leaves out what the compiled call itself holds against q, k and v before it launches: out's shape, and every
-    type and device but q's. `how` says which modifiers there are, not their values.
-    """
+        checks.out_memory(out, q, k, v, call.nbytes)
+    o = call.output(q) if out is None else out
+    lse = q.new_empty(call.problem.lse_shape, dtype=torch.float32) if return_lse else None
     try:
-        o = None if out is None else out.stride()
-        key = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), o, q.dtype, q.get_device(), how)
-        call = _calls.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or a layout that has no hash
-        return _prepared(q, k, v, out, *how)
-    if call is None:
-        if _jit_traces() and traced(q=q, k=k, v=v, out=out):
-            return None
-        call = _prepared(q, k, v, out, *how)
-        if call.kernel is not None:
-            if len(_calls) >= CALLS:
-                _calls.clear()
-            _calls[key] = call
-    return call
+        call.launch((q, k, v, o) if call.plain else Dense(q, k, v, out, layout).for_tma(o), lse, scale, ())
+    except Exception:
+        asked: tuple = causal, scale, call.problem.constant_time, {}
+        request(Dense(q, k, v, out, layout), Outputs(), *asked).refused(o)
+        raise
+    return (o, lse) if return_lse else o
 
 
-def _prepared(q, k, v, out, *how) -> Call:
-    problem, gpu, config, specs = planned(q, k, v, out, *how)
-    kernel = None if gpu is None or problem.empty else compile.get(config)
-    plain = not any(checks.odd(x.stride) for x in specs)
-    nbytes, like = tuple(x.nbytes for x in specs), strides.unlike(q, v.shape[-1])
-    return Call(problem, problem.head_dim**-0.5, gpu, kernel, config.scheduler.draws, plain, nbytes, like)
-
-
-def planned(q, k, v, out, causal, layout, constant_time, kinds):
-    """Checked: the problem, its GPU (None: the CPU), the kernel's config, and what was seen of q, k, v and o."""
-    checks.words(causal, layout, constant_time)
-    for name, x in (("q", q), ("k", k), ("v", v), ("out", q if out is None else out)):
-        checks.tensor(name, x)
-    q, k, v, o = (Spec.of(x) for x in (q, k, v, q if out is None else out))
-    problem = checks.problem(q, k, v, causal, layout, constant_time, kinds)
-    if out is not None:
-        checks.out(o, q, v, layout)
-    gpu = None if q.device.type == "cpu" else device.get(q.device.index)
-    config = plan(problem, None if gpu is None else gpu.name)
-    return problem, gpu, config, (q, k, v, o)
+def _seen_before(q, k, v, out, causal, layout, constant_time) -> Call | None:
+    """What was prepared for a plain eager call without gradients like this one; None sends it the whole way."""
+    if is_compiling() or _dispatch_modes() or _function_modes() or forward_ad._current_level >= 0:
+        return None
+    if not type(q) is type(k) is type(v) is Tensor:
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # arrays.learns, uncalled
+        return None
+    try:
+        return known.get((dense_key(q, k, v, out, layout), causal, constant_time, PLAIN))
+    except (AttributeError, RuntimeError, TypeError):  # one without strides, or what has no hash
+        return None
 
 
 def warmup(
@@ -357,24 +251,3 @@ def warmup(
         compile.get(config)
         notices.logger.info("warmup: %d of %d kernels, %s", done, len(ready), config.name)
     return ready
-
-
-def o_like(q, v):
-    """Empty, of q's shape with v's head dim: q's dimensions in their order in memory."""
-    return q.new_empty_strided(*strides.of_output(q, v.shape[-1]))
-
-
-def _for_tma(x):
-    """A view of x whose sizes of 1 have strides that TMA takes."""
-    return x.as_strided(x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), (8, 8, 8, 1), strict=True)])
-
-
-def _on_cpu(problem, q, k, v, scale, modifiers, asked, out):
-    how = dict(
-        causal=problem.causal, scale=scale, layout=problem.layout, dtype=torch.float32, **modifiers.for_reference()
-    )
-    notices.once(f"flash_fwd: {notices.CPU}")
-    with torch.autocast("cpu", enabled=False):
-        o, lse, row_max = reference.attention(q.detach(), k.detach(), v.detach(), **how, return_row_max=True)
-    o = (o_like(q, v) if out is None else out).copy_(o)
-    return results(o, lse, row_max, modifiers.rng_state, asked)

@@ -1,12 +1,12 @@
 """Which blocks of keys each block of queries needs: FlexAttention's BlockMask, or lists of one's own."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels.config import SparseBlocks
-from .mods import Mod
 from .scalars import integer
 from .streams import is_captured
 
@@ -38,13 +38,13 @@ class Sparsity(NamedTuple):
     blocks: SparseBlocks
     arguments: tuple[Tensor, ...]  # counts and indices, and those of the full blocks
 
-    def visible(self, mask: Mod | None, b, h, q, kv) -> Tensor:
+    def visible(self, mask: Callable | None, b, h, q, kv) -> Tensor:
         """As a mask_mod of FlexAttention's, for tensors of places that broadcast."""
         counts, indices = self.arguments[::2], self.arguments[1::2]
         dense = [_dense(n, index, b, h) for n, index in zip(counts, indices, strict=True)]
         m, n = q // self.blocks.block_m, kv // self.blocks.block_n
         seen = dense[0][m, n]
-        seen = seen if mask is None else seen & mask.function(b, h, q, kv)
+        seen = seen if mask is None else seen & mask(b, h, q, kv)
         return seen | dense[1][m, n] if len(dense) > 1 else seen
 
 

@@ -5,15 +5,11 @@ import numbers
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
-from . import block_mask as block_masks
+from .arrays import dense, flags, memory
+from .features import PLAIN, FeatureKey
 from .kernels.config import HEAD_DIM_MAX
-from .mod_types import PLACE_MAX
-from .modifiers import Dropout, Modifiers
-from .mods import Mod, prepare
-from .problem import Kinds, Problem
-from .reference import LEVELS, levels_kept
+from .problem import Problem
 from .scalars import integer
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -23,9 +19,6 @@ ALIGNMENT = 8  # elements of 2 bytes: TMA moves multiples of 16 bytes from multi
 GRADIENTS_HEAD_DIM_MAX = 256  # of torch's backward kernels
 SIZE_MAX = 1 << 30  # rows of a sequence, and tiles of a launch: indices are int32
 GRID_MAX = 65_535  # blocks of a CUDA grid in y and z
-UNBOUNDED = SIZE_MAX  # of a window's side: no query is further from a key
-SOFTCAP_MAX = 1e30
-PLAIN = Kinds()
 SCALE_MAX = 2.3e38  # times log2(e) it is still a float32
 
 
@@ -53,162 +46,14 @@ class Spec(NamedTuple):
         return extent(self.dims) * self.dtype.itemsize if self.shape.numel() else 0
 
 
-def type_word(x) -> str:
-    return f"{type(x).__module__}.{type(x).__name__}"
-
-
-def tensor(name: str, x) -> None:
-    if not isinstance(x, torch.Tensor):
-        source = f"{name}.copy()" if backwards(x) else name  # torch ends the process over views that run backwards
-        way_out = f"; torch.from_dlpack({source}) shares its memory" if hasattr(x, "__dlpack__") else ""
-        raise TypeError(f"{name}: a torch.Tensor is needed, {type_word(x)} came{way_out}")
-    untransformed(name, x)
-    _flat(name, x)
-    _dense(name, x.layout)
-    memory(name, x)
-
-
-def untransformed(name: str, x: torch.Tensor) -> None:
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        way_out = "differentiate with torch.autograd, and put what vmap would map over into the batch"
-        raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and flash_fwd has no rule; {way_out}")
-
-
-def backwards(x) -> bool:
-    """Whether an array that is not torch's has a negative stride."""
-    strides = getattr(x, "strides", None)
-    return isinstance(strides, tuple) and any(stride < 0 for stride in strides)
-
-
-def _flat(name: str, x: torch.Tensor) -> None:
-    if not x.is_nested:
-        return
-    way_out = f"make it jagged, torch.nested.nested_tensor({name}.unbind(), layout=torch.jagged), and pass its parts"
-    if x.layout == torch.jagged:
-        bshd = name if getattr(x, "_ragged_idx", 1) == 1 else f"{name}.transpose(1, 2)"
-        way_out = f"pass {bshd}.values(), (total, H, D), and {name}.offsets().to(torch.int32) as its cu_seqlens"
-    raise TypeError(f"{name}: a nested tensor came, whose sequences flash_fwd_varlen takes; {way_out}")
-
-
-def memory(name: str, x: torch.Tensor) -> None:
-    """x has memory of its own: nothing else can a kernel read."""
-    if type(x) is not torch.Tensor and wraps(x):
-        _flat(name, x)
-        ways = dict(to_local="to_local(), sharded along the batch or the heads", wait="wait()")
-        way_out = next((f"{name}.{way}" for has, way in ways.items() if hasattr(x, has)), "the tensor that it wraps")
-        raise TypeError(f"{name}: a {type_word(x)} came, which has no memory of its own; pass {way_out}")
-
-
-def wraps(x: torch.Tensor) -> bool:
-    """Whether x is of a class that has other tensors in place of memory, as DTensor has."""
-    kind = type(x)
-    if kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or _of_a_tracer(x):
-        return False
-    return x.is_nested or x.data_ptr() == 0 < x.numel()
-
-
-def _of_a_tracer(x) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    return isinstance(x, (FakeTensor, FunctionalTensor))
-
-
-def stands_in(*tensors: torch.Tensor) -> bool:
-    """Whether q, k or v is a stand-in of torch's tracers, for which the operator says what comes back.
-
-    Raises:
-        TypeError: one is of another class without memory.
-    """
-    if any(map(_of_a_tracer, tensors)):
-        return True
-    for name, x in zip("qkv", tensors, strict=True):
-        if isinstance(x, torch.Tensor):
-            memory(name, x)
-    return False
-
-
-def no_tangents(**named) -> None:
-    """No tensor is a dual of torch.autograd.forward_ad, whose tangent would be lost."""
-    if forward_ad._current_level < 0:
-        return
-    for name, x in named.items():
-        if not isinstance(x, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
-            continue
-        if forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{name}: a dual tensor of forward-mode differentiation came, and flash_fwd has no such derivative; "
-                "use torch.nn.functional.scaled_dot_product_attention under "
-                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or backward-mode"
-            )
-
-
-def traceable(modifiers: Modifiers) -> None:
-    """No modifier that cannot pass an operator: functions, lists of blocks, a generator."""
-    generator = None if modifiers.dropout is None else modifiers.dropout.generator
-    names = "score_mod", "mask_mod", "block_mask"
-    given = [name for name in names if getattr(modifiers, name) is not None]
-    if given or generator is not None:
-        raise TypeError(
-            f"{', '.join(given) or 'generator'}: given in a call that is traced, and it cannot pass the operator that "
-            "tracers see; call flash_fwd outside of the trace"
-        )
-
-
-def _dense(name: str, storage: torch.layout) -> None:
-    if storage != torch.strided:
-        raise TypeError(f"{name}: a dense tensor is needed, {storage} came; use {name}.to_dense()")
-
-
-def flags(**named) -> None:
-    for name, value in named.items():
-        if type(value) is not bool:
-            raise TypeError(f"{name}: a bool is needed, {value!r} came")
-
-
 def words(causal, layout, constant_time=False, window=False) -> None:
     flags(causal=causal, constant_time=constant_time, window=window)
     if layout not in LAYOUTS:
         raise ValueError(f'layout: {layout!r} is not known; use "bhsd" (torch SDPA) or "bshd" (FlashAttention)')
 
 
-def window(sides, causal) -> tuple[bool, tuple[int, int] | None]:
-    """(causal, (left, right)) of the kernel that a call's window and causal ask for together; None: it has no window.
-
-    What comes out may go in again, and comes out as it is.
-    """
-    if type(causal) is not bool:
-        flags(causal=causal)
-    if sides is None:
-        return causal, None
-    pair = "a pair (left, right) is needed, each a number of keys, or None for no bound"
-    if not isinstance(sides, (tuple, list)):
-        raise TypeError(f"window: {sides!r} came; {pair}")
-    if len(sides) != 2:
-        raise ValueError(f"window: {sides!r} has {len(sides)} of them; {pair}")
-    left, right = _side("left", sides[0]), _side("right", sides[1])
-    if causal:
-        if right is not None and right > 0:
-            raise ValueError(f"window: right {right} came with causal=True, which hides later keys; use None or 0")
-        right = 0
-    if left is None and (right is None or right == 0):
-        return right is not None, None
-    return False, (UNBOUNDED if left is None else left, UNBOUNDED if right is None else right)
-
-
-def _side(name, given):
-    if given is None:
-        return None
-    keys = integer(given)
-    if keys is None:
-        raise TypeError(f"window: {name} {given!r} came; an int of at least 0 is needed, or None for no bound")
-    if keys < 0:
-        raise ValueError(f"window: {name} {keys} is below 0; use a number of keys, or None for no bound")
-    return keys if keys < UNBOUNDED else UNBOUNDED
-
-
 def problem(
-    q: Spec, k: Spec, v: Spec, causal: bool, layout: str, constant_time: bool = False, kinds: Kinds = PLAIN
+    q: Spec, k: Spec, v: Spec, causal: bool, layout: str, constant_time: bool = False, features: Any = PLAIN
 ) -> Problem:
     """The problem that q, k, v state together."""
     for name, x in zip("qkv", (q, k, v), strict=True):
@@ -230,10 +75,10 @@ def problem(
     tiles = -(-q.shape[s] // 64) * heads * batch
     if tiles >= SIZE_MAX:
         raise ValueError(f"q: {tiles} tiles of 64 rows in one call; split the batch to stay below {SIZE_MAX}")
-    if constant_time and kinds.sparse:
+    if constant_time and features.sparse:
         raise ValueError("constant_time: given with block_mask, whose kernel branches on scores; omit one of them")
     sizes = batch, heads, heads_kv, q.shape[s], k.shape[s], d
-    return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time, kinds, other_head_dim(q, v))
+    return Problem(*sizes, DTYPES[q.dtype], layout, causal, constant_time, features, other_head_dim(q, v))
 
 
 def other_head_dim(q: Spec | torch.Tensor, v: Spec | torch.Tensor) -> int:
@@ -253,7 +98,7 @@ def warmup_problem(head_dim, dtype, layout, causal, constant_time, window, head_
     words(causal, layout, constant_time, window)
     dtype, dims = TORCH_DTYPES.get(dtype, dtype), (head_dim, head_dim if head_dim_v is None else head_dim_v)
     x, v = (Spec(torch.Size((1, 1, 1, d)), (d, d, d, 1), dtype, torch.device("cpu")) for d in dims)
-    return problem(x, x, v, causal and not window, layout, constant_time, Kinds(window=window))
+    return problem(x, x, v, causal and not window, layout, constant_time, FeatureKey(window=window))
 
 
 def _words(layout: str, h: str, s: str, d: str = "D") -> str:
@@ -262,7 +107,7 @@ def _words(layout: str, h: str, s: str, d: str = "D") -> str:
 
 def _one_tensor(name: str, x: Spec, layout: str) -> None:
     h, s = ("H", "Sq") if name in ("q", "out") else ("Hk", "Sk")
-    _dense(name, x.storage)
+    dense(name, x.storage)
     if len(x.shape) != 4:
         want = _words(layout, h, s)
         raise ValueError(f"{name}: {len(x.shape)} dimensions, shape {tuple(x.shape)}; 4 are needed: {want}")
@@ -310,7 +155,7 @@ def packed(q: Spec, k: Spec, v: Spec, batch: int) -> None:
 
 
 def _one_packed(name: str, x: Spec) -> None:
-    _dense(name, x.storage)
+    dense(name, x.storage)
     if len(x.shape) != 3:
         want = "(total_q, H, D)" if name in ("q", "out") else "(total_k, Hk, D)"
         raise ValueError(f"{name}: {len(x.shape)} dimensions, shape {tuple(x.shape)}; 3 are needed: {want}")
@@ -323,7 +168,7 @@ def _one_packed(name: str, x: Spec) -> None:
 def lengths(name: str, x: Spec, count: int | None, q: Spec) -> None:
     """int32 beside q, one behind the other; `count` of them, or at least one where that is None."""
     want = "(B + 1,)" if name.startswith("cu_seqlens") else "(B,)"
-    _dense(name, x.storage)
+    dense(name, x.storage)
     if x.dtype != torch.int32:
         raise TypeError(f"{name}: {x.dtype} came, torch.int32 is needed; convert it with .to(torch.int32)")
     if len(x.shape) != 1 or (x.shape[0] < 1 if count is None else x.shape[0] != count):
@@ -382,158 +227,6 @@ def addresses(q, k, v, o) -> None:
             raise ValueError(f"{name}: {what}; slice at a multiple of 8 elements, or use {name}.clone()")
 
 
-def together(q: torch.Tensor, **named: torch.Tensor) -> None:
-    """Everything is where q is: torch's FlashAttention backward does not ask."""
-    for name, x in named.items():
-        if x.device != q.device:
-            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one with .to(device)")
-
-
-def learns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether a backward may follow a call."""
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-def softcap(value) -> Any:
-    if value is None or isinstance(value, torch.SymFloat):
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"softcap: {value!r} came; a positive number is needed, or None for no cap")
-    number = float(value)
-    if not 1 / SOFTCAP_MAX <= number <= SOFTCAP_MAX:  # also NaN
-        raise ValueError(
-            f"softcap: {number} came; use one between {1 / SOFTCAP_MAX} and {SOFTCAP_MAX}, or None for no cap"
-        )
-    return number
-
-
-def dropout(p, generator, rng_state) -> Dropout | None:
-    """None where, to 16 bits, nothing is left out."""
-    if isinstance(p, bool) or not isinstance(p, numbers.Real):
-        raise TypeError(f"dropout_p: {p!r} came; a number from 0 to 1 is needed")
-    p = float(p)
-    if not 0 <= p <= 1:  # also NaN
-        raise ValueError(f"dropout_p: {p} came; use a probability, from 0 to 1")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: {type_word(generator)} came; a torch.Generator is needed, or None for torch's own")
-    if generator is not None and rng_state is not None:
-        raise ValueError("generator: given with rng_state, which is used as it is; omit one of them")
-    if generator is not None and torch.compiler.is_compiling():
-        raise TypeError(
-            "generator: it cannot pass the operator that torch.compile sees; draw rng_state from it instead"
-        )
-    if levels_kept(p) < LEVELS:
-        return Dropout(p, generator, rng_state)
-    for name, given in (("generator", generator), ("rng_state", rng_state)):
-        if given is not None:
-            raise ValueError(f"{name}: given with dropout_p {p}, by which nothing is left out; omit it, or dropout")
-    return None
-
-
-def random_state(given: Dropout, device: torch.device) -> None:
-    """What is drawn from, or was drawn, is where q is."""
-    _, generator, state = given
-    if generator is not None and not _for_device(generator, device):
-        raise ValueError(
-            f"generator: it is for {generator.device}, but q is on {device}; use torch.Generator({str(device)!r})"
-        )
-    if state is None:
-        return
-    if not isinstance(state, torch.Tensor):
-        raise TypeError(f"rng_state: a torch.Tensor is needed, int64 (2,): seed, offset; {type_word(state)} came")
-    memory("rng_state", state)
-    if state.dtype != torch.int64 or state.shape != (2,) or state.stride(0) != 1:
-        what = f"{state.dtype} of shape {tuple(state.shape)} and strides {state.stride()} came"
-        raise ValueError(f"rng_state: {what}; int64 (2,), contiguous, is needed: seed, offset")
-    if state.device != device:
-        raise ValueError(f"rng_state: on {state.device}, but q is on {device}; move it with .to(device)")
-
-
-def _for_device(generator: torch.Generator, device: torch.device) -> bool:
-    """torch asks for the type alone; in a CUDA graph its kernel reads the seed where the generator is."""
-    return generator.device.type == device.type and generator.device.index in (None, device.index)
-
-
-def mods(score_mod, mask_mod, aux, block_mask) -> tuple[Mod | None, Mod | None, block_masks.BlockLists | None]:
-    """(score_mod, mask_mod, lists) taken apart; aux goes to both functions."""
-    if not isinstance(aux, (tuple, list)):
-        raise TypeError(f"aux: {type_word(aux)} came; a tuple of tensors and numbers is needed")
-    if not score_mod is mask_mod is block_mask is None and torch.compiler.is_compiling():
-        raise TypeError(
-            "score_mod, mask_mod, block_mask: they cannot pass the operator that torch.compile sees; call flash_fwd "
-            "from a function under torch.compiler.disable"
-        )
-    lists, mask_mod = block_masks.prepare(block_mask, mask_mod)
-    if len(aux) and score_mod is mask_mod is None:
-        raise ValueError(f"aux: {len(aux)} came without a score_mod or a mask_mod, which alone take them; omit it")
-    score = None if score_mod is None else prepare("score_mod", score_mod, tuple(aux))
-    return score, None if mask_mod is None else prepare("mask_mod", mask_mod, tuple(aux)), lists
-
-
-def fitted(modifiers: Modifiers, problem: Problem, device: torch.device) -> Modifiers:
-    """Held against the problem; a block mask's lists are then those of every sequence and head."""
-    per_head(modifiers, problem, device)
-    for name, mod in modifiers.mods.items():
-        if mod is not None:
-            places(name, problem)
-            captured(name, mod, device)
-    if modifiers.dropout is not None:
-        random_state(modifiers.dropout, device)
-    lists = modifiers.block_mask
-    if not isinstance(lists, block_masks.BlockLists):
-        return modifiers
-    for name, x in zip(lists._fields[:4], lists[:4], strict=True):
-        if isinstance(x, torch.Tensor):
-            memory(f"block_mask: {name}", x)
-    sizes = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
-    return modifiers._replace(block_mask=block_masks.fit(lists, *sizes, device))
-
-
-def places(name: str, problem: Problem) -> None:
-    """Those that a function sees are int32, and so are their sums."""
-    most = max(problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k)
-    if most > PLACE_MAX:
-        raise ValueError(f"{name}: given with {most} places in a dimension; up to {PLACE_MAX} are taken")
-
-
-def captured(name: str, mod: Mod, device: torch.device) -> None:
-    """What a function captures, and its aux, is where q is, and learns nothing."""
-    for x in mod.arguments:  # in memory of their own, as `mods.prepare` has seen
-        if isinstance(x, torch.Tensor) and x.device != device:
-            raise ValueError(
-                f"{name}: it captures a tensor on {x.device}, but q is on {device}; move it with .to(device)"
-            )
-        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: it captures a tensor that requires grad, which gets no gradient; use .detach()")
-
-
-def per_head(modifiers: Modifiers, problem: Problem, device: torch.device) -> None:
-    """alibi_slopes and sinks: float32, where q is, a number for each head, or for each head of each sequence."""
-    heads, of_batch = (problem.heads,), (problem.batch, problem.heads)
-    for name, x, shapes in (
-        ("alibi_slopes", modifiers.alibi_slopes, (heads, of_batch)),
-        ("sinks", modifiers.sinks, (heads,)),
-    ):
-        if x is None:
-            continue
-        want = " or ".join(map(str, shapes))
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: a torch.Tensor is needed, float32 {want}; {type_word(x)} came")
-        memory(name, x)
-        if x.dtype != torch.float32:
-            raise TypeError(f"{name}: {x.dtype} came, torch.float32 is needed; use {name}.float()")
-        if tuple(x.shape) not in shapes:
-            raise ValueError(f"{name}: shape {tuple(x.shape)} came; {want} is needed, a number for each of q's heads")
-        if x.device != device:
-            raise ValueError(f"{name}: on {x.device}, but q is on {device}; move one with .to(device)")
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(
-                f"{name}: stride {x.stride(-1)} in the last dimension; 1 is needed: use {name}.contiguous()"
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: requires grad, and flash_fwd has no gradient for it; pass {name}.detach()")
-
-
 def trained_head_dims(q: torch.Tensor, v: torch.Tensor) -> None:
     """What torch's backward kernels take."""
     d, d_v = q.shape[-1], v.shape[-1]
@@ -545,19 +238,8 @@ def trained_head_dims(q: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
-def gradients(q: torch.Tensor, layout: str, modifiers: Modifiers) -> None:
-    """The backward's own limits: no modifier but a window; CUDA's grids have at most 65,535 blocks in y and z."""
-    if modifiers.dropout is not None:
-        raise ValueError(
-            f"dropout_p: {modifiers.dropout.p} came with inputs that require grad, and torch's backward cannot redo "
-            "our mask; call under torch.no_grad(), or use torch.nn.functional.scaled_dot_product_attention"
-        )
-    for name, x in modifiers._asdict().items():
-        if x is not None and name not in ("window", "row_max"):
-            raise ValueError(
-                f"{name}: given with inputs that require grad, and its backward is not supported; call under "
-                "torch.no_grad(), or use torch.nn.attention.flex_attention where gradients are needed"
-            )
+def grid(q: torch.Tensor, layout: str) -> None:
+    """The backward's own limit: CUDA's grids have at most 65,535 blocks in y and z."""
     for what, i in (("batches", 0), ("heads", layout.index("h"))):
         if q.is_cuda and q.shape[i] > GRID_MAX:
             raise ValueError(

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import api, checks, notices, varlen
-from .integrations import by_operator, dlpack, torch_op
-from .modifiers import Modifiers
-from .problem import Problem
+from . import api, arrays, backward, by_operator, checks, features, notices, varlen
+from .integrations import dlpack
+from .operands import Dense, Ragged
+from .request import Outputs, Request, request
 
 OURS = "cute_attn"
 
@@ -64,72 +64,53 @@ def explain(*args: Any, function: Callable = api.flash_fwd, **options: Any) -> E
         return Explanation("nobody", reason=f"it raises {type(error).__name__}: {error}")
 
 
-def _bound(function: Callable, args, options) -> SimpleNamespace:
+def _bound(function: Callable, args, options) -> dict[str, Any]:
     bound = inspect.signature(function).bind(*args, **options)
     bound.apply_defaults()
-    return SimpleNamespace(**bound.arguments)
+    return dict(bound.arguments)
 
 
 def _flash_fwd(*args, **options) -> Explanation:
-    """In its order."""
     a = _bound(api.flash_fwd, args, options)
-    checks.flags(**{name: getattr(a, name) for name in api.ASKED})
-    causal, modifiers = _modifiers(a, checks.dropout(a.dropout_p, a.generator, a.rng_state))
-    if not isinstance(a.q, torch.Tensor) and hasattr(a.q, "__dlpack__"):
-        given = dict(q=a.q, k=a.k, v=a.v) | ({} if a.out is None else dict(out=a.out))
-        vars(a).update(zip(given, dlpack.shared(**given), strict=True))
-    problem, gpu, config, specs = api.planned(a.q, a.k, a.v, a.out, causal, a.layout, a.constant_time, modifiers.kinds)
-    scale = None if a.scale is None else checks.scale(a.scale)
-    checks.fitted(modifiers, problem, a.q.device)
-    backward = _backward(a, modifiers, scale) if checks.learns(a.q, a.k, a.v) else None
-    if a.out is not None:
-        checks.out_memory(a.out, a.q, a.k, a.v, [x.nbytes for x in specs])
-    return _answer(gpu, config, problem.empty, (a.q, a.k, a.v, a.q if a.out is None else a.out), backward)
-
-
-def _modifiers(a: SimpleNamespace, dropout) -> tuple[bool, Modifiers]:
-    causal, window = checks.window(a.window, a.causal)
-    mods = checks.mods(a.score_mod, a.mask_mod, a.aux, getattr(a, "block_mask", None))
-    row_max = a.return_row_max or a.return_max_logit
-    return causal, Modifiers(window, checks.softcap(a.softcap), a.alibi_slopes, a.sinks, *mods, dropout, row_max)
-
-
-def _answer(gpu, config, empty: bool, tensors, backward: str | None) -> Explanation:
-    if gpu is None:
-        return Explanation("torch in float32", reason=notices.CPU, backward=backward and "torch in float32")
-    if empty:
-        return Explanation("nobody", reason="there is nothing to multiply: a size is 0", backward=backward)
-    checks.addresses(*tensors)
-    return Explanation(OURS, config.name, backward=backward)
-
-
-def _backward(a: SimpleNamespace, modifiers: Modifiers, scale: float | None) -> str:
-    checks.trained_head_dims(a.q, a.v)
-    checks.gradients(a.q, a.layout, modifiers)
-    if a.out is not None:
-        raise ValueError(by_operator.OUT_LEARNS)
-    by_cudnn = modifiers.window is None and torch_op.cudnn_serves(a.q, a.k, scale, a.layout)
-    return "torch's cuDNN" if by_cudnn else "torch's FlashAttention-2"
+    if not isinstance(a["q"], torch.Tensor) and hasattr(a["q"], "__dlpack__"):
+        given = {name: a[name] for name in ("q", "k", "v", "out") if a[name] is not None}
+        a.update(zip(given, dlpack.shared(**given), strict=True))
+    return _ours(Dense(**{name: a.pop(name) for name in Dense._fields}), a)
 
 
 def _varlen(*args, **options) -> Explanation:
     a = _bound(varlen.flash_fwd_varlen, args, options)
-    lengths, hints = (a.cu_seqlens_q, a.cu_seqlens_k, a.seqused_q, a.seqused_k), (a.max_seqlen_q, a.max_seqlen_k)
-    checks.flags(**{name: getattr(a, name) for name in api.ASKED[:3]})
-    causal, modifiers = _modifiers(a, None)
-    batch, gpu, config, specs = varlen.planned(a.q, a.k, a.v, lengths, hints, a.out, causal, modifiers.kinds)
-    if a.scale is not None:
-        checks.scale(a.scale)
-    backward = None
-    if checks.learns(a.q, a.k, a.v):
-        varlen.operator_takes(modifiers)
-        checks.trained_head_dims(a.q, a.v)
-        checks.packed_gradients(*hints, *lengths[2:])
-        backward = "torch's FlashAttention-2"
-    checks.fitted(modifiers, Problem(batch, a.q.shape[1], a.k.shape[1], len(a.q), len(a.k), a.q.shape[2]), a.q.device)
-    if a.out is not None:
-        checks.out_memory(a.out, a.q, a.k, a.v, [x.nbytes for x in specs])
-    return _answer(gpu, config, 0 in (batch, a.q.numel()), (a.q, a.k, a.v, a.q if a.out is None else a.out), backward)
+    return _ours(Ragged(**{name: a.pop(name) for name in Ragged._fields}), a)
+
+
+def _ours(operands: Any, asked: dict[str, Any]) -> Explanation:
+    """In the order of `Request.run`."""
+    outputs = Outputs(**{name: asked.get(f"return_{name}", False) for name in Outputs._fields})
+    given = {name: x for name, x in asked.items() if name in features.DEFAULTS}
+    how = asked["causal"], asked["scale"], asked.get("constant_time", False)
+    wanted = request(operands, outputs, *how, given)
+    problem, gpu, config, specs = wanted.planned()
+    if wanted.scale is not None:
+        checks.scale(wanted.scale)
+    q, k, v, out = operands.tensors
+    learning = _backward(wanted) if arrays.learns(q, k, v) else None
+    features.fitted(wanted.features, problem, q.device)
+    if out is not None:
+        checks.out_memory(out, q, k, v, [x.nbytes for x in specs])
+    if gpu is None:
+        return Explanation("torch in float32", reason=notices.CPU, backward=learning and "torch in float32")
+    if operands.nothing(problem):
+        return Explanation("nobody", reason="there is nothing to multiply: a size is 0", backward=learning)
+    checks.addresses(q, k, v, q if out is None else out)
+    return Explanation(OURS, config.name, backward=learning)
+
+
+def _backward(wanted: Request) -> str:
+    by_operator.check_gradients(wanted)
+    q, k, *_ = wanted.operands.tensors
+    dense = isinstance(wanted.operands, Dense) and wanted.features.window is None
+    by_cudnn = dense and backward.cudnn_serves(q, k, wanted.scale, wanted.operands.layout)
+    return "torch's cuDNN" if by_cudnn else "torch's FlashAttention-2"
 
 
 def _sdpa(
@@ -146,7 +127,7 @@ def _sdpa(
         with torch.no_grad():
             found = explain(query, key, value, causal=is_causal, scale=scale)
         if found.by == OURS:
-            learning = checks.learns(query, key, value)
+            learning = arrays.learns(query, key, value)
             return found._replace(backward="torch's FlashAttention-2" if learning else None)
         why = found.reason
     return Explanation("torch's flash attention", reason=why)
@@ -155,7 +136,7 @@ def _sdpa(
 def _transformers(*args, **options) -> Explanation:
     from .integrations import transformers as cute
 
-    a = _bound(cute.attention, args, options)
+    a = SimpleNamespace(**_bound(cute.attention, args, options))
     cute.not_sparse(a.kwargs)
     told = cute.sequences(a.query, a.kwargs)
     seen = cute.visible(a.module, a.query, a.key, a.attention_mask, a.is_causal, told)

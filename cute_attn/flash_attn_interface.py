@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, are_deterministic_algorithms_enabled
 
 from . import api, varlen
-from .checks import flags, learns
+from .arrays import flags, learns
 from .scalars import integer
 
 

@@ -7,13 +7,13 @@ from itertools import product
 from typing import NamedTuple
 
 from . import packing, tuned
+from .features import PLAIN as PLAIN
+from .features import FeatureKey as FeatureKey
 from .kernels.config import DTYPES, LAYOUTS, SMEM_BYTES, FwdConfig, SparseBlocks
 from .kernels.mask import Causal, Full, Mask, UserMask, Window
 from .kernels.packed_scheduler import Packed, PackedLongest
 from .kernels.score import Alibi, Plain, Score, Softcap, UserScore
 from .kernels.tile_scheduler import DynamicLongest, StaticTiles
-from .problem import UNMODIFIED as UNMODIFIED
-from .problem import Kinds as Kinds
 from .problem import Problem as Problem
 
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the tables' kernels; D runs on the next one up
@@ -21,7 +21,10 @@ EQUAL_HEAD_DIMS = tuple((d, 0) for d in HEAD_DIMS)
 EVERY_HEAD_DIM = (*HEAD_DIMS, 320, 384, 448, 512)  # and those of kernels that are in no table
 
 
-MODIFIED = {False: [Kinds(alibi=True)], True: [Kinds(softcap=True), Kinds(softcap=True, alibi=True, sinks=True)]}
+MODIFIED = {
+    False: [FeatureKey(alibi=True)],
+    True: [FeatureKey(softcap=True), FeatureKey(softcap=True, alibi=True, sinks=True)],
+}
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +46,7 @@ def plan(problem: Problem, gpu: str | None = None) -> FwdConfig:
 
 def _by_table(problem: Problem, gpu: str | None) -> FwdConfig:
     """The kernel for as many heads, and rows of each, as the problem has."""
-    if problem.kinds != UNMODIFIED:
+    if problem.features != PLAIN:
         return _always(problem, gpu)
     rows = _rows(*kernel_dims(problem.head_dim, problem.head_dim_v), problem.dtype, problem.causal, gpu)
     row = next(row for row in rows if row.serves(problem.seqlen_q, problem.seqlen_k, problem.row_blocks))
@@ -55,10 +58,10 @@ def _by_table(problem: Problem, gpu: str | None) -> FwdConfig:
 
 def _always(problem: Problem, gpu: str | None) -> FwdConfig:
     """The kernel of the problem's kind that serves any lengths."""
-    causal = problem.kinds.window or problem.causal
+    causal = problem.features.window or problem.causal
     head_dim, head_dim_v = kernel_dims(problem.head_dim, problem.head_dim_v)
     base = config(head_dim, problem.dtype, problem.layout, causal, gpu, head_dim_v)
-    base = modified(base, problem.kinds)
+    base = modified(base, problem.features)
     return constant_time(base) if problem.constant_time else base
 
 
@@ -81,24 +84,24 @@ def constant_time(config: FwdConfig) -> FwdConfig:
     return replace(config, redo=False, constant_time=True, score=score)
 
 
-def modified(config: FwdConfig, kinds: Kinds) -> FwdConfig:
+def modified(config: FwdConfig, features: FeatureKey) -> FwdConfig:
     """Of a kernel the one with modifiers; of a causal one where there is a window."""
-    config = sparse(config, kinds.sparse, kinds.dropout) if kinds.sparse else config
-    config = windowed(config) if kinds.window else config
+    config = sparse(config, features.sparse, features.dropout) if features.sparse else config
+    config = windowed(config) if features.window else config
     causal = config.mask.causal
-    capped = Softcap() if kinds.softcap else Plain()
-    biased = Alibi(capped, causal) if kinds.alibi else capped
-    score = UserScore(kinds.score_mod, biased) if kinds.score_mod else biased
+    capped = Softcap() if features.softcap else Plain()
+    biased = Alibi(capped, causal) if features.alibi else capped
+    score = UserScore(features.score_mod, biased) if features.score_mod else biased
     base = config.mask
     if score.name and not config.sparse:  # slower softmaxes: CTAs of a cluster that draws wait for each other too long
         config = replace(config, cluster=1 if config.scheduler.draws else config.cluster)
-    mask = UserMask(kinds.mask_mod, base) if kinds.mask_mod and not isinstance(base, UserMask) else base
+    mask = UserMask(features.mask_mod, base) if features.mask_mod and not isinstance(base, UserMask) else base
     config = replace(config, tile_n=keys_of_a_block(config, score, mask))
     redo = redoes(config, score, mask)
     stages = max(config.stages, 3) if score.name and redo else config.stages  # K is held until a step is certain
-    config = replace(config, score=score, mask=mask, sinks=kinds.sinks, redo=redo, stages=stages)
-    config = with_maxima(config) if kinds.row_max else config
-    return with_dropout(config) if kinds.dropout else config
+    config = replace(config, score=score, mask=mask, sinks=features.sinks, redo=redo, stages=stages)
+    config = with_maxima(config) if features.row_max else config
+    return with_dropout(config) if features.dropout else config
 
 
 def keys_of_a_block(config: FwdConfig, score: Score, mask: Mask) -> int:
@@ -176,7 +179,7 @@ def varlen(
     head_dim: int,
     dtype: str,
     causal: bool,
-    kinds: Kinds = UNMODIFIED,
+    features: FeatureKey = PLAIN,
     gpu: str | None = None,
     head_dim_v: int = 0,
     ratio: int = 1,
@@ -186,19 +189,21 @@ def varlen(
 
     Where no sequence has more than a few queries, the heads that share a K/V head are packed into a tile.
     """
-    found = _varlen(head_dim, dtype, causal, kinds, gpu, head_dim_v)
+    found = _varlen(head_dim, dtype, causal, features, gpu, head_dim_v)
     if ratio < 2 or not max_seqlen_q or not found.packable:
         return found
     return packing.of_sequences(found, ratio, max_seqlen_q)
 
 
 @lru_cache(maxsize=256)
-def _varlen(head_dim: int, dtype: str, causal: bool, kinds: Kinds, gpu: str | None, head_dim_v: int) -> FwdConfig:
+def _varlen(
+    head_dim: int, dtype: str, causal: bool, features: FeatureKey, gpu: str | None, head_dim_v: int
+) -> FwdConfig:
     """With wider blocks and a mask_mod ptxas spills at d96 and d192, 4 to 8 bytes."""
     head_dim, head_dim_v = kernel_dims(head_dim, head_dim_v)
-    longest = causal or kinds.window
-    base = modified(config(head_dim, dtype, LAYOUTS[0], longest, gpu, head_dim_v), kinds)
-    tile_n = min(base.tile_n, 64) if kinds.mask_mod else base.tile_n
+    longest = causal or features.window
+    base = modified(config(head_dim, dtype, LAYOUTS[0], longest, gpu, head_dim_v), features)
+    tile_n = min(base.tile_n, 64) if features.mask_mod else base.tile_n
     return replace(base, layout="thd", scheduler=PackedLongest if longest else Packed, cluster=1, tile_n=tile_n)
 
 
@@ -238,7 +243,7 @@ def shipped(
     always, some = [configs[-1] for configs in kinds], [c for configs in kinds for c in configs[:-1]]
     windows = [windowed(config) for config in always if config.mask.causal]
     plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
-    others = [modified(config, kinds) for config in plain for kinds in MODIFIED[config.mask.causal]]
+    others = [modified(config, features) for config in plain for features in MODIFIED[config.mask.causal]]
     others += map(constant_time, [*always, *(config for config in some if config.split > 1), *windows])
     packs = packing.kernels([*always, *windows, *others], some, ratio)
     return list(dict.fromkeys([*always, *some, *windows, *others, *packs]))
@@ -246,7 +251,7 @@ def shipped(
 
 def shipped_varlen(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
     """Every kernel that some call with packed sequences can reach; with a ratio those that pack heads too."""
-    masks = (False, UNMODIFIED), (True, UNMODIFIED), (False, Kinds(window=True))
+    masks = (False, PLAIN), (True, PLAIN), (False, FeatureKey(window=True))
     found = [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
     return found if ratio < 2 else found + packing.sequences_kernels(found, ratio)
 

@@ -1,26 +1,8 @@
 """What is asked of a kernel: sizes, types and features of one call, whatever its addresses and values."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .kernels.config import SparseBlocks
-from .kernels.user_mod import UserMod
-
-
-class Kinds(NamedTuple):
-    """Which modifiers a call has, whatever their values."""
-
-    window: bool = False
-    softcap: bool = False
-    alibi: bool = False
-    sinks: bool = False
-    score_mod: UserMod | None = None
-    mask_mod: UserMod | None = None
-    sparse: SparseBlocks | None = None
-    row_max: bool = False
-    dropout: bool = False
-
-
-UNMODIFIED = Kinds()
+from .features import PLAIN
 
 
 class Problem(NamedTuple):
@@ -36,7 +18,7 @@ class Problem(NamedTuple):
     layout: str = "bhsd"
     causal: bool = False
     constant_time: bool = False
-    kinds: Kinds = UNMODIFIED
+    features: Any = PLAIN  # a FeatureKey
     head_dim_v: int = 0  # of v and o, where it is another than q's and k's
 
     @property

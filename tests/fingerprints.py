@@ -25,7 +25,7 @@ import cutlass
 from cute_attn import compile
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.mods import prepare
-from cute_attn.plan import EQUAL_HEAD_DIMS, Kinds, Problem, plan, shipped, shipped_varlen, varlen
+from cute_attn.plan import EQUAL_HEAD_DIMS, FeatureKey, Problem, plan, shipped, shipped_varlen, varlen
 from cute_attn.tools.benchmark.ladder import configs as stages
 
 GOLDEN = Path(__file__).parent / "fingerprints.json"
@@ -42,7 +42,7 @@ def nearby(b, h, q_idx, kv_idx):
     return q_idx - kv_idx < 100
 
 
-def kinds() -> Iterator[Kinds]:
+def kinds() -> Iterator[FeatureKey]:
     """Every set of features that a call can ask for at once, each with a value of its own."""
     asked = dict(
         window=True,
@@ -56,7 +56,7 @@ def kinds() -> Iterator[Kinds]:
         dropout=True,
     )
     for some in chain.from_iterable(combinations(asked, n) for n in range(len(asked) + 1)):
-        yield Kinds(**{name: asked[name] for name in some})
+        yield FeatureKey(**{name: asked[name] for name in some})
 
 
 def planned() -> Iterator[FwdConfig]:
@@ -65,7 +65,7 @@ def planned() -> Iterator[FwdConfig]:
     yield from shipped_varlen(ratio=8)
     for (d, d_v), asked, causal in product(HEAD_DIMS, kinds(), (False, True)):
         for size, constant in product(SIZES, (False, True)):
-            how = dict(causal=causal, constant_time=constant, kinds=asked, head_dim_v=d_v)
+            how = dict(causal=causal, constant_time=constant, features=asked, head_dim_v=d_v)
             yield from legal(lambda size=size, d=d, how=how: plan(Problem(*size, d, **how)))
         yield from legal(lambda d=d, causal=causal, asked=asked, d_v=d_v: varlen(d, "bf16", causal, asked, None, d_v))
     for causal in (False, True):

@@ -13,7 +13,7 @@ from cute_attn.kernels.mask import Causal
 from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.score import Alibi, Softcap, UserScore
 from cute_attn.kernels.tile_scheduler import Tile
-from cute_attn.plan import HEAD_DIMS, Kinds
+from cute_attn.plan import HEAD_DIMS, FeatureKey
 from cute_attn.tools import inspect
 
 SIZES = [(1, 1), (64, 40), (64, 8192), (300, 200), (100, 700), (1000, 130), (1500, 1500)]
@@ -51,7 +51,7 @@ def test_which_kernels_begin_there():
         *(replace(ALIBI, score=score) for score in (Alibi(causal=True), Softcap(), UserScore(None))),
         *(replace(ALIBI, **how) for how in (dict(constant_time=True), dict(sparse=SparseBlocks(128, 128, True)))),
         replace(ALIBI, mask=Causal()),
-        plan.modified(ALIBI, Kinds(window=True, alibi=True)),
+        plan.modified(ALIBI, FeatureKey(window=True, alibi=True)),
     ]
     for config in (*begins, *others):
         found = isinstance(parts_of(config).blocks, DiagonalFirst)
@@ -62,7 +62,7 @@ def test_which_kernels_begin_there():
 @pytest.mark.parametrize("head_dim", sample(3, HEAD_DIMS))
 def test_only_the_first_steps_look_for_maxima_and_mask(head_dim):
     """Those of the blocks that the diagonal crosses; the steady loop neither, where the bias is linear."""
-    config = plan.modified(plan.config(head_dim, "bf16", "bhsd", False), Kinds(alibi=True))
+    config = plan.modified(plan.config(head_dim, "bf16", "bhsd", False), FeatureKey(alibi=True))
     report = inspect.report(config)
     assert config.from_diagonal and not report.problems()
     crossed, steady = report.loops

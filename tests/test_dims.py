@@ -25,7 +25,7 @@ from cute_attn import (
 )
 from cute_attn.integrations import sdpa, torch_op, transformers, varlen_op  # noqa: F401  operators
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
-from cute_attn.plan import HEAD_DIMS, Kinds, Problem
+from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem
 from cute_attn.tools import bench, inspect
 from cute_attn.tools.benchmark import cells
 from cute_attn.tools.benchmark.contenders import make_inputs
@@ -267,8 +267,8 @@ DIM = st.integers(1, 64).map(lambda n: 8 * n)
     causal=st.booleans(),
     constant_time=st.booleans(),
     kinds=st.sampled_from(
-        [Kinds(), Kinds(window=True), Kinds(softcap=True, alibi=True, sinks=True)]
-        + [Kinds(sparse=SparseBlocks(m, n, True)) for m, n in ((64, 64), (128, 192), (192, 128))]
+        [FeatureKey(), FeatureKey(window=True), FeatureKey(softcap=True, alibi=True, sinks=True)]
+        + [FeatureKey(sparse=SparseBlocks(m, n, True)) for m, n in ((64, 64), (128, 192), (192, 128))]
     ),
 )
 def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time, kinds):
@@ -280,7 +280,7 @@ def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time,
             heads_kv=heads_kv,
             causal=causal,
             constant_time=constant_time and not kinds.sparse,
-            kinds=kinds,
+            features=kinds,
         )
     )
     assert found.smem_bytes <= SMEM_BYTES and found.registers_held <= 192
@@ -350,9 +350,9 @@ def test_machine_code(dims, causal):
 
 OTHERS = {
     "constant time": dict(constant_time=True),
-    "window": dict(kinds=Kinds(window=True)),
-    "scores": dict(kinds=Kinds(softcap=True, alibi=True, sinks=True)),
-    "lists": dict(kinds=Kinds(sparse=SparseBlocks(128, 128, True))),
+    "window": dict(features=FeatureKey(window=True)),
+    "scores": dict(features=FeatureKey(softcap=True, alibi=True, sinks=True)),
+    "lists": dict(features=FeatureKey(sparse=SparseBlocks(128, 128, True))),
     "packed heads": dict(heads_kv=1, seqlen_q=4, causal=True),
     "split": dict(batch=1, seqlen_q=64),
 }

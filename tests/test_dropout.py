@@ -19,7 +19,7 @@ from cute_attn.kernels import dropout as room
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.kernels.layout import acc_mn
 from cute_attn.modifiers import Modifiers
-from cute_attn.plan import HEAD_DIMS, Kinds, Problem
+from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem
 from cute_attn.reference import LEVELS, keep_mask, levels_kept
 from cute_attn.tools import inspect
 
@@ -376,7 +376,7 @@ def test_neither_gradients_nor_generators_in_graphs():
 @pytest.mark.machine_code
 @pytest.mark.parametrize(("head_dim", "causal"), sample(4, HEAD_DIMS, [False, True]))
 def test_healthy(head_dim, causal):
-    config = plan.plan(Problem(4, 16, 16, 4096, 4096, head_dim, causal=causal, kinds=Kinds(dropout=True)))
+    config = plan.plan(Problem(4, 16, 16, 4096, 4096, head_dim, causal=causal, features=FeatureKey(dropout=True)))
     report = inspect.report(config)
     assert config.dropout and "_dropout_" in config.name and report.problems() == []
     assert report.steady_loop.selects >= config.tile_n // 2, "one for each of a thread's weights"
@@ -385,7 +385,7 @@ def test_healthy(head_dim, causal):
 def with_the_rest() -> dict[str, FwdConfig]:
     blocks = SparseBlocks(128, 128, True)
     kinds = dict(softcap=True, sinks=True, alibi=True), dict(window=True, row_max=True), dict(sparse=blocks)
-    configs = [plan.modified(plan.config(128, "bf16", "bhsd", True), Kinds(dropout=True, **kind)) for kind in kinds]
+    configs = [plan.modified(plan.config(128, "bf16", "bhsd", True), FeatureKey(dropout=True, **kind)) for kind in kinds]
     return {config.name: config for config in (*configs, plan.constant_time(configs[0]))}
 
 
@@ -398,18 +398,18 @@ def test_healthy_with_the_rest(name):
 def test_the_plan():
     """Whole runs of 32 keys, heads not packed, and nothing of it in plain calls."""
     for head_dim, causal, queries in product(HEAD_DIMS, (False, True), (1, 4096)):
-        problem = Problem(4, 32, 4, queries, 4096, head_dim, causal=causal, kinds=Kinds(dropout=True))
+        problem = Problem(4, 32, 4, queries, 4096, head_dim, causal=causal, features=FeatureKey(dropout=True))
         config = plan.plan(problem)
         assert config.dropout and config.tile_n % 32 == 0 and config.pack == config.split == 1
-        plain = plan.plan(problem._replace(kinds=Kinds()))
+        plain = plan.plan(problem._replace(features=FeatureKey()))
         assert not plain.dropout and plain.signature().dropout == ()
     with pytest.raises(AssertionError, match="a call of Philox"):
         FwdConfig(64, tile_n=80, dropout=True)
     with pytest.raises(AssertionError, match="has one head"):
         FwdConfig(64, pack=8, dropout=True)
     dropout = checks.dropout(0.25, None, state(1, 2))
-    assert Modifiers(dropout=dropout).kinds == Kinds(dropout=True) and Modifiers().kinds == Kinds()
+    assert Modifiers(dropout=dropout).kinds == FeatureKey(dropout=True) and Modifiers().kinds == FeatureKey()
     assert dropout.arguments[1:] == (3 * LEVELS // 4, 4 / 3)
     for kinds in (dict(dropout=True), dict(sinks=True, dropout=True, row_max=True)):
-        taken = plan.modified(plan.config(64, "bf16", "bhsd", True), Kinds(**kinds)).signature()
+        taken = plan.modified(plan.config(64, "bf16", "bhsd", True), FeatureKey(**kinds)).signature()
         assert len(taken.dropout) == 3 and len(taken.sinks) == len(taken.row_max) == (len(kinds) == 3)

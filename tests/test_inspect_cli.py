@@ -430,8 +430,8 @@ SPLIT = plan.Problem(1, 8, 8, 512, 512, 64, layout="bshd")
     ("head_dim", "data"), [(64, {audit.REDO}), (224, {audit.LAZY_RESCALE, audit.SLOW_STEP, audit.SOFTCAP})]
 )
 def test_a_softcaps_kernel_is_explained(head_dim, data):
-    kinds = plan.Kinds(softcap=True)
-    problem = plan.Problem(4, 16, 16, 2048, 2048, head_dim, layout="bshd", causal=True, kinds=kinds)
+    kinds = plan.FeatureKey(softcap=True)
+    problem = plan.Problem(4, 16, 16, 2048, 2048, head_dim, layout="bshd", causal=True, features=kinds)
     found = [branch.depends for branch in audit.audit(plan.plan(problem))]
     assert set(found) == {audit.BARRIER, audit.TRIP_COUNT, *data}
     assert all(found.count(kind) == 1 for kind in data)
@@ -441,7 +441,7 @@ def test_a_softcaps_kernel_is_explained(head_dim, data):
     ("head_dim", "window"), [(128, False), (64, True), (224, True)], ids=["full", "a guard", "uniform predicates"]
 )
 def test_a_kernel_with_slow_steps_is_explained(head_dim, window):
-    config = plan.plan(plan.Problem(4, 16, 16, 2048, 2048, head_dim, kinds=plan.Kinds(window=window)))
+    config = plan.plan(plan.Problem(4, 16, 16, 2048, 2048, head_dim, features=plan.FeatureKey(window=window)))
     found = [branch.depends for branch in audit.audit(config)]
     assert not config.redo
     assert set(found) == {audit.BARRIER, audit.TRIP_COUNT, audit.LAZY_RESCALE, audit.SLOW_STEP}

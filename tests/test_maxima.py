@@ -12,7 +12,7 @@ from cute_attn import flash_fwd, flash_fwd_varlen, plan, reference
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.kernels.outputs import RowMax, Sinks
 from cute_attn.kernels.parts import parts_of
-from cute_attn.plan import HEAD_DIMS, Kinds, Problem
+from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem
 from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -209,7 +209,7 @@ def test_wrong():
 @pytest.mark.machine_code
 @pytest.mark.parametrize(("head_dim", "causal"), sample(4, HEAD_DIMS, [False, True]))
 def test_healthy(head_dim, causal):
-    config = plan.plan(Problem(4, 16, 16, 4096, 4096, head_dim, causal=causal, kinds=Kinds(row_max=True)))
+    config = plan.plan(Problem(4, 16, 16, 4096, 4096, head_dim, causal=causal, features=FeatureKey(row_max=True)))
     report = inspect.report(config)
     assert config.row_max and "_row_max_" in config.name and report.problems() == []
     assert report.steady_loop.maxima >= config.tile_n // 2, "one for each of a thread's scores"
@@ -222,9 +222,9 @@ def with_the_rest() -> dict[str, FwdConfig]:
         dict(sparse=SparseBlocks(128, 128, True)),
         dict(alibi=True),
     )
-    configs = [plan.modified(plan.config(128, "bf16", "bhsd", True), Kinds(row_max=True, **kind)) for kind in kinds]
-    configs += [plan.constant_time(configs[0]), plan.varlen(128, "bf16", True, Kinds(row_max=True))]
-    configs += [plan.plan(Problem(4, 32, 4, 1, 8192, 128, kinds=Kinds(row_max=True)))]
+    configs = [plan.modified(plan.config(128, "bf16", "bhsd", True), FeatureKey(row_max=True, **kind)) for kind in kinds]
+    configs += [plan.constant_time(configs[0]), plan.varlen(128, "bf16", True, FeatureKey(row_max=True))]
+    configs += [plan.plan(Problem(4, 32, 4, 1, 8192, 128, features=FeatureKey(row_max=True)))]
     assert configs[-1].pack == 8 and all(config.row_max and config.split == 1 for config in configs)
     return {config.name: config for config in configs}
 
@@ -240,6 +240,6 @@ def test_it_is_not_asked_for_in_plain_calls():
     for causal in (False, True):
         config = plan.plan(Problem(4, 16, 16, 4096, 4096, 64, causal=causal))
         assert not config.row_max and parts_of(config).outputs == () == config.signature().row_max
-    asked = plan.modified(config, Kinds(sinks=True, row_max=True))
+    asked = plan.modified(config, FeatureKey(sinks=True, row_max=True))
     assert [type(output) for output in parts_of(asked).outputs] == [RowMax, Sinks]
     assert len(asked.signature().row_max) == len(asked.signature().sinks) == 1

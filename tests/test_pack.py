@@ -17,7 +17,7 @@ from cute_attn.kernels.config import PACKS, SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal, Full, PackedRows, Window, block_range, cuts
 from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.tile_scheduler import OneTile, Tile
-from cute_attn.plan import HEAD_DIMS, Kinds, Problem
+from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem
 from cute_attn.tools import audit, inspect
 
 RATIOS = (2, 3, 4, 5, 7, 8, 16, 32, 64)
@@ -143,7 +143,7 @@ def test_pack_of_every_ratio():
     window=st.booleans(),
 )
 def test_what_is_packed(batch, heads_kv, ratio, seqlen_q, seqlen_k, head_dim, causal, constant_time, window):
-    how = dict(causal=causal, constant_time=constant_time, kinds=Kinds(window=window))
+    how = dict(causal=causal, constant_time=constant_time, features=FeatureKey(window=window))
     problem = Problem(batch, heads_kv * ratio, heads_kv, seqlen_q, seqlen_k, head_dim, **how)
     found = plan.plan(problem)
     assert found.smem_bytes <= SMEM_BYTES
@@ -173,7 +173,7 @@ def test_few_tiles_split_their_keys():
     for head_dim, causal in product(splits, (False, True)):
         found = plan.plan(Problem(1, 32, 8, 1, 8192, head_dim, causal=causal))
         assert (found.pack, found.split, found.tile_m) == (4, splits[head_dim][causal], 64)
-    capped = plan.plan(Problem(1, 32, 8, 1, 8192, 128, kinds=Kinds(softcap=True, sinks=True)))
+    capped = plan.plan(Problem(1, 32, 8, 1, 8192, 128, features=FeatureKey(softcap=True, sinks=True)))
     assert (capped.pack, capped.split) == (4, 4) and capped.sinks and capped.score.name == "softcap"
 
 
@@ -184,10 +184,10 @@ def test_many_tiles_of_few_rows_share_an_sm():
 
 
 @pytest.mark.parametrize(
-    "kinds", [Kinds(alibi=True), Kinds(sparse=SparseBlocks(128, 128, True))], ids=["alibi", "sparse"]
+    "kinds", [FeatureKey(alibi=True), FeatureKey(sparse=SparseBlocks(128, 128, True))], ids=["alibi", "sparse"]
 )
 def test_what_asks_for_a_tile_s_head_is_not_packed(kinds):
-    assert plan.plan(Problem(4, 32, 8, 1, 4096, 128, kinds=kinds)).pack == 1
+    assert plan.plan(Problem(4, 32, 8, 1, 4096, 128, features=kinds)).pack == 1
 
 
 def test_a_users_table_may_have_other_tiles():
@@ -238,7 +238,7 @@ SHOWN = {
     "d128 split, causal": shown(1, 64, 1, 128, causal=True),
     "d128 many": shown(64, 32, 1, 128),
     "d128 rows in clusters": shown(32, 32, 64, 128),
-    "d128 window, sinks": shown(16, 64, 1, 128, kinds=Kinds(window=True, sinks=True)),
+    "d128 window, sinks": shown(16, 64, 1, 128, features=FeatureKey(window=True, sinks=True)),
     "d256 split, from registers": shown(1, 32, 1, 256),
     "d96 constant time": shown(16, 32, 1, 96, constant_time=True),
 }

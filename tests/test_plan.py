@@ -15,7 +15,7 @@ from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal, Window
 from cute_attn.kernels.score import Alibi, Softcap
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
-from cute_attn.plan import Kinds, Problem, plan, shipped
+from cute_attn.plan import FeatureKey, Problem, plan, shipped
 
 PROBLEMS = st.builds(
     Problem,
@@ -29,7 +29,7 @@ PROBLEMS = st.builds(
     layout=st.sampled_from(["bhsd", "bshd"]),
     causal=st.booleans(),
     constant_time=st.booleans(),
-    kinds=st.sampled_from([Kinds(), Kinds(window=True)]),
+    kinds=st.sampled_from([FeatureKey(), FeatureKey(window=True)]),
     head_dim_v=st.just(0),
 )
 
@@ -43,7 +43,7 @@ def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
     assert config.head_dim >= problem.head_dim
     assert config.head_dim - problem.head_dim < 32
     assert (config.dtype, config.layout) == (problem.dtype, problem.layout)
-    assert config.mask.name == ("window" if problem.kinds.window else "causal" if problem.causal else "full")
+    assert config.mask.name == ("window" if problem.features.window else "causal" if problem.causal else "full")
     assert config.constant_time == problem.constant_time
     assert config in every_kernel(problem.ratio)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cute_attn import checks, compile, flash_fwd, plan, reference
 from cute_attn.kernels import score
-from cute_attn.plan import Kinds, Problem
+from cute_attn.plan import FeatureKey, Problem
 from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -131,7 +131,7 @@ def test_which_scored_kernels_question_their_steps_afterwards():
     """Three warpgroups with registers for it; of four those of softcap, with fewer keys where causal."""
 
     def of(head_dim, causal, **kinds):
-        return plan.modified(plan.config(head_dim, "bf16", "bhsd", causal), Kinds(**kinds))
+        return plan.modified(plan.config(head_dim, "bf16", "bhsd", causal), FeatureKey(**kinds))
 
     for causal in (False, True):
         assert all(of(d, causal, **{kind: True}).redo for d in (96, 128) for kind in ("softcap", "alibi"))
@@ -218,20 +218,20 @@ def test_new_values_compile_nothing(monkeypatch):
 
 @given(softcap=st.booleans(), alibi=st.booleans(), sinks=st.booleans(), window=st.booleans(), causal=st.booleans())
 def test_the_plan(softcap, alibi, sinks, window, causal):
-    kinds = Kinds(window, softcap, alibi, sinks)
-    config = plan.plan(Problem(1, 1, 1, 512, 512, 64, causal=causal and not window, kinds=kinds))
+    kinds = FeatureKey(window, softcap, alibi, sinks)
+    config = plan.plan(Problem(1, 1, 1, 512, 512, 64, causal=causal and not window, features=kinds))
     assert config.score.name == "softcap" * softcap + "alibi" * alibi
     assert config.sinks == sinks and config.mask.windowed == window
     assert len(config.divide(range(9)).score) == softcap + 2 * alibi
 
 
 def test_the_kernel_says_what_it_takes():
-    for kinds in (Kinds(softcap=True), Kinds(alibi=True), Kinds(sinks=True)):
+    for kinds in (FeatureKey(softcap=True), FeatureKey(alibi=True), FeatureKey(sinks=True)):
         config = plan.modified(plan.config(64, "bf16", "bhsd", True), kinds)
         report = inspect.report(config)
         assert not report.problems()
         assert report.name.split("_causal_")[1].startswith(config.score.name or "sinks")
-    exact = plan.constant_time(plan.modified(plan.config(64, "bf16", "bhsd", True), Kinds(softcap=True)))
+    exact = plan.constant_time(plan.modified(plan.config(64, "bf16", "bhsd", True), FeatureKey(softcap=True)))
     assert exact.score.exact and not inspect.report(exact).problems()
 
 
@@ -245,5 +245,5 @@ def test_a_symbolic_softcap_is_left_to_the_call():
 )
 def test_a_window_s_softcap_does_not_spill(head_dim):
     for dtype in ("bf16", "fp16"):
-        config = plan.modified(plan.config(head_dim, dtype, "bhsd", True), Kinds(window=True, softcap=True))
+        config = plan.modified(plan.config(head_dim, dtype, "bhsd", True), FeatureKey(window=True, softcap=True))
         assert inspect.report(config).problems() == []

@@ -210,7 +210,7 @@ def test_every_class_has_rows_and_says_what_was_measured():
 def test_shipped_is_what_the_table_can_reach(dtype, layout):
     sizes = [(h, s, k) for h in (1, 3, 999) for s in LENGTHS for k in {s, 99_999}]
     reached = {
-        plan.plan(Problem(1, h, h, s, k, d, dtype, layout, c and not window, constant_time, plan.Kinds(window=window)))
+        plan.plan(Problem(1, h, h, s, k, d, dtype, layout, c and not window, constant_time, plan.FeatureKey(window=window)))
         for d, c in product(HEAD_DIMS, (False, True))
         for h, s, k in sizes
         for constant_time in (False, True)

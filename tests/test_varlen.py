@@ -18,7 +18,7 @@ from cute_attn.integrations import varlen_op
 from cute_attn.kernels import packed_scheduler, seqlen
 from cute_attn.kernels.packed_scheduler import Lane, Packed, PackedGrid, PackedLongest
 from cute_attn.kernels.seqlen import Packing, Part
-from cute_attn.plan import Kinds
+from cute_attn.plan import FeatureKey
 from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -240,7 +240,7 @@ def test_planned():
         assert (config.tile_m, config.tile_n, config.redo) == (base.tile_m, base.tile_n, base.redo)
         assert config.scheduler is (PackedLongest if causal else Packed)
         assert config.packed and config.cluster == 1 and config.dtype == "fp16"
-    assert plan.varlen(64, "bf16", True, Kinds(window=True)).mask.windowed
+    assert plan.varlen(64, "bf16", True, FeatureKey(window=True)).mask.windowed
     assert len(set(plan.shipped_varlen())) == 48
     assert not any(config.packed for config in plan.shipped())
 

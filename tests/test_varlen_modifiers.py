@@ -11,7 +11,7 @@ from test_varlen import MARK, marked, one_sequence, packed
 
 from cute_attn import compile, flash_fwd_varlen, mods, plan, reference
 from cute_attn.flash_attn_interface import flash_attn_varlen_func
-from cute_attn.plan import HEAD_DIMS, Kinds
+from cute_attn.plan import HEAD_DIMS, FeatureKey
 from cute_attn.tools import inspect
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -155,12 +155,12 @@ def test_neither_gradients_nor_graphs():
 )
 def test_healthy(head_dim, causal, masked):
     mod = mods.prepare("mask_mod", mask_mods("cpu")["documents"], ()).kernel
-    kinds = Kinds(mask_mod=mod, row_max=True) if masked else Kinds(softcap=True, alibi=True, sinks=True)
+    kinds = FeatureKey(mask_mod=mod, row_max=True) if masked else FeatureKey(softcap=True, alibi=True, sinks=True)
     config = plan.varlen(head_dim, "bf16", causal, kinds)
     assert config.packed and config.sinks == kinds.sinks and inspect.report(config).problems() == []
 
 
 def test_plain_calls_have_the_kernels_that_they_had():
     for d, causal, window in product(HEAD_DIMS, (False, True), (False, True)):
-        config = plan.varlen(d, "bf16", causal, Kinds(window=window))
+        config = plan.varlen(d, "bf16", causal, FeatureKey(window=window))
         assert not (config.score.name or config.sinks or config.row_max) and config.mask.windowed == window

@@ -11,7 +11,7 @@ from ptx import interpreted
 from test_varlen import check, packed
 
 from cute_attn import flash_fwd_varlen, packing, plan, reference
-from cute_attn.plan import HEAD_DIMS, Kinds
+from cute_attn.plan import HEAD_DIMS, FeatureKey
 from cute_attn.tools import inspect
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +72,7 @@ def test_the_plan():
         found = plan.varlen(d, "bf16", causal, ratio=ratio, max_seqlen_q=1)
         assert found.pack == packing.pack_of(ratio) and found.tile_m == 64 and not found.stages_o
         assert found.scheduler is base.scheduler
-    assert plan.varlen(64, "bf16", True, Kinds(alibi=True), ratio=8, max_seqlen_q=1).pack == 1
+    assert plan.varlen(64, "bf16", True, FeatureKey(alibi=True), ratio=8, max_seqlen_q=1).pack == 1
     assert plan.varlen(64, "bf16", True, ratio=1, max_seqlen_q=1).pack == 1
     assert plan.varlen(64, "bf16", True, ratio=8, max_seqlen_q=0).pack == 1
 

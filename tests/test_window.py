@@ -142,11 +142,11 @@ def test_warmup(monkeypatch):
 
 def test_the_problem_says_only_that_there_is_a_window():
     k = checks.Spec(torch.Size((1, 1, 8, 64)), (512, 512, 64, 1), torch.bfloat16, torch.device("cpu"))
-    assert not checks.problem(k, k, k, False, "bhsd").kinds.window
-    assert checks.problem(k, k, k, False, "bhsd", kinds=plan.Kinds(window=True)).kinds.window
+    assert not checks.problem(k, k, k, False, "bhsd").features.window
+    assert checks.problem(k, k, k, False, "bhsd", features=plan.FeatureKey(window=True)).features.window
     for causal in (False, True):
         problem = checks.warmup_problem(64, "bf16", "bhsd", causal, False, True)
-        assert problem.kinds.window and not problem.causal
+        assert problem.features.window and not problem.causal
 
 
 def test_every_way_in_passes_it_on(monkeypatch):
@@ -168,7 +168,7 @@ def test_every_way_in_passes_it_on(monkeypatch):
         torch.from_numpy(flash_fwd(*(x.numpy() for x in (q, k, v)), **how)),
     ):
         torch.testing.assert_close(o, want, atol=2e-3, rtol=2e-3)
-    assert len(problems) >= 7 and all(p.kinds.window and p.constant_time and not p.causal for p in problems)
+    assert len(problems) >= 7 and all(p.features.window and p.constant_time and not p.causal for p in problems)
 
 
 def test_a_call_is_known_whatever_its_window(monkeypatch):
@@ -192,7 +192,7 @@ def test_a_call_is_known_whatever_its_window(monkeypatch):
     flash_fwd(q, k, v, window=(None, None))
     flash_fwd(q, k, v, causal=True)
     flash_fwd(q, k, v, window=(None, 0))
-    windowed, none = plan.Kinds(window=True), plan.Kinds()
+    windowed, none = plan.FeatureKey(window=True), plan.FeatureKey()
     assert prepared == [(False, "bhsd", False, windowed), (False, "bhsd", False, none), (True, "bhsd", False, none)]
     assert [args[7:] for args in launched[:8:2]] == [
         (132, 5, 3),

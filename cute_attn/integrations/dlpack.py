@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checks import backwards, type_word
+from ..arrays import backwards, type_word
 
 IMMUTABLE = ("jax", "jaxlib")
 CUDA = 2  # kDLCUDA

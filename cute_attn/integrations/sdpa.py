@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend
 
-from .. import api, checks, notices, strides
+from .. import api, arrays, checks, notices, strides
 
 NAME = "cute_attn"
 FLASH = SDPBackend.FLASH_ATTENTION.value
@@ -115,7 +115,7 @@ def obstacle(query, key, value, dropout_p=0.0, return_debug_mask=False, scale=No
     if not query.shape[3] == value.shape[3] <= checks.GRADIENTS_HEAD_DIM_MAX:  # as torch's own forward does
         what = f"head_dim {query.shape[3]} of query, {value.shape[3]} of value"
         return f"{what}; torch's flash attention takes one for both, up to {checks.GRADIENTS_HEAD_DIM_MAX}"
-    if scale is not None and scale <= 0 and checks.learns(query, key, value):
+    if scale is not None and scale <= 0 and arrays.learns(query, key, value):
         return f"scale {scale}: torch's backward takes a positive one only"
     return None
 

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import api, notices, varlen
-from ..checks import DTYPES, GRADIENTS_HEAD_DIM_MAX, HEAD_DIM_MAX, learns, type_word, wraps
+from ..arrays import learns, type_word, wraps
+from ..checks import DTYPES, GRADIENTS_HEAD_DIM_MAX, HEAD_DIM_MAX
 from .transformers_masks import BLOCK, LazyMask, Packing, Padding, Sequences, mask, sides_of
 from .transformers_models import watch
 

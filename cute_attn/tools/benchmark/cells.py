@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ... import device, reference
-from ...api import o_like
+from ...operands import o_like
 from ...plan import plan
 from ...problem import Problem
 from .contenders import OURS, Contender, Inputs, Prepared, first_line, first_run, make_inputs

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 
 from ... import compile, device
-from ...api import o_like
 from ...kernels.config import FwdConfig
 from ...kernels.trace import EVENTS, HEAD, SAMPLES
+from ...operands import o_like
 from ...plan import config, kernel_dims, plan
 from ...problem import Problem
 from .contenders import make_inputs

@@ -1,40 +1,16 @@
-"""torch.ops.cute_attn.flash_fwd: what tracers (torch.compile, make_fx, jit.trace, ...) and autograd see of flash_fwd.
+"""Gradients: torch's own backward kernels, fed with our o and lse.
 
-`flash_fwd` calls it by itself where it is traced or differentiated, and only there: any other eager call has no
-dispatcher to go through. Its gradients are `flash_bwd`'s or `cudnn_bwd`'s, torch's own kernels fed with our o and lse.
+torch.ops.cute_attn.flash_bwd, cudnn_bwd and flash_bwd_varlen.
 """
 
 import os
 
 import torch
 
-from .. import api, checks, reference, strides
-from ..modifiers import Modifiers
+from . import reference, strides
+from .arrays import together
+from .features.window import window as bounded
 from .operator import gradients, operator
-
-
-def _lse_like(q, layout, asked):
-    h, s = layout.index("h"), layout.index("s")
-    return q.new_empty((q.shape[0], q.shape[h], q.shape[s]) if asked else (0,), dtype=torch.float32)
-
-
-def o_like(q, v):
-    """api.o_like, where sizes and strides may be symbols too."""
-    columns = v.shape[-1]
-    o = torch.empty_like(q if q.shape[-1] == columns else q[..., :1].expand(*q.shape[:-1], columns))
-    return o.new_empty_strided(o.shape, strides.plain(o.shape, o.stride()))
-
-
-def _fake(q, k, v, causal, scale, layout, return_lse, *_):
-    return o_like(q, v), _lse_like(q, layout, return_lse)
-
-
-def _fake_row_max(q, k, v, causal, scale, layout, return_lse, *_):
-    return o_like(q, v), _lse_like(q, layout, return_lse), _lse_like(q, layout, True)
-
-
-def _fake_out(q, k, v, out, causal, scale, layout, return_lse, *_):
-    return _lse_like(q, layout, return_lse)
 
 
 def _fake_bwd(grad, q, k, v, o, lse, causal, scale, layout, window_left=None, window_right=None):
@@ -45,86 +21,8 @@ def _fake_cudnn(grad, q, k, v, o, lse, causal, scale, layout):
     return _grad_like(q, layout, "bhsd"), _grad_like(k, layout, "bhsd"), _grad_like(v, layout, "bhsd")
 
 
-@operator(_fake)
-def flash_fwd_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    layout: str,
-    return_lse: bool,
-    constant_time: bool = False,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    rng_state: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse) of `cute_attn.flash_fwd`; lse has no elements where it is not asked for, as gradients do."""
-    how: api.Options = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
-    how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
-    how |= api.Options(dropout_p=dropout_p, rng_state=rng_state)
-    with torch.no_grad():
-        result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
-    return result if return_lse else (result, _lse_like(q, layout, False))
-
-
-@operator(_fake_row_max)
-def flash_fwd_row_max_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    layout: str,
-    return_lse: bool,
-    constant_time: bool = False,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    rng_state: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(o, lse, row_max), as flash_fwd: row_max has no gradient."""
-    how: api.Options = dict(causal=causal, scale=scale, layout=layout, constant_time=constant_time)
-    how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
-    how |= api.Options(dropout_p=dropout_p, rng_state=rng_state)
-    with torch.no_grad():
-        o, *lse, row_max = api.flash_fwd(q, k, v, return_lse=return_lse, return_row_max=True, **how)
-    return o, lse[0] if return_lse else _lse_like(q, layout, False), row_max
-
-
-@operator(_fake_out, mutates_args=("out",))
-def flash_fwd_out_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    causal: bool,
-    scale: float | None,
-    layout: str,
-    return_lse: bool,
-    constant_time: bool = False,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    rng_state: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """lse of `cute_attn.flash_fwd(..., out=out)`; no elements where it is not asked for."""
-    how: api.Options = dict(causal=causal, scale=scale, layout=layout, out=out, constant_time=constant_time)
-    how |= api.Options(window=(window_left, window_right), softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks)
-    how |= api.Options(dropout_p=dropout_p, rng_state=rng_state)
-    with torch.no_grad():
-        result = api.flash_fwd(q, k, v, return_lse=return_lse, **how)
-    return result[1] if return_lse else _lse_like(q, layout, False)
+def _fake_varlen(grad, q, k, v, o, lse, cu_q, cu_k, max_q, max_k, causal, scale, left, right):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 @operator(_fake_bwd)
@@ -142,8 +40,8 @@ def flash_bwd_op(
     window_right: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) from o's grad, and from o and lse of the forward."""
-    checks.together(q, grad=grad, k=k, v=v, o=o, lse=lse)
-    causal, window = checks.window((window_left, window_right), causal)
+    together(q, grad=grad, k=k, v=v, o=o, lse=lse)
+    causal, window = bounded((window_left, window_right), causal)
     if q.device.type == "cpu" or q.numel() == 0 or k.numel() == 0:
         with torch.autocast("cpu", enabled=False):
             how = dict(causal=causal, scale=scale, window=window, layout=layout, dtype=torch.float32)
@@ -218,7 +116,7 @@ def cudnn_bwd_op(
     torch keeps cuDNN's graphs by the sizes and strides of q, k and v, and no others (`run_cudnn_SDP_bprop` in
     aten/src/ATen/native/cudnn/MHA.cpp): so those of o, of its gradient and of lse follow from q's here.
     """
-    checks.together(q, grad=grad, k=k, v=v, o=o, lse=lse)
+    together(q, grad=grad, k=k, v=v, o=o, lse=lse)
     grad, q, k, v, o = (_in_order(x, layout, "bhsd") for x in (grad, q, k, v, o))
     q, k, v = fit(q), fit(k), fit(v)
     order = strides.dense(q.shape, q.stride())
@@ -282,39 +180,73 @@ def _grad_like(x, layout, order="bshd"):
     return _in_order(torch.empty_like(_in_order(x, layout, order)), order, layout)
 
 
-def _save(ctx, inputs, output):
-    (q, k, v, causal, scale, layout, return_lse, _, *sides), (o, lse, *row_max) = inputs, output
-    if not return_lse:
-        raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
-    dropout = checks.dropout(sides[5], None, sides[6])
-    checks.trained_head_dims(q, v)
-    checks.gradients(q, layout, Modifiers(None, *sides[2:5], dropout=dropout))
-    ctx.mark_non_differentiable(lse, *row_max)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, o, lse)
-    ctx.options, ctx.others = (causal, scale, layout, *sides[:2]), len(inputs) - 3
+@operator(_fake_varlen)
+def flash_bwd_varlen_op(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) from o's grad, and from o and lse of the forward; 0 in the rows of no sequence."""
+    together(q, grad=grad, k=k, v=v, o=o, lse=lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    causal, window = bounded((window_left, window_right), causal)
+    cu_seqlens = cu_seqlens_q, cu_seqlens_k
+    if q.device.type == "cpu" or q.numel() == 0 or k.numel() == 0 or len(cu_seqlens_q) == 1:
+        return _by_reference(grad, q, k, v, *cu_seqlens, causal=causal, scale=scale, window=window)
+    if scale is not None and scale <= 0:  # FlashAttention-2 multiplies masked scores, -inf, by it: q takes the sign
+        sign = -1 if scale < 0 else 0
+        how = (max_seqlen_q, max_seqlen_k, causal, -scale or 1.0, window_left, window_right)
+        dq, dk, dv = flash_bwd_varlen_op(grad, q * sign, k, v, o, lse, *cu_seqlens, *how)
+        return dq * sign, dk, dv
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # as FlashAttention-2 marks a row without keys
+    grad, q, k, v, o = aligned(grad.contiguous()), fit(q), fit(k), fit(v), aligned(o.contiguous())
+    unused = q.new_empty(0, dtype=torch.uint64)  # dropout's random state
+    # Of windows it takes a side of max_k keys or more for no bound, which holds if no sequence has more queries either.
+    max_k = max_seqlen_k if window is None else max(max_seqlen_q, max_seqlen_k)
+    sides = {} if window is None else dict(window_size_left=window[0], window_size_right=window[1])
+    found = torch.ops.aten._flash_attention_backward(
+        *(grad, q, k, v, o, lse.contiguous(), *cu_seqlens, max_seqlen_q, max_k, 0.0, causal, unused, unused),
+        scale=scale,
+        **sides,
+    )
+    ends = cu_seqlens_q, cu_seqlens_k, cu_seqlens_k
+    dq, dk, dv = (_within(dx, cu) for dx, cu in zip(found, ends, strict=True))
+    return dq, dk, dv
 
 
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * (3 + ctx.others)
-    saved, (causal, scale, layout, *sides) = ctx.saved_tensors, ctx.options  # once: a checkpoint computes them anew
-    causal, window = checks.window(sides, causal)
-    if window is None and cudnn_serves(*saved[:2], scale, layout):
-        grads = torch.ops.cute_attn.cudnn_bwd(grad, *saved, causal, scale, layout)
-    else:
-        grads = torch.ops.cute_attn.flash_bwd(grad, *saved, *ctx.options)
-    return (*grads, *(None,) * ctx.others)
+def _by_reference(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, **how):
+    if 0 in (q.numel(), k.numel(), len(cu_seqlens_q) - 1):  # nothing depends on anything, on whatever device
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        return dq, dk, dv
+    with torch.autocast("cpu", enabled=False):
+        found = reference.varlen_gradients(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, dtype=torch.float32, **how)
+    dq, dk, dv = (torch.empty_like(x).copy_(dx) for x, dx in zip((q, k, v), found, strict=True))
+    return dq, dk, dv
+
+
+def _within(dx, cu_seqlens):
+    """0 in the rows before the first sequence and after the last: torch's backward does not write them."""
+    rows = torch.arange(len(dx), device=dx.device)
+    return dx.masked_fill_(((rows < cu_seqlens[0]) | (rows >= cu_seqlens[-1]))[:, None, None], 0.0)
 
 
 def _no_backward(ctx, *grads):
     raise NotImplementedError(
-        "flash_fwd has no second derivative; for one use torch.nn.functional.scaled_dot_product_attention under "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        "flash_fwd and flash_fwd_varlen have no second derivative; for one use "
+        "torch.nn.functional.scaled_dot_product_attention under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), on each sequence if they are packed"
     )
 
 
-gradients("flash_fwd", _backward, _save)
-gradients("flash_fwd_row_max", _backward, _save)
-gradients("flash_bwd", _no_backward)
-gradients("cudnn_bwd", _no_backward)
+for name in ("flash_bwd", "cudnn_bwd", "flash_bwd_varlen"):
+    gradients(name, _no_backward)

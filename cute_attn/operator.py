@@ -20,17 +20,25 @@ def inside() -> bool:
     return getattr(_thread, "depth", 0) > 0
 
 
-def operator(fake: Callable, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Registers the decorated kernel, of a name that ends in _op, and gives it back as it is."""
+def operator(fake: Callable, schema: str | None = None) -> Callable[[Callable], Callable]:
+    """Registers the decorated kernel, of a name that ends in _op, and gives it back as it is; its schema is that of its
+    annotations, or as it is written.
+    """
 
     def register(kernel):
         name = kernel.__name__.removesuffix("_op")
-        LIBRARY.define(name + torch.library.infer_schema(kernel, mutates_args=mutates_args), tags=TAGS)
+        LIBRARY.define(name + (schema or torch.library.infer_schema(kernel, mutates_args=())), tags=TAGS)
         LIBRARY.impl(name, torch._disable_dynamo(_counted(kernel)), "CompositeExplicitAutograd")
         LIBRARY.impl(name, fake, "Meta")  # which fake tensors ask too
         return kernel
 
     return register
+
+
+def alias(name: str, schema: str, call: Callable) -> None:
+    """Registers an operator that is nothing but a call of others, for tracers too."""
+    LIBRARY.define(name + schema, tags=TAGS)
+    LIBRARY.impl(name, call, "CompositeImplicitAutograd")
 
 
 def gradients(name: str, backward: Callable, setup_context: Callable | None = None) -> None:

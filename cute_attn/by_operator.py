@@ -1,0 +1,57 @@
+"""What flash_fwd and flash_fwd_varlen do where torch traces or differentiates them: one operator in the graph.
+
+The operators are asked for by name: ops.py, which defines them, runs requests in their kernels.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import arrays, checks, features
+
+if TYPE_CHECKING:
+    from .request import Request
+
+
+def attention(request: "Request") -> tuple:
+    """o, lse, row_max and rng_state of a request, each but o None where there is none."""
+    q, k, v, out = request.operands.tensors
+    is_proxy = isinstance(q, torch.fx.Proxy)
+    named = {name: x for name, x in features.by_name(request.features).items() if isinstance(x, torch.Tensor)}
+    arrays.no_tangents(q=q, k=k, v=v, out=out, **named)
+    learns = not is_proxy and arrays.learns(q, k, v)
+    if learns:
+        check_gradients(request)
+    features.traceable(request.features)
+    asked = _drawn(request.features, q, is_proxy)
+    return_lse = request.outputs.lse or learns or (is_proxy and out is None)  # of a proxy nobody knows if it learns
+    how = request.causal, request.scale, return_lse, *request.operands.operator_arguments()
+    how = *how, request.constant_time, *features.operator_arguments(asked)
+    rng_state = None if asked.dropout is None else asked.dropout.rng_state
+    if out is None:
+        found = torch.ops.cute_attn.attention(q, k, v, *how)
+        return found[0], found[1], found[2], rng_state
+    found = torch.ops.cute_attn.attention_out(q, k, v, out, *how)
+    return out, found[0], found[1], rng_state
+
+
+def check_gradients(request: "Request") -> None:
+    """
+    Raises:
+        ValueError: the request has no backward; the message says what serves.
+    """
+    q, _, v, out = request.operands.tensors
+    checks.trained_head_dims(q, v)
+    features.differentiable(request.features)
+    request.operands.lacks_gradient()
+    if out is not None:
+        raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
+
+
+def _drawn(asked: Any, q: Any, is_proxy: bool) -> Any:
+    """With dropout's random state, which no operator draws."""
+    if asked.dropout is None or asked.dropout.rng_state is not None:
+        return asked
+    if is_proxy:
+        raise TypeError("dropout_p: torch.fx's proxies have no device to draw on; pass rng_state")
+    return asked._replace(dropout=asked.dropout.drawn(q))

@@ -1,0 +1,45 @@
+"""A call that is checked, planned and compiled: what is the same for every call of its kind, and how it is launched."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import device
+from .problem import Problem
+
+
+class Call(NamedTuple):
+    """What the shapes, strides, types and devices of a call's arguments say, whatever their addresses and values."""
+
+    problem: Problem
+    scale: float  # the default
+    gpu: Any  # device.Device, or None: the CPU
+    kernel: Any  # a Callable; None: the CPU, or nothing to compute
+    counts: bool  # the kernel's CTAs take their tiles from a counter
+    plain: bool  # TMA takes q, k, v and o as they are
+    nbytes: tuple[int, ...]  # that q, k, v and o reach over
+    like: tuple[tuple[int, ...], tuple[int, ...]] | None  # o's shape and strides; None: torch.empty_like's of q
+
+    def output(self, q):
+        """o, empty."""
+        return torch.empty_like(q) if self.like is None else q.new_empty_strided(*self.like)
+
+    def launch(self, tensors, lse, scale: float, arguments: tuple) -> None:
+        """q, k, v and o as TMA takes them, and the kernel's arguments behind the stream."""
+        gpu: device.Device = self.gpu
+        kernel: Callable = self.kernel
+        if device.current() != gpu.index:
+            kernel = gpu.guarded(kernel)
+        address, counter = 0 if lse is None else lse.data_ptr(), gpu.ticket() if self.counts else 0
+        kernel(*tensors, address, counter, scale, gpu.num_sms, *arguments)
+
+
+known: dict[Hashable, Call] = {}
+KNOWN_MAX = 4096  # looked up; with one more all are forgotten
+
+
+def keep(key: Hashable, call: Call) -> None:
+    if len(known) >= KNOWN_MAX:
+        known.clear()
+    known[key] = call

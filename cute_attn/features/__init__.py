@@ -1,0 +1,159 @@
+"""What a call may ask for beside plain attention: one object a feature, and the list of them all."""
+
+from collections import namedtuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..kernels.state import Arguments
+from .block_sparse import BlockSparseFeature
+from .dropout import NO_DROPOUT, DropoutFeature
+from .feature import Feature as Feature
+from .per_head import AlibiFeature, SinksFeature
+from .row_max import RowMaxFeature
+from .softcap import SoftcapFeature
+from .user_functions import MaskModFeature, ScoreModFeature
+from .window import WindowFeature
+
+if TYPE_CHECKING:
+    from ..problem import Problem
+
+# The order of the kernels' arguments within a part, and of the torch operator's.
+FEATURES: tuple[Feature, ...] = (
+    WindowFeature(),
+    SoftcapFeature(),
+    AlibiFeature(),
+    SinksFeature(),
+    ScoreModFeature(),
+    MaskModFeature(),
+    BlockSparseFeature(),
+    DropoutFeature(),
+    RowMaxFeature(),
+)
+
+
+def _one_for_each(name: str, default: Any) -> Any:
+    """A namedtuple with a field for each feature."""
+    return namedtuple(name, [feature.name for feature in FEATURES], defaults=[default] * len(FEATURES))
+
+
+Features = _one_for_each("Features", None)  # the values of a call
+
+
+class FeatureKey(_one_for_each("FeatureKey", False)):  # type: ignore[misc]
+    """Which features a call has, whatever their values: a part of the key of plans and kernels."""
+
+    __slots__ = ()
+
+
+NONE, PLAIN = Features(), FeatureKey()
+SCHEMA = tuple(chain.from_iterable(feature.schema for feature in FEATURES))
+
+
+# Of keywords: their defaults, and whose they are, by place.
+DEFAULTS: dict[str, Any] = {name: None for feature in FEATURES for name in feature.keywords}
+DEFAULTS |= dict(aux=(), dropout_p=NO_DROPOUT, return_row_max=False, return_max_logit=False)
+_WHOSE = {name: [i for i, feature in enumerate(FEATURES) if name in feature.keywords] for name in DEFAULTS}
+_LAUNCHED = sorted(range(len(FEATURES)), key=lambda i: Arguments._fields.index(FEATURES[i].part))  # keeps equals' order
+
+
+def collect(causal: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+    """(causal, Features) of a call's keywords, checked as far as they can be without q, k and v.
+
+    Raises:
+        TypeError, ValueError: a keyword is not as `flash_fwd` says.
+    """
+    names = [name for name, value in given.items() if value is not DEFAULTS[name]]
+    if not names:
+        return causal, NONE
+    asked, values = dict(given, causal=causal), list(NONE)
+    for i in sorted({i for name in names for i in _WHOSE[name]}):
+        values[i] = FEATURES[i].given(asked)
+    return asked["causal"], Features(*values)
+
+
+def present(features: Any) -> list[tuple[Feature, Any]]:
+    """Each feature that a call has, with its value."""
+    return [(feature, value) for feature, value in zip(FEATURES, features, strict=True) if value is not None]
+
+
+def key(features: Any) -> Any:
+    """The FeatureKey."""
+    if features is NONE:
+        return PLAIN
+    pairs = zip(FEATURES, features, strict=True)
+    return FeatureKey(*[False if value is None else feature.key(value) for feature, value in pairs])
+
+
+def fitted(features: Any, problem: "Problem", device: torch.device) -> Any:
+    """Each held against the problem, and some made for it."""
+    if features is NONE:
+        return NONE
+    pairs = zip(FEATURES, features, strict=True)
+    return Features(*[None if value is None else f.fitted(value, problem, device) for f, value in pairs])
+
+
+def arguments(features: Any) -> tuple:
+    """What the compiled call takes behind the stream, in the order of `kernels.state.Arguments`."""
+    found: tuple = ()
+    for i in _LAUNCHED:
+        if features[i] is not None:
+            found += FEATURES[i].arguments(features[i])
+    return found
+
+
+def reference(features: Any) -> dict[str, Any]:
+    """As `reference.attention` takes them."""
+    how: dict[str, Any] = {}
+    for feature, value in present(features):
+        feature.reference(value, how)
+    return how
+
+
+def by_name(features: Any) -> dict[str, Any]:
+    """As `flash_fwd` takes them."""
+    named: dict[str, Any] = {}
+    for feature, value in present(features):
+        named |= feature.by_name(value)
+    return named
+
+
+def operator_arguments(features: Any) -> list:
+    """As torch.ops.cute_attn.attention takes them, in the order of SCHEMA."""
+    found: list = []
+    for feature, value in zip(FEATURES, features, strict=True):
+        if feature.schema:
+            found += feature.operator_arguments(value)
+    return found
+
+
+def of_operator(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`flash_fwd`'s keywords from the operator's arguments."""
+    named: dict[str, Any] = {}
+    for feature in FEATURES:
+        if feature.schema:
+            named |= feature.of_operator(arguments)
+    return named
+
+
+def traceable(features: Any) -> None:
+    """No feature that cannot pass an operator: functions, lists of blocks, a generator."""
+    found = [feature.untraceable(value) for feature, value in present(features)]
+    given = [name for name in found if name is not None]
+    if given:
+        raise TypeError(
+            f"{', '.join(given)}: given in a call that is traced, and it cannot pass the operator that "
+            "tracers see; call flash_fwd outside of the trace"
+        )
+
+
+def differentiable(features: Any) -> None:
+    """No feature that has no backward.
+
+    Raises:
+        ValueError: there is one; the message says what serves.
+    """
+    for feature, value in present(features):
+        if not feature.differentiable:
+            raise ValueError(feature.no_gradient(value))

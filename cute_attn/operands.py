@@ -1,0 +1,295 @@
+"""q, k, v and out of a call, as they lie in memory: dense, or ragged (packed sequences). What a call asks of either."""
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import arrays, checks, device, plan, reference, strides
+from .checks import Spec
+from .kernels.config import FwdConfig
+from .problem import Problem
+
+LENGTHS = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
+HINTS = "max_seqlen_q", "max_seqlen_k"
+
+
+class Operands(Protocol):
+    """A NamedTuple of q, k, v, out, and what says where their sequences lie."""
+
+    @property
+    def tensors(self) -> tuple:
+        """q, k, v and out."""
+
+    @property
+    def function(self) -> str:
+        """The name of cute_attn's function that takes them."""
+
+    @property
+    def layout(self) -> str:
+        """As FwdConfig has it."""
+
+    def key(self) -> Hashable:
+        """All that decides the kernel and its results' shapes, but for what the compiled call itself holds against q,
+        k and v before it launches: out's shape, and every type and device but q's.
+
+        Raises:
+            AttributeError, RuntimeError, TypeError: no tensor, one without strides, or what has no hash.
+        """
+
+    def specs(self) -> tuple[Spec, Spec, Spec, Spec]:
+        """Of q, k, v and out, or of q where there is none, each checked by itself."""
+
+    def problem(self, specs: tuple, causal: bool, constant_time: bool, features: Any) -> Problem:
+        """What they state together. Of packed sequences, seqlen_q and seqlen_k are all rows, batch how many sequences.
+
+        Raises:
+            TypeError, ValueError: they do not fit together.
+        """
+
+    def config(self, problem: Problem, gpu: str | None) -> FwdConfig:
+        """The kernel that serves them."""
+
+    def check(self) -> None:
+        """What `key` leaves out and no kernel asks: each has memory of its own."""
+
+    def rows(self) -> tuple[int, ...]:
+        """The shape of lse: one number for each row and head."""
+
+    def nothing(self, problem: Problem) -> bool:
+        """Whether no kernel is needed: there is nothing to multiply, or nothing to write."""
+
+    def plain(self) -> bool:
+        """Whether TMA takes q, k, v and out as they are."""
+
+    def for_tma(self, o: Tensor) -> list[Tensor]:
+        """Views of q, k, v and o whose sizes of 1 have strides that TMA takes."""
+
+    def arguments(self) -> tuple:
+        """Of the compiled kernel, behind those of the features."""
+
+    def compute(self, o: Tensor | None, how: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """o, lse and row_max by `reference`, in `how`; o is written in place where it is given."""
+
+    def operator_arguments(self) -> tuple:
+        """layout, and the six of packed sequences, as torch.ops.cute_attn.attention takes them."""
+
+    def lacks_gradient(self) -> None:
+        """ValueError where they have no backward."""
+
+
+class Dense(NamedTuple):
+    """(B, H, S, D) tensors, or (B, S, H, D)."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    layout: str
+
+    @property
+    def function(self) -> str:
+        return "flash_fwd"
+
+    @property
+    def tensors(self) -> tuple:
+        return self.q, self.k, self.v, self.out
+
+    def key(self) -> Hashable:
+        return dense_key(self.q, self.k, self.v, self.out, self.layout)
+
+    def check(self) -> None:
+        """out's memory is asked for where it is held against q's."""
+
+    def specs(self) -> tuple[Spec, Spec, Spec, Spec]:
+        checks.words(False, self.layout)
+        return _specs(self.tensors)
+
+    def problem(self, specs: tuple, causal: bool, constant_time: bool, features: Any) -> Problem:
+        q, k, v, o = specs
+        problem = checks.problem(q, k, v, causal, self.layout, constant_time, features)
+        if self.out is not None:
+            checks.out(o, q, v, self.layout)
+        return problem
+
+    def config(self, problem: Problem, gpu: str | None) -> FwdConfig:
+        return plan.plan(problem, gpu)
+
+    def rows(self) -> tuple[int, ...]:
+        h, s = self.layout.index("h"), self.layout.index("s")
+        return self.q.shape[0], self.q.shape[h], self.q.shape[s]
+
+    def nothing(self, problem: Problem) -> bool:
+        return problem.empty
+
+    def plain(self) -> bool:
+        return not any(checks.odd(x.stride()) for x in self.tensors if x is not None)
+
+    def for_tma(self, o: Tensor) -> list[Tensor]:
+        return [_for_tma(x, (8, 8, 8, 1)) for x in (self.q, self.k, self.v, o)]
+
+    def arguments(self) -> tuple:
+        return ()
+
+    def compute(self, o: Tensor | None, how: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.q.detach(), self.k.detach(), self.v.detach()
+        found, lse, row_max = reference.attention(q, k, v, layout=self.layout, return_row_max=True, **how)
+        return (o_like(self.q, self.v) if o is None else o).copy_(found), lse, row_max
+
+    def operator_arguments(self) -> tuple:
+        return self.layout, *(None,) * 6
+
+    def lacks_gradient(self) -> None:
+        checks.grid(self.q, self.layout)
+
+
+class Ragged(NamedTuple):
+    """(total, H, D) tensors of packed sequences, whose lengths the device knows."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    seqused_q: Any
+    seqused_k: Any
+    max_seqlen_q: Any
+    max_seqlen_k: Any
+
+    @property
+    def function(self) -> str:
+        return "flash_fwd_varlen"
+
+    @property
+    def layout(self) -> str:
+        return "thd"
+
+    @property
+    def tensors(self) -> tuple:
+        return self.q, self.k, self.v, self.out
+
+    @property
+    def lengths(self) -> tuple:
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k
+
+    @property
+    def hints(self) -> tuple:
+        return self.max_seqlen_q, self.max_seqlen_k
+
+    def key(self) -> Hashable:
+        q, k, v, out, cu_q, cu_k, used_q, used_k, max_q, max_k = self
+        return (
+            *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), None if out is None else out.stride()),
+            *(q.dtype, q.get_device(), max_q, max_k, type(max_q), type(max_k)),
+            *(cu_q.shape, cu_q.stride(), cu_q.dtype, cu_q.get_device()),
+            *(cu_k.shape, cu_k.stride(), cu_k.dtype, cu_k.get_device()),
+            None if used_q is None else (used_q.shape, used_q.stride(), used_q.dtype, used_q.get_device()),
+            None if used_k is None else (used_k.shape, used_k.stride(), used_k.dtype, used_k.get_device()),
+        )
+
+    def check(self) -> None:
+        if type(self.cu_seqlens_q) is type(self.cu_seqlens_k) is Tensor and self.seqused_q is self.seqused_k is None:
+            return
+        for name, x in zip(LENGTHS, self.lengths, strict=True):
+            if isinstance(x, Tensor):
+                arrays.memory(name, x)
+
+    def specs(self) -> tuple[Spec, Spec, Spec, Spec]:
+        for name, x in zip("qkv", self.tensors, strict=False):
+            arrays.tensor(name, x)
+        for name, x in zip(LENGTHS, self.lengths, strict=True):
+            if x is not None or name in LENGTHS[:2]:
+                arrays.tensor(name, x)
+        for name, value in zip(HINTS, self.hints, strict=True):
+            checks.max_seqlen(name, value)
+        return _specs(self.tensors)
+
+    def problem(self, specs: tuple, causal: bool, constant_time: bool, features: Any) -> Problem:
+        q, k, v, o = specs
+        checks.lengths(LENGTHS[0], Spec.of(self.lengths[0]), None, q)
+        batch = self.lengths[0].shape[0] - 1
+        for name, x, count in zip(LENGTHS, self.lengths, (None, batch + 1, batch, batch), strict=True):
+            if x is not None:
+                checks.lengths(name, Spec.of(x), count, q)
+        checks.packed(q, k, v, batch)
+        if self.out is not None:
+            checks.out(o, q, v, self.layout)
+        sizes = batch, q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2]
+        kind = checks.DTYPES[q.dtype], self.layout, causal, constant_time, features
+        return Problem(*sizes, *kind, checks.other_head_dim(q, v))
+
+    def config(self, problem: Problem, gpu: str | None) -> FwdConfig:
+        p, hint = problem, self.max_seqlen_q
+        return plan.varlen(p.head_dim, p.dtype, p.causal, p.features, gpu, p.head_dim_v, p.ratio, hint)
+
+    def rows(self) -> tuple[int, ...]:
+        return self.q.shape[1], self.q.shape[0]
+
+    def nothing(self, problem: Problem) -> bool:
+        return 0 in (problem.batch, problem.seqlen_q, problem.heads)
+
+    def plain(self) -> bool:
+        return self.k.shape[0] > 0 and not any(checks.odd(x.stride()) for x in self.tensors if x is not None)
+
+    def for_tma(self, o: Tensor) -> list[Tensor]:
+        """Without keys, k and v are others, of which no sequence has a row."""
+        q, k, v, _ = self.tensors
+        if k.shape[0] == 0:
+            k, v = q[:1, : k.shape[1]], o[:1, : k.shape[1]]
+        return [_for_tma(x, (8, 8, 1)) for x in (q, k, v, o)]
+
+    def arguments(self) -> tuple:
+        cu_q, cu_k, used_q, used_k = self.lengths
+        used = 0 if used_q is None else used_q.data_ptr(), 0 if used_k is None else used_k.data_ptr()
+        return cu_q.data_ptr(), cu_k.data_ptr(), *used, cu_q.shape[0] - 1
+
+    def compute(self, o: Tensor | None, how: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of no sequence are not written: lse and row_max are as a kernel finds them."""
+        q, k, v = (x.detach() for x in (self.q, self.k, self.v))
+        o = o_like(self.q, self.v) if o is None else o
+        lse = self.q.new_empty(self.rows(), dtype=torch.float32)
+        row_max = torch.full_like(lse, -torch.inf)
+        used = dict(seqused_q=self.seqused_q, seqused_k=self.seqused_k, return_row_max=True)
+        for rows, *found in reference.varlen(q, k, v, self.cu_seqlens_q, self.cu_seqlens_k, **used, **how):
+            o[rows] = found[0].to(o.dtype)
+            lse[:, rows], row_max[:, rows] = found[1:]
+        return o, lse, row_max
+
+    def operator_arguments(self) -> tuple:
+        return self.layout, *self.lengths, *map(checks.max_seqlen, HINTS, self.hints)
+
+    def lacks_gradient(self) -> None:
+        checks.packed_gradients(*self.hints, *self.lengths[2:])
+
+
+def dense_key(q, k, v, out, layout) -> tuple:
+    """See `Operands.key`."""
+    o = None if out is None else out.stride()
+    return q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), o, q.dtype, q.get_device(), layout
+
+
+def o_like(q: Tensor, v: Tensor) -> Tensor:
+    """Empty, of q's shape with v's head dim: q's dimensions in their order in memory."""
+    return q.new_empty_strided(*strides.of_output(q, v.shape[-1]))
+
+
+def gpu_of(q: Spec) -> device.Device | None:
+    """None: the CPU."""
+    return None if q.device.type == "cpu" else device.get(q.device.index)
+
+
+def _specs(tensors) -> tuple[Spec, Spec, Spec, Spec]:
+    q, k, v, out = tensors
+    given = q, k, v, q if out is None else out
+    for name, x in zip(("q", "k", "v", "out"), given, strict=True):
+        arrays.tensor(name, x)
+    q, k, v, o = map(Spec.of, given)
+    return q, k, v, o
+
+
+def _for_tma(x: Tensor, strides_of_one: tuple[int, ...]) -> Tensor:
+    return x.as_strided(
+        x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), strides_of_one, strict=True)]
+    )

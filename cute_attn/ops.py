@@ -1,0 +1,154 @@
+"""torch.ops.cute_attn.attention and attention_out: what tracers (torch.compile, make_fx, jit.trace, ...) and autograd
+see of `flash_fwd` and `flash_fwd_varlen`, which call them by themselves where they are traced or differentiated.
+
+torch differentiates no operator that writes to an argument, so there are two. Their schema is made of the features'.
+The names of before are aliases: an exported program that has them runs.
+"""
+
+from collections import namedtuple
+from typing import Any
+
+import torch
+
+from . import backward, checks, features, strides
+from .features.window import window as bounded
+from .operands import HINTS, LENGTHS, Dense, Operands, Ragged
+from .operator import alias, gradients, operator
+from .request import Outputs, request
+
+TENSORS = "Tensor q, Tensor k, Tensor v"
+BASE = (
+    *("bool causal", "float? scale", "bool return_lse", "str layout"),
+    *(f"Tensor? {name}=None" for name in LENGTHS),
+    *(f"SymInt? {name}=None" for name in HINTS),
+    "bool constant_time=False",
+)
+SCHEMA = f"({TENSORS}, {', '.join((*BASE, *features.SCHEMA))}) -> (Tensor, Tensor, Tensor)"
+SCHEMA_OUT = f"({TENSORS}, Tensor(a!) out, {', '.join((*BASE, *features.SCHEMA))}) -> (Tensor, Tensor)"
+
+
+def _named(schema: str) -> Any:
+    """A namedtuple of the schema's arguments: the dispatcher leaves out defaults that come last."""
+    arguments = torch._C.parse_schema(f"attention{schema}").arguments
+    defaults = [x.default_value for x in arguments if x.has_default_value()]
+    return namedtuple("Arguments", [x.name for x in arguments], defaults=defaults)
+
+
+Arguments, ArgumentsOut = _named(SCHEMA), _named(SCHEMA_OUT)
+
+
+def o_like(q, v):
+    """operands.o_like, where sizes and strides may be symbols too."""
+    columns = v.shape[-1]
+    o = torch.empty_like(q if q.shape[-1] == columns else q[..., :1].expand(*q.shape[:-1], columns))
+    return o.new_empty_strided(o.shape, strides.plain(o.shape, o.stride()))
+
+
+def _of_rows(a, asked: bool) -> torch.Tensor:
+    """lse or row_max, empty: without elements where it is not asked for."""
+    return a.q.new_empty(_operands(a).rows() if asked else (0,), dtype=torch.float32)
+
+
+def _operands(a, out=None) -> Operands:
+    if a.cu_seqlens_q is None:
+        return Dense(a.q, a.k, a.v, out, a.layout)
+    return Ragged(a.q, a.k, a.v, out, *(getattr(a, name) for name in (*LENGTHS, *HINTS)))
+
+
+def _run(a, out=None) -> list[torch.Tensor]:
+    """o, lse and row_max."""
+    asked = features.of_operator(a._asdict())
+    outputs = Outputs(a.return_lse, a.return_row_max)
+    with torch.no_grad():
+        found = request(_operands(a, out), outputs, a.causal, a.scale, a.constant_time, asked).run()
+    o, *rest = found if isinstance(found, tuple) else (found,)
+    lse = rest.pop(0) if a.return_lse else _of_rows(a, False)
+    return [o, lse, rest.pop(0) if a.return_row_max else _of_rows(a, False)]
+
+
+def _fake(*args):
+    a = Arguments(*args)
+    return o_like(a.q, a.v), _of_rows(a, a.return_lse), _of_rows(a, a.return_row_max)
+
+
+def _fake_out(*args):
+    a = ArgumentsOut(*args)
+    return _of_rows(a, a.return_lse), _of_rows(a, a.return_row_max)
+
+
+@operator(_fake, SCHEMA)
+def attention_op(*args) -> tuple[torch.Tensor, ...]:
+    """(o, lse, row_max) of `flash_fwd`, or of `flash_fwd_varlen` where there are cu_seqlens; those that are not asked
+    for have no elements. Gradients need lse.
+    """
+    return tuple(_run(Arguments(*args)))
+
+
+@operator(_fake_out, SCHEMA_OUT)
+def attention_out_op(*args) -> tuple[torch.Tensor, ...]:
+    """(lse, row_max), with o written to out."""
+    a = ArgumentsOut(*args)
+    return tuple(_run(a, a.out)[1:])
+
+
+def _save(ctx, inputs, output):
+    a, (o, lse, row_max) = Arguments(*inputs), output
+    if not a.return_lse:
+        raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
+    checks.trained_head_dims(a.q, a.v)
+    features.differentiable(features.collect(a.causal, features.of_operator(a._asdict()))[1])
+    _operands(a).lacks_gradient()
+    ctx.mark_non_differentiable(lse, row_max)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a.q, a.k, a.v, o, lse, a.cu_seqlens_q, a.cu_seqlens_k)
+    ctx.sides, ctx.hints = (a.window_left, a.window_right), (a.max_seqlen_q, a.max_seqlen_k)
+    ctx.how, ctx.inputs = (a.causal, a.scale, a.layout), len(inputs)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * ctx.inputs
+    *saved, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors  # once: a checkpoint computes them anew
+    causal, scale, layout = ctx.how
+    if cu_seqlens_q is not None:
+        how = (cu_seqlens_q, cu_seqlens_k, *ctx.hints, causal, scale, *ctx.sides)
+        grads = torch.ops.cute_attn.flash_bwd_varlen(grad, *saved, *how)
+    elif bounded(ctx.sides, causal)[1] is None and backward.cudnn_serves(*saved[:2], scale, layout):
+        causal, _ = bounded(ctx.sides, causal)
+        grads = torch.ops.cute_attn.cudnn_bwd(grad, *saved, causal, scale, layout)
+    else:
+        grads = torch.ops.cute_attn.flash_bwd(grad, *saved, *ctx.how, *ctx.sides)
+    return (*grads, *(None,) * (ctx.inputs - 3))
+
+
+gradients("attention", _backward, _save)
+
+# The operators of before, each a call of one of these.
+_SIDES = "SymInt? window_left=None, SymInt? window_right=None"
+_DENSE = "bool causal, float? scale, str layout, bool return_lse, bool constant_time=False"
+_DENSE = f"{_DENSE}, {_SIDES}, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None"
+_DENSE = f"{_DENSE}, float dropout_p=0.0, Tensor? rng_state=None"
+_PACKED = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, SymInt? max_seqlen_q"
+_PACKED = f"{_PACKED}, SymInt? max_seqlen_k, bool causal, float? scale, SymInt? window_left, SymInt? window_right"
+_PACKED = f"{_PACKED}, bool return_lse"
+_OUT = f"{TENSORS}, Tensor(a!) out"
+
+
+def _alias(name: str, schema: str, first: int | None, row_max: bool = False) -> None:
+    """Of so many outputs, or of the first alone, with `first` None."""
+    arguments, mutates = _named(schema), "(a!)" in schema
+    operator = torch.ops.cute_attn.attention_out if mutates else torch.ops.cute_attn.attention
+
+    def call(*args):
+        named = arguments(*args)._asdict() | (dict(return_row_max=True) if row_max else {})
+        found = operator(**dict(layout=Ragged.layout) | named)
+        return found[0] if first is None else found[:first]
+
+    alias(name, schema, call)
+
+
+_alias("flash_fwd", f"({TENSORS}, {_DENSE}) -> (Tensor, Tensor)", 2)
+_alias("flash_fwd_row_max", f"({TENSORS}, {_DENSE}) -> (Tensor, Tensor, Tensor)", 3, row_max=True)
+_alias("flash_fwd_out", f"({_OUT}, {_DENSE}) -> Tensor", None)
+_alias("flash_fwd_varlen", f"({TENSORS}, {_PACKED}) -> (Tensor, Tensor)", 2)
+_alias("flash_fwd_varlen_out", f"({_OUT}, {_PACKED}) -> Tensor", None)

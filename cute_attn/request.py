@@ -1,0 +1,204 @@
+"""All that one call asks for, and the path of it: check -> plan -> compile -> allocate -> launch."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _is_torch_function_mode_enabled as _function_modes
+from torch._C import _is_tracing as _jit_traces
+from torch._C import _len_torch_dispatch_stack as _dispatch_modes
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from . import arrays, by_operator, call, checks, compile, features, notices, reference, strides
+from .operands import Dense, Operands, Ragged, gpu_of
+
+
+class Outputs(NamedTuple):
+    """What a call returns beside o, in this order."""
+
+    lse: bool = False
+    row_max: bool = False
+    max_logit: bool = False
+    rng_state: bool = False
+
+    def checked(self) -> "Outputs":
+        lse, row_max, max_logit, rng_state = self
+        if not type(lse) is type(row_max) is type(max_logit) is type(rng_state) is bool:
+            arrays.flags(**{f"return_{name}": value for name, value in self._asdict().items()})
+        return self
+
+    def of(self, o, lse, row_max, rng_state) -> Any:
+        """o, or a tuple of it and what else was asked for."""
+        found = [o, lse] if self.lse else [o]
+        if self.row_max or self.max_logit:
+            found += reference.maxima(row_max, self.row_max, self.max_logit)
+        if self.rng_state:
+            found.append(o.new_zeros(2, dtype=torch.int64) if rng_state is None else rng_state)
+        return tuple(found) if len(found) > 1 else o
+
+
+class Request(NamedTuple):
+    operands: Any  # Operands
+    causal: bool
+    scale: float | None
+    constant_time: bool
+    features: Any  # Features
+    outputs: Outputs
+
+    def run(self) -> Any:
+        """What flash_fwd returns.
+
+        Raises:
+            TypeError, ValueError: before any launch; the message says how to mend it.
+        """
+        q, k, v, out = self.operands.tensors
+        if is_compiling() or (
+            (_dispatch_modes() or _function_modes() or forward_ad._current_level >= 0) and traced(self)
+        ):
+            return self.by_operator()
+        if not type(q) is type(k) is type(v) is Tensor:
+            if isinstance(q, torch.fx.Proxy):
+                return self.by_operator()
+            if isinstance(self.operands, Dense) and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
+                return self.by_dlpack()
+            if arrays.stands_in(q, k, v):
+                return self.by_operator()
+        if not type(self.causal) is type(self.constant_time) is bool:
+            arrays.flags(causal=self.causal, constant_time=self.constant_time)
+        self.operands.check()
+        found = self.prepared()
+        if found is None:
+            return self.by_operator()
+        scale = found.scale if self.scale is None else checks.scale(self.scale)
+        if arrays.learns(q, k, v):
+            for name, x in zip("qkv", (q, k, v), strict=True):
+                arrays.tensor(name, x)
+            return self.by_operator()
+        asked = features.fitted(self.features, found.problem, q.device)
+        if out is not None:
+            checks.out_memory(out, q, k, v, found.nbytes)
+        if asked.dropout is not None:
+            asked = asked._replace(dropout=asked.dropout.drawn(q))
+        rng_state = None if asked.dropout is None else asked.dropout.rng_state
+        if found.gpu is None:
+            o, lse, row_max = self._on_cpu(scale, asked)
+        else:
+            o, lse, row_max = self._on_gpu(found, scale, asked)
+        return self.outputs.of(o, lse, row_max, rng_state)
+
+    def prepared(self) -> call.Call | None:
+        """Checked, planned and compiled; a look-up where the like has come before. None under torch.jit.trace, whose
+        sizes are tensors, which no key has.
+        """
+        try:
+            key = self.operands.key(), self.causal, self.constant_time, features.key(self.features)
+            found = call.known.get(key)
+        except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or what has no hash
+            return self.made()
+        if found is None:
+            if _jit_traces() and traced(self):
+                return None
+            found = self.made()
+            if found.kernel is not None and 0 not in self.operands.k.shape:  # without keys it gets others' memory
+                call.keep(key, found)
+        return found
+
+    def made(self) -> call.Call:
+        problem, gpu, config, specs = self.planned()
+        kernel = None if gpu is None or self.operands.nothing(problem) else compile.get(config)
+        like = strides.unlike(self.operands.q, problem.d_v)
+        counts = config.scheduler.draws or config.packed
+        how = counts, self.operands.plain(), tuple(x.nbytes for x in specs), like
+        return call.Call(problem, problem.head_dim**-0.5, gpu, kernel, *how)
+
+    def planned(self) -> tuple:
+        """Checked: the problem, its GPU (None: the CPU), the kernel's config, and what was seen of q, k, v and o."""
+        arrays.flags(causal=self.causal, constant_time=self.constant_time)
+        specs = self.operands.specs()
+        problem = self.operands.problem(specs, self.causal, self.constant_time, features.key(self.features))
+        gpu = gpu_of(specs[0])
+        return problem, gpu, self.operands.config(problem, None if gpu is None else gpu.name), specs
+
+    def _on_gpu(self, found: call.Call, scale: float, asked: Any) -> tuple:
+        """o, lse and row_max."""
+        q, k, v, o = self.operands.tensors
+        o = found.output(q) if o is None else o
+        lse = q.new_empty(self.operands.rows(), dtype=torch.float32) if self.outputs.lse else None
+        row_max = None
+        if asked.row_max is not None:
+            row_max = q.new_empty(self.operands.rows(), dtype=torch.float32)
+            if found.kernel is None or isinstance(self.operands, Ragged):  # whose rows need not all be in a sequence
+                row_max.fill_(-torch.inf)
+            asked = asked._replace(row_max=row_max)
+        if found.kernel is not None:
+            tensors = (q, k, v, o) if found.plain else self.operands.for_tma(o)
+            arguments = *features.arguments(asked), *self.operands.arguments()
+            try:
+                found.launch(tensors, lse, scale, arguments)
+            except Exception:
+                self.refused(o)
+                raise
+        elif isinstance(self.operands, Dense):
+            o.zero_()
+            if lse is not None:
+                lse.fill_(-torch.inf) if asked.sinks is None else lse.copy_(asked.sinks[:, None])
+        return o, lse, row_max
+
+    def refused(self, o: Tensor) -> None:
+        """Raises what the compiled call's own check, before the launch, has refused without a way to mend it."""
+        self.made()
+        q, k, v, _ = self.operands.tensors
+        checks.addresses(q, k, v, o)
+
+    def _on_cpu(self, scale: float, asked: Any) -> tuple:
+        """o, lse and row_max, in float32 and rounded once."""
+        notices.once(f"{self.operands.function}: {notices.CPU}")
+        how = dict(causal=self.causal, scale=scale, dtype=torch.float32, **features.reference(asked))
+        with torch.autocast("cpu", enabled=False):
+            return self.operands.compute(self.operands.out, how)
+
+    def by_operator(self) -> Any:
+        return self.outputs.of(*by_operator.attention(self))
+
+    def by_dlpack(self) -> Any:
+        from . import api
+        from .integrations import dlpack
+
+        q, k, v, out, layout = self.operands
+        how: dict[str, Any] = dict(
+            causal=self.causal, scale=self.scale, layout=layout, constant_time=self.constant_time
+        )
+        how |= {f"return_{name}": value for name, value in self.outputs._asdict().items()}
+        return dlpack.shared_by(api.flash_fwd, q, k, v, out=out, **how, **features.by_name(self.features))
+
+
+def request(operands: Operands, outputs: Outputs, causal, scale, constant_time, given: dict[str, Any]) -> Request:
+    """Of `flash_fwd`'s and `flash_fwd_varlen`'s keywords: `given` are the features', return_row_max among them.
+
+    Raises:
+        TypeError, ValueError: as far as they can be checked without q, k and v.
+    """
+    causal, found = features.collect(causal, given)
+    return Request(operands, causal, scale, constant_time, found, outputs.checked())
+
+
+def traced(request: Request) -> bool:
+    """Whether something records what is done with tensors (a mode of dispatch, jit.trace): it gets the operator then.
+
+    A mode of functions alone, such as torch.device's, records nothing; but that of make_fx's pre_dispatch does.
+    """
+    from . import operator
+
+    tensors = dict(zip(("q", "k", "v", "out"), request.operands.tensors, strict=True))
+    tensors |= {name: x for name, x in features.by_name(request.features).items() if isinstance(x, Tensor)}
+    arrays.no_tangents(**tensors)
+    if operator.inside():
+        return False
+    before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included("PreDispatch")
+    if not (before_dispatch or _jit_traces() or _dispatch_modes()):
+        return False
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and not torch._C._functorch.is_functionaltensor(x):
+            arrays.untransformed(name, x)
+    return True
