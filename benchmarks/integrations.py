@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cute_attn import flash_fwd
-from cute_attn.integrations import torch_op  # noqa: F401  registers the operator
 from cute_attn.integrations import transformers as room
 from cute_attn.plan import Problem
 from cute_attn.tools.benchmark.contenders import OURS, make_inputs

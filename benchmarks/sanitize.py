@@ -25,10 +25,10 @@ import torch
 from gpu_tests import hold_alike, where
 
 from cute_attn import BlockLists, flash_fwd, flash_fwd_varlen
-from cute_attn.api import o_like
 from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
+from cute_attn.operands import o_like
 from cute_attn.plan import HEAD_DIMS, MODIFIED, FeatureKey, Problem, plan, shipped, shipped_varlen, varlen
 from cute_attn.tools.benchmark.contenders import make_inputs
 
@@ -82,7 +82,9 @@ def run_problem(p: Problem) -> FwdConfig:
     scale, out = -0.1 if p.dtype == "fp16" else None, o_like(q, v).fill_(torch.nan)
     how: dict[str, Any] = dict(causal=p.causal, constant_time=p.constant_time)
     asked = dict(window=WINDOW, softcap=30.0, alibi_slopes=per_head, sinks=per_head)
-    given = dict(window=p.features.window, softcap=p.features.softcap, alibi_slopes=p.features.alibi, sinks=p.features.sinks)
+    given = dict(
+        window=p.features.window, softcap=p.features.softcap, alibi_slopes=p.features.alibi, sinks=p.features.sinks
+    )
     how |= {name: value for name, value in asked.items() if given[name]}
     whole(*flash_fwd(q, k, v, scale=scale, return_lse=True, out=out, **how))
     return plan(p)

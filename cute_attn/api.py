@@ -12,8 +12,9 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from typing_extensions import Unpack
 
+from . import call as calls
 from . import checks, compile, device, notices
-from .call import Call, known
+from .call import Call
 from .features import PLAIN
 from .features.dropout import NO_DROPOUT
 from .kernels.config import FwdConfig
@@ -209,7 +210,7 @@ def _seen_before(q, k, v, out, causal, layout, constant_time) -> Call | None:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # arrays.learns, uncalled
         return None
     try:
-        return known.get((dense_key(q, k, v, out, layout), causal, constant_time, PLAIN))
+        return calls.known.get((dense_key(q, k, v, out, layout), causal, constant_time, PLAIN))
     except (AttributeError, RuntimeError, TypeError):  # one without strides, or what has no hash
         return None
 

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import arrays, checks, device, plan, reference, strides
+from . import arrays, checks, device, reference, strides
 from .checks import Spec
 from .kernels.config import FwdConfig
+from .plan import plan
+from .plan import varlen as plan_varlen
 from .problem import Problem
 
 LENGTHS = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
@@ -114,7 +116,7 @@ class Dense(NamedTuple):
         return problem
 
     def config(self, problem: Problem, gpu: str | None) -> FwdConfig:
-        return plan.plan(problem, gpu)
+        return plan(problem, gpu)
 
     def rows(self) -> tuple[int, ...]:
         h, s = self.layout.index("h"), self.layout.index("s")
@@ -222,7 +224,7 @@ class Ragged(NamedTuple):
 
     def config(self, problem: Problem, gpu: str | None) -> FwdConfig:
         p, hint = problem, self.max_seqlen_q
-        return plan.varlen(p.head_dim, p.dtype, p.causal, p.features, gpu, p.head_dim_v, p.ratio, hint)
+        return plan_varlen(p.head_dim, p.dtype, p.causal, p.features, gpu, p.head_dim_v, p.ratio, hint)
 
     def rows(self) -> tuple[int, ...]:
         return self.q.shape[1], self.q.shape[0]

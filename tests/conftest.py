@@ -45,14 +45,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty disk cache, and none in memory."""
-    from cute_attn import api, compile
+    from cute_attn import call, compile
 
     monkeypatch.setenv("CUTE_ATTN_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("CUTE_ATTN_CACHE", raising=False)
     monkeypatch.setattr(compile, "_compiled", {})
-    api._calls.clear()
+    call.known.clear()
     yield tmp_path
-    api._calls.clear()
+    call.known.clear()
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 
 from cute_attn import (
     BlockLists,
-    api,
+    call,
     checks,
     compile,
     flash_attn_interface,
     flash_fwd,
     flash_fwd_varlen,
     plan,
+    request,
     warmup,
 )
-from cute_attn.integrations import sdpa, torch_op, transformers, varlen_op  # noqa: F401  operators
+from cute_attn.integrations import sdpa, transformers
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
+from cute_attn.operands import Dense
 from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem
 from cute_attn.tools import bench, inspect
 from cute_attn.tools.benchmark import cells
@@ -214,11 +216,12 @@ def test_no_grad_is_the_way_out():
 def test_a_call_that_differs_in_vs_columns_alone_is_another(monkeypatch):
     """Slices of one buffer have equal strides: neither takes the other's kernel, nor its output."""
     whole = torch.randn(1, 2, 9, 256).bfloat16()
-    prepared, call = [], api.Call(None, 1.0, None, len, False, True, (), None)
-    monkeypatch.setattr(api, "_prepared", lambda q, k, v, *_: prepared.append(v.shape[3]) or call)
-    monkeypatch.setattr(api, "_calls", {})
+    prepared, made = [], call.Call(None, 1.0, None, len, False, True, (), None)
+    monkeypatch.setattr(request.Request, "made", lambda asked: prepared.append(asked.operands.v.shape[3]) or made)
+    monkeypatch.setattr(call, "known", {})
     for columns in (64, 128, 64):
-        api._call(whole[..., :64], whole[..., :64], whole[..., :columns], None, ("how",))
+        operands = Dense(whole[..., :64], whole[..., :64], whole[..., :columns], None, "bhsd")
+        request.request(operands, request.Outputs(), False, None, False, {}).prepared()
     assert prepared == [64, 128]
 
 

@@ -7,6 +7,7 @@ import cutlass.utils.hopper_helpers as sm90
 import numpy as np
 import pytest
 import torch
+from cute_attn.modifiers import Modifiers
 from cutlass import Float32, Int32, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode
 from cutlass.cute.runtime import from_dlpack
@@ -15,7 +16,6 @@ from cute_attn import checks, compile, flash_fwd, plan, reference
 from cute_attn.kernels import dropout as room
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.kernels.layout import acc_mn
-from cute_attn.modifiers import Modifiers
 from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem
 from cute_attn.reference import LEVELS, keep_mask, levels_kept
 from cute_attn.tools import inspect
@@ -371,7 +371,9 @@ def test_healthy(head_dim, causal):
 def with_the_rest() -> dict[str, FwdConfig]:
     blocks = SparseBlocks(128, 128, True)
     kinds = dict(softcap=True, sinks=True, alibi=True), dict(window=True, row_max=True), dict(sparse=blocks)
-    configs = [plan.modified(plan.config(128, "bf16", "bhsd", True), FeatureKey(dropout=True, **kind)) for kind in kinds]
+    configs = [
+        plan.modified(plan.config(128, "bf16", "bhsd", True), FeatureKey(dropout=True, **kind)) for kind in kinds
+    ]
     return {config.name: config for config in (*configs, plan.constant_time(configs[0]))}
 
 

@@ -209,7 +209,9 @@ def with_the_rest() -> dict[str, FwdConfig]:
         dict(sparse=SparseBlocks(128, 128, True)),
         dict(alibi=True),
     )
-    configs = [plan.modified(plan.config(128, "bf16", "bhsd", True), FeatureKey(row_max=True, **kind)) for kind in kinds]
+    configs = [
+        plan.modified(plan.config(128, "bf16", "bhsd", True), FeatureKey(row_max=True, **kind)) for kind in kinds
+    ]
     configs += [plan.constant_time(configs[0]), plan.varlen(128, "bf16", True, FeatureKey(row_max=True))]
     configs += [plan.plan(Problem(4, 32, 4, 1, 8192, 128, features=FeatureKey(row_max=True)))]
     assert configs[-1].pack == 8 and all(config.row_max and config.split == 1 for config in configs)

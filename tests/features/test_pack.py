@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cute_attn import api, compile, device, flash_fwd, packing, plan, reference, warmup
+from cute_attn import call, compile, device, flash_fwd, operands, packing, plan, reference, warmup
 from cute_attn.kernels import blocks as blocks_room
 from cute_attn.kernels.config import PACKS, SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal, Full, PackedRows, Window, block_range, cuts
@@ -280,10 +280,10 @@ def packs(monkeypatch):
         found.append(config.pack)
         return config
 
-    monkeypatch.setattr(api, "plan", noted)
-    api._calls.clear()
+    monkeypatch.setattr(operands, "plan", noted)
+    call.known.clear()
     yield found
-    api._calls.clear()
+    call.known.clear()
 
 
 @pytest.fixture
@@ -291,11 +291,11 @@ def planned_by(monkeypatch):
     """A function: from then on, calls run this kernel."""
 
     def set_plan(config):
-        api._calls.clear()
-        monkeypatch.setattr(api, "plan", lambda problem, gpu=None: config)
+        call.known.clear()
+        monkeypatch.setattr(operands, "plan", lambda problem, gpu=None: config)
 
     yield set_plan
-    api._calls.clear()
+    call.known.clear()
 
 
 @pytest.mark.gpu

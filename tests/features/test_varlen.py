@@ -11,8 +11,19 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cute_attn import checks, compile, device, flash_fwd, flash_fwd_varlen, plan, reference, varlen
-from cute_attn.integrations import varlen_op
+from cute_attn import (
+    backward,
+    call,
+    compile,
+    device,
+    flash_fwd,
+    flash_fwd_varlen,
+    plan,
+    reference,
+    request,
+)
+from cute_attn.features.window import UNBOUNDED
+from cute_attn.features.window import window as bounded
 from cute_attn.kernels import packed_scheduler, seqlen
 from cute_attn.kernels.packed_scheduler import Lane, Packed, PackedGrid, PackedLongest
 from cute_attn.kernels.seqlen import Packing, Part
@@ -310,13 +321,15 @@ def test_a_like_call_is_looked_up(monkeypatch):
     launched, prepared = [], []
     gpu = SimpleNamespace(index=0, num_sms=132, ticket=lambda: 7)
 
-    def known(*arguments):
-        prepared.append(arguments)
-        return varlen.Call(0.125, gpu, lambda *args: launched.append(args), True, (0,) * 4)
+    def made(asked):
+        prepared.append(asked)
+        return call.Call(
+            asked.planned()[0], 0.125, gpu, lambda *args: launched.append(args), True, True, (0,) * 4, None
+        )
 
     monkeypatch.setattr(device, "current", lambda: 0)
-    monkeypatch.setattr(varlen, "_prepared", known)
-    monkeypatch.setattr(varlen, "_calls", {})
+    monkeypatch.setattr(request.Request, "made", made)
+    monkeypatch.setattr(call, "known", {})
     for cu in (CU_Q, CU_Q.clone()):
         flash_fwd_varlen(**asked(cu_seqlens_q=cu))
         assert launched[-1][4:] == (0, 7, 0.125, 132, cu.data_ptr(), CU_K.data_ptr(), 0, 0, 2)
@@ -369,7 +382,7 @@ def test_compiled(mask, where):
 def check_gradients(sizes, *shape, where="cuda", dtype=torch.bfloat16, scale=None, **mask):
     """dq, dk, dv against float64 and torch's own, sequence by sequence; 0 in the rows of no sequence."""
     q, k, v, how = packed(sizes, *shape, dtype, where)
-    plain, window = checks.window(mask.get("window"), mask.get("causal", False))
+    plain, window = bounded(mask.get("window"), mask.get("causal", False))
     qkv = [x.requires_grad_() for x in (q, k, v)]
     longest = dict(zip(("max_seqlen_q", "max_seqlen_k"), map(max, zip(*sizes, strict=True)), strict=True))
     o = flash_fwd_varlen(*qkv, **how, **longest, **mask, scale=scale)
@@ -421,14 +434,14 @@ def test_windows_of_the_backward(monkeypatch):
     given = []
     grad, q, k, v = (torch.zeros(8, 2, 16, device="meta", dtype=torch.float16) for _ in range(4))
     cu, lse = torch.zeros(3, dtype=torch.int32, device="meta"), torch.zeros(2, 8, device="meta")
-    monkeypatch.setattr(varlen_op, "_within", lambda dx, cu: dx)
+    monkeypatch.setattr(backward, "_within", lambda dx, cu: dx)
     fake = lambda *args, **how: given.append((args, how)) or (q, k, v)  # noqa: E731
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", fake)
-    inner = varlen_op.flash_bwd_varlen_op
+    inner = backward.flash_bwd_varlen_op
     inner(grad, q, k, v, q, lse, cu, cu, 8, 5, False, None, 3, None)
     inner(grad, q, k, v, q, lse, cu, cu, 8, 5, True, None, None, None)
     assert [args[8:12] for args, _ in given] == [(8, 8, 0.0, False), (8, 5, 0.0, True)]
-    assert given[0][1] == dict(scale=None, window_size_left=3, window_size_right=checks.UNBOUNDED)
+    assert given[0][1] == dict(scale=None, window_size_left=3, window_size_right=UNBOUNDED)
     assert given[1][1] == dict(scale=None)
 
 
@@ -674,7 +687,7 @@ def test_new_lengths_reuse_the_compiled_kernel(monkeypatch):
     got = []
     get = compile.get
     monkeypatch.setattr(compile, "get", lambda config: got.append(config) or get(config))
-    monkeypatch.setattr(varlen, "_calls", {})
+    monkeypatch.setattr(call, "known", {})
     for sizes in ([(5, 9)], [(300, 200), (7, 7)], [(1000, 3)] * 40):
         check(*packed(sizes, 4, 2, 64), causal=True)
     assert len(set(got)) == 1

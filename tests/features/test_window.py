@@ -9,9 +9,21 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 
-from cute_attn import api, checks, compile, device, flash_fwd, plan, reference, warmup
-from cute_attn.checks import UNBOUNDED
-from cute_attn.integrations import torch_op
+from cute_attn import (
+    backward,
+    call,
+    checks,
+    compile,
+    device,
+    flash_fwd,
+    operands,
+    plan,
+    reference,
+    request,
+    warmup,
+)
+from cute_attn.features.window import UNBOUNDED
+from cute_attn.features.window import window as bounded
 from tests.support.attention import DTYPES, EDGES, bound, check, gradient_bound, inputs, sdpa, visible
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -68,17 +80,17 @@ def test_on_the_cpu(seqlen_q, seqlen_k):
 
 def test_normalised():
     """None and (None, None) are no window, (None, 0) is causal; what comes out may go in again."""
-    assert checks.window(None, True) == (True, None)
+    assert bounded(None, True) == (True, None)
     for causal, window in asked():
-        plain, bounds = got = checks.window(window, causal)
-        assert checks.window(bounds, plain) == got and type(plain) is bool
+        plain, bounds = got = bounded(window, causal)
+        assert bounded(bounds, plain) == got and type(plain) is bool
         left, right = (window[0], 0) if causal else window
         if left is None and right in (None, 0):
             assert got == (right == 0, None)
         else:
             assert plain is False
             assert bounds == tuple(UNBOUNDED if x is None else min(x, UNBOUNDED) for x in (left, right))
-    assert checks.window([4, None], False) == (False, (4, UNBOUNDED))
+    assert bounded([4, None], False) == (False, (4, UNBOUNDED))
 
 
 PAIR = r"a pair \(left, right\) is needed, each a number of keys, or None for no bound"
@@ -152,7 +164,7 @@ def test_the_problem_says_only_that_there_is_a_window():
 def test_every_way_in_passes_it_on(monkeypatch):
     """Eager, differentiated, compiled, by the operators, and from NumPy; constant_time beside it."""
     problems = []
-    monkeypatch.setattr(api, "plan", lambda problem, gpu=None: problems.append(problem) or plan.plan(problem))
+    monkeypatch.setattr(operands, "plan", lambda problem, gpu=None: problems.append(problem) or plan.plan(problem))
     q, k, v = inputs(1, 2, 2, 33, 47, 64, torch.float16, device="cpu")
     want = reference.attention(q, k, v, window=(5, 3))[0].half()
     out, how = torch.empty_like(q), dict(window=(5, 3), constant_time=True)
@@ -176,14 +188,14 @@ def test_a_call_is_known_whatever_its_window(monkeypatch):
     launched, prepared = [], []
     gpu = SimpleNamespace(index=0, num_sms=132)
 
-    def known(q, k, v, out, *how):
-        prepared.append(how)
-        problem = checks.problem(*(checks.Spec.of(x) for x in (q, k, v)), *how)
-        return api.Call(problem, 0.125, gpu, lambda *args: launched.append(args), False, True, (0,) * 4, None)
+    def made(asked):
+        problem, *_ = asked.planned()
+        prepared.append((problem.causal, problem.features))
+        return call.Call(problem, 0.125, gpu, lambda *args: launched.append(args), False, True, (0,) * 4, None)
 
     monkeypatch.setattr(device, "current", lambda: 0)
-    monkeypatch.setattr(api, "_prepared", known)
-    monkeypatch.setattr(api, "_calls", {})
+    monkeypatch.setattr(request.Request, "made", made)
+    monkeypatch.setattr(call, "known", {})
     q, k, v = inputs(1, 2, 2, 33, 47, 64, device="cpu")
     for window in ((5, 3), (100, 0), (None, 7), (0, None)):
         flash_fwd(q, k, v, window=window)
@@ -193,7 +205,7 @@ def test_a_call_is_known_whatever_its_window(monkeypatch):
     flash_fwd(q, k, v, causal=True)
     flash_fwd(q, k, v, window=(None, 0))
     windowed, none = plan.FeatureKey(window=True), plan.FeatureKey()
-    assert prepared == [(False, "bhsd", False, windowed), (False, "bhsd", False, none), (True, "bhsd", False, none)]
+    assert prepared == [(False, windowed), (False, none), (True, none)]
     assert [args[7:] for args in launched[:8:2]] == [
         (132, 5, 3),
         (132, 100, 0),
@@ -298,11 +310,11 @@ def fa2(seqlen_q, seqlen_k, causal, left, right):
 
 def test_the_backwards_calls_together_are_the_window():
     for (seqlen_q, seqlen_k), (causal, window) in product([*SIZES, (30, 8), (31, 30)], asked()):
-        _, bounds = checks.window(window, causal)
+        _, bounds = bounded(window, causal)
         if bounds is not None:
             found = [
                 fa2(len(range(seqlen_q)[rows]), seqlen_k, *how)
-                for rows, *how in torch_op._parts(seqlen_q, seqlen_k, *bounds)
+                for rows, *how in backward._parts(seqlen_q, seqlen_k, *bounds)
             ]
             assert torch.equal(torch.cat(found), brute_force(seqlen_q, seqlen_k, causal, window))
 
@@ -313,7 +325,7 @@ def test_the_backwards_calls_together_are_the_window():
 def test_no_windows_gradients_are_cudnns(window, times, monkeypatch):
     """It is asked only where nothing but causality is left of a window."""
     calls = []
-    monkeypatch.setattr(torch_op, "cudnn_serves", lambda *_: calls.append(None))
+    monkeypatch.setattr(backward, "cudnn_serves", lambda *_: calls.append(None))
     qkv = [x.requires_grad_() for x in inputs(1, 2, 1, 8, 8, 16, device="cpu")]
     flash_fwd(*qkv, window=window).sum().backward()
     OP(*qkv, False, None, "bhsd", True, False, *(window or ()))[0].sum().backward()
@@ -489,8 +501,8 @@ def test_a_new_window_reuses_the_compiled_kernel(monkeypatch):
     got, planned = [], []
     get = compile.get
     monkeypatch.setattr(compile, "get", lambda config: got.append(config) or get(config))
-    monkeypatch.setattr(api, "plan", lambda *args: planned.append(args) or plan.plan(*args))
-    monkeypatch.setattr(api, "_calls", {})
+    monkeypatch.setattr(operands, "plan", lambda *args: planned.append(args) or plan.plan(*args))
+    monkeypatch.setattr(call, "known", {})
     q, k, v = inputs(1, 2, 2, 300, 400, 64)
     for window in ((5, 3), (100, 0), (None, 7), (0, None), (2000, 2000)):
         check(q, k, v, window=window)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cute_attn import BlockLists, checks, flash_fwd, flash_fwd_varlen, warmup
 from cute_attn.checks import Spec
-from cute_attn.modifiers import NONE
+from cute_attn.features.window import window as bounded
 from cute_attn.reference import attention
 
 CUDA = torch.device("cuda:0")
@@ -146,9 +146,9 @@ def test_too_many_tiles_and_rows():
 def test_more_than_the_backwards_grid_takes():
     for layout, shape, what in (("bhsd", (1, 65_536, 8, 8), "heads"), ("bshd", (65_536, 8, 1, 8), "batches")):
         with pytest.raises(ValueError, match=f"q: 65536 {what}; with gradients at most 65535"):
-            checks.gradients(SimpleNamespace(is_cuda=True, shape=shape), layout, NONE)
-        checks.gradients(SimpleNamespace(is_cuda=True, shape=(65_535, 65_535, 65_535, 8)), layout, NONE)
-        checks.gradients(SimpleNamespace(is_cuda=False, shape=shape), layout, NONE)
+            checks.grid(SimpleNamespace(is_cuda=True, shape=shape), layout)
+        checks.grid(SimpleNamespace(is_cuda=True, shape=(65_535, 65_535, 65_535, 8)), layout)
+        checks.grid(SimpleNamespace(is_cuda=False, shape=shape), layout)
 
 
 def test_wrong_arguments_are_still_wrong_the_second_time():
@@ -313,7 +313,7 @@ def test_numpys_integers_are_integers():
     for sides in ((np.int64(3), np.int32(1)), (np.uint8(3), None)):
         plain = tuple(None if side is None else int(side) for side in sides)
         assert torch.equal(flash_fwd(Q, K, K, window=sides), flash_fwd(Q, K, K, window=plain))
-        assert all(type(side) is int for side in checks.window(sides, False)[1])
+        assert all(type(side) is int for side in bounded(sides, False)[1])
     learns = [y.clone().requires_grad_() for y in PACKED]
     for qkv in (PACKED, learns):
         o = flash_fwd_varlen(*qkv, CU, CU, max_seqlen_q=np.int64(12), max_seqlen_k=np.int32(12))

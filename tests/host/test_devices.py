@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cute_attn import api, checks, compile, device, flash_fwd, flash_fwd_varlen, plan, varlen
-from cute_attn.integrations import dlpack, torch_op, varlen_op
-from cute_attn.modifiers import Dropout
+from cute_attn import backward, compile, device, flash_fwd, flash_fwd_varlen, operands, plan
+from cute_attn import call as calls
+from cute_attn.features.dropout import Dropout, DropoutFeature
+from cute_attn.integrations import dlpack
 from tests.interpreter import device as ptx_device
 from tests.interpreter import host
 from tests.support.attention import inputs
@@ -95,8 +96,7 @@ def two(monkeypatch):
     monkeypatch.setattr(device, "current", lambda: found.current)
     monkeypatch.setattr(torch.cuda, "device", found.guard)
     monkeypatch.setattr(compile, "get", found.kernel)
-    monkeypatch.setattr(api, "_calls", {})
-    monkeypatch.setattr(varlen, "_calls", {})
+    monkeypatch.setattr(calls, "known", {})
     return found
 
 
@@ -123,8 +123,8 @@ def test_a_launch_is_on_the_tensors_own_gpu(two, current):
 def test_each_gpu_has_its_table(two, monkeypatch):
     """Two of other names may run other kernels for the same call, which is looked up by where it is."""
     asked = []
-    monkeypatch.setattr(api, "plan", lambda problem, gpu: asked.append(gpu) or plan.plan(problem, gpu))
-    monkeypatch.setattr(varlen, "plan_varlen", lambda *kind: asked.append(kind[4]) or plan.varlen(*kind))
+    monkeypatch.setattr(operands, "plan", lambda problem, gpu: asked.append(gpu) or plan.plan(problem, gpu))
+    monkeypatch.setattr(operands, "plan_varlen", lambda *kind: asked.append(kind[4]) or plan.varlen(*kind))
     for gpu in (0, 1, 0, 1):
         flash_fwd(*qkv(put, gpu))
         flash_fwd_varlen(*packed(put, gpu))
@@ -158,9 +158,10 @@ def test_a_generator_is_of_the_tensors_gpu(of):
     """torch asks for the type alone, and in a graph its kernel would read the seed on the other GPU."""
     other = SimpleNamespace(device=torch.device(of))
     with pytest.raises(ValueError, match=rf"generator: it is for {of}, .* use torch.Generator\('cuda:1'\)"):
-        checks.random_state(Dropout(0.5, other, None), torch.device("cuda:1"))
+        DropoutFeature().fitted(Dropout(0.5, other, None), None, torch.device("cuda:1"))
     for own in ("cuda:1", "cuda"):
-        checks.random_state(Dropout(0.5, SimpleNamespace(device=torch.device(own)), None), torch.device("cuda:1"))
+        drawn = Dropout(0.5, SimpleNamespace(device=torch.device(own)), None)
+        DropoutFeature().fitted(drawn, None, torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize("name", ["grad", "k", "v", "o", "lse", "cu_seqlens_q", "cu_seqlens_k"])
@@ -172,10 +173,10 @@ def test_a_backward_names_a_mix(name):
     given[name] = given[name].to("meta")
     words = f"{name}: on meta, but q is on cpu; move one"
     with pytest.raises(ValueError, match=words):
-        varlen_op.flash_bwd_varlen_op(*given.values(), 9, 9, False, None, None, None)
+        backward.flash_bwd_varlen_op(*given.values(), 9, 9, False, None, None, None)
     if not name.startswith("cu_seqlens"):
         tensors = [x if x.dim() < 3 else x.transpose(0, 1)[None] for x in list(given.values())[:6]]
-        for op in (torch_op.flash_bwd_op, torch_op.cudnn_bwd_op):
+        for op in (backward.flash_bwd_op, backward.cudnn_bwd_op):
             with pytest.raises(ValueError, match=words):
                 op(*tensors, False, None, "bhsd")
 

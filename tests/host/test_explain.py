@@ -58,7 +58,7 @@ def test_packed_sequences_by_their_kernel(gpu):
 def test_whose_backward(gpu, monkeypatch):
     q = Q.clone().requires_grad_()
     assert explain(q, K, V).backward == "torch's FlashAttention-2"
-    monkeypatch.setattr("cute_attn.integrations.torch_op.cudnn_serves", lambda *_: True)
+    monkeypatch.setattr("cute_attn.backward.cudnn_serves", lambda *_: True)
     assert explain(q, K, V).backward == "torch's cuDNN"
     assert explain(q, K, V, window=(3, 3)).backward == "torch's FlashAttention-2"
     with torch.no_grad():

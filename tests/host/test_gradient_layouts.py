@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cute_attn import flash_fwd, flash_fwd_varlen, reference, strides
-from cute_attn.integrations import torch_op, varlen_op
+from cute_attn import backward, flash_fwd, flash_fwd_varlen, reference, strides
 from tests.support.attention import inputs
 
 B, H, HK, S, D = 2, 4, 2, 24, 16
@@ -79,7 +78,7 @@ def cudnn(monkeypatch):
 
 def bwd(layout, grad, q, k, v, o, lse):
     """As bhsd, by our operator's kernel in this layout."""
-    found = torch_op.cudnn_bwd_op(*(given(x, layout) for x in (grad, q, k, v, o)), lse, True, None, layout)
+    found = backward.cudnn_bwd_op(*(given(x, layout) for x in (grad, q, k, v, o)), lse, True, None, layout)
     return [given(dx, layout) for dx in found]
 
 
@@ -121,7 +120,7 @@ def test_q_k_and_v_are_copied_where_cudnn_cannot_address_them(cudnn):
             if name in ROWS and name != "odd":
                 assert x.stride() == how(came).stride()
     far = torch.empty(1, dtype=q.dtype).as_strided((1, 1, 1, 16), (1 << 40, 16, 16, 0))
-    assert torch_op.fit(far).stride() == (16, 16, 16, 1)
+    assert backward.fit(far).stride() == (16, 16, 16, 1)
 
 
 def test_the_usual_orders_are_not_copied(cudnn):
@@ -155,11 +154,11 @@ def test_what_the_key_of_cudnn_confuses_is_not_given_to_it(monkeypatch):
     """Strides beyond 32 bits; and torch's experiment, which wants lse in another order."""
     q = torch.empty(1, dtype=torch.bfloat16).expand(1, 2, 8, 16)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    assert torch_op.cudnn_serves(q, q, None, "bhsd")
+    assert backward.cudnn_serves(q, q, None, "bhsd")
     huge = torch.empty(1, dtype=torch.bfloat16).expand(1, 1 << 10, 1 << 15, 64)
-    assert not torch_op.cudnn_serves(huge, huge, None, "bhsd")
+    assert not backward.cudnn_serves(huge, huge, None, "bhsd")
     monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1")
-    assert not torch_op.cudnn_serves(q, q, None, "bhsd")
+    assert not backward.cudnn_serves(q, q, None, "bhsd")
 
 
 @pytest.fixture
@@ -180,7 +179,7 @@ def test_flash_attention_sees_o_and_its_gradient_contiguous(layout, flash):
     orders = [how for name, how in EVERY.items() if name != "odd"]
     for one, other in product(orders, orders):
         args = one(grad), other(q), other(k), other(v), other(o)
-        found = torch_op.flash_bwd_op(*(given(x, layout) for x in args), permuted(lse, (2, 0, 1)), True, None, layout)
+        found = backward.flash_bwd_op(*(given(x, layout) for x in args), permuted(lse, (2, 0, 1)), True, None, layout)
         down = flash.pop()
         assert all(down[name].is_contiguous() and down[name].shape == (B, S, H, D) for name in ("grad", "o"))
         assert down["lse"].is_contiguous() and all(down[name].stride(-1) == 1 for name in "qkv")
@@ -188,13 +187,13 @@ def test_flash_attention_sees_o_and_its_gradient_contiguous(layout, flash):
 
 
 def test_packed_gradients_see_o_and_its_gradient_contiguous(flash, monkeypatch):
-    monkeypatch.setattr(varlen_op, "_within", lambda dx, cu: dx)
+    monkeypatch.setattr(backward, "_within", lambda dx, cu: dx)
     q, o, grad = (torch.empty(20, H, D, device="meta", dtype=torch.float16) for _ in range(3))
     k, v = (torch.empty(20, HK, D, device="meta", dtype=torch.float16) for _ in range(2))
     cu, lse = torch.empty(3, dtype=torch.int32, device="meta"), torch.empty(20, H, device="meta").T
     for one, other in product(permutations(range(3)), permutations(range(3))):
         args = permuted(grad, one), *(permuted(x, other) for x in (q, k, v, o))
-        varlen_op.flash_bwd_varlen_op(*args, lse, cu, cu, 20, 20, True, None, None, None)
+        backward.flash_bwd_varlen_op(*args, lse, cu, cu, 20, 20, True, None, None, None)
         down = flash.pop()
         assert all(down[name].is_contiguous() for name in ("grad", "o", "lse"))
         assert all(down[name].stride(-1) == 1 for name in "qkv")

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cute_attn import flash_fwd, reference
-from cute_attn.integrations import by_operator, torch_op
+from cute_attn import backward, by_operator, flash_fwd, reference
 from tests.support.attention import DTYPES, gradient_bound, inputs, sdpa
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -135,7 +134,7 @@ def test_gradients_leave_the_output_as_it_is(device):
 
 
 def test_without_gradients_there_is_no_operator(monkeypatch):
-    monkeypatch.setattr(by_operator, "dense", None)
+    monkeypatch.setattr(by_operator, "attention", None)
     q, k, v = inputs(2, 4, 2, 40, 50, 64, device="cpu")
     flash_fwd(q, k, v)
     with torch.no_grad():
@@ -294,23 +293,23 @@ class OnGpu(NamedTuple):
 )
 def test_what_cudnns_backward_serves(want, q, seqlen_k, scale):
     k = OnGpu((*q[:2], seqlen_k, q[3]))
-    assert torch_op.cudnn_serves(OnGpu(q), k, scale, "bhsd") is want
-    assert not torch_op.cudnn_serves(OnGpu(q, is_cuda=False), k, scale, "bhsd")
+    assert backward.cudnn_serves(OnGpu(q), k, scale, "bhsd") is want
+    assert not backward.cudnn_serves(OnGpu(q, is_cuda=False), k, scale, "bhsd")
 
 
 def test_cudnns_backward_gives_way(monkeypatch):
     """To determinism, to torch's switch, and, above a head dim of 128, to its own age."""
     q, wide = OnGpu((2, 4, 8, 64)), OnGpu((2, 4, 8, 136))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91_000)
-    assert torch_op.cudnn_serves(q, q, None, "bhsd") and not torch_op.cudnn_serves(wide, wide, None, "bhsd")
+    assert backward.cudnn_serves(q, q, None, "bhsd") and not backward.cudnn_serves(wide, wide, None, "bhsd")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91_100)
-    assert torch_op.cudnn_serves(wide, wide, None, "bhsd")
+    assert backward.cudnn_serves(wide, wide, None, "bhsd")
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
-    assert not torch_op.cudnn_serves(q, q, None, "bhsd")
+    assert not backward.cudnn_serves(q, q, None, "bhsd")
     monkeypatch.undo()
     torch.use_deterministic_algorithms(True)
     try:
-        assert not torch_op.cudnn_serves(q, q, None, "bhsd")
+        assert not backward.cudnn_serves(q, q, None, "bhsd")
     finally:
         torch.use_deterministic_algorithms(False)
 

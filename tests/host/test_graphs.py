@@ -58,7 +58,7 @@ def graphed_callables(learns, causal, qkv):
 def test_reduce_overhead(learns, causal, qkv, monkeypatch):
     """In a process where nothing has run yet: what a call keeps must not lie in the graphs' own memory."""
     monkeypatch.setattr(device, "_devices", {})
-    monkeypatch.setattr("cute_attn.api._calls", {})
+    monkeypatch.setattr("cute_attn.call.known", {})
     model = torch.compile(
         lambda q, k, v: flash_fwd(q * 2, k, v, causal=causal) + 1, mode="reduce-overhead", fullgraph=True
     )

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from cute_attn import api, device, flash_fwd
+from cute_attn import call, device, flash_fwd
 from tests.support.attention import check, inputs
 
 pytestmark = pytest.mark.gpu
@@ -212,7 +212,7 @@ def test_other_gpus_are_refused_by_name(monkeypatch):
     class Ampere:
         name, major, minor, multi_processor_count = "NVIDIA A100", 8, 0, 108
 
-    api._calls.clear()
+    call.known.clear()
     monkeypatch.setattr(device, "_devices", {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Ampere)
     with pytest.raises(ValueError, match=r"NVIDIA A100 \(sm_80\); the kernels are for Hopper"):

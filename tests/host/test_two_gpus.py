@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
-from cute_attn import BlockLists, api, device, flash_fwd, flash_fwd_varlen, plan, varlen
+from cute_attn import BlockLists, api, backward, device, flash_fwd, flash_fwd_varlen, plan
+from cute_attn import call as calls
 from cute_attn.flash_attn_interface import flash_attn_func, flash_attn_varlen_func
-from cute_attn.integrations import sdpa, torch_op
+from cute_attn.integrations import sdpa
 from cute_attn.integrations import transformers as cute
 from cute_attn.plan import Problem
 from tests.support.attention import check, inputs
@@ -112,7 +113,7 @@ def gradients_of_sequences(gpu):
 
 
 def by_operator(gpu):
-    return torch_op.flash_fwd_op(*given(gpu), True, None, "bhsd", True)
+    return torch.ops.cute_attn.attention(*given(gpu), True, None, True, "bhsd")
 
 
 def by_sdpa(gpu):
@@ -261,8 +262,7 @@ def test_a_generator_of_the_other_is_refused():
 @pytest.mark.parametrize("known", [False, True], ids=["first", "known"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_mix_is_named(mix, known, monkeypatch):
-    monkeypatch.setattr(api, "_calls", {})
-    monkeypatch.setattr(varlen, "_calls", {})
+    monkeypatch.setattr(calls, "known", {})
     call, words = mixes(put)[mix]
     if known:
         look_alikes(put)
@@ -286,10 +286,10 @@ def test_a_mix_is_refused_by_sdpa_and_in_the_backward():
     (q, k, v), other = given(1, 2, 4, 4, 300, 300, 64), given(0, 2, 4, 4, 300, 300, 64)
     with sdpa.use(), pytest.raises(RuntimeError, match="same device"):
         F.scaled_dot_product_attention(q, other[1], v)
-    o, lse = torch_op.flash_fwd_op(q, k, v, True, None, "bhsd", True)
-    for backward in (torch_op.flash_bwd_op, torch_op.cudnn_bwd_op):
+    o, lse, _ = torch.ops.cute_attn.attention(q, k, v, True, None, True, "bhsd")
+    for gradients in (backward.flash_bwd_op, backward.cudnn_bwd_op):
         with pytest.raises(ValueError, match="grad: on cuda:0, but q is on cuda:1"):
-            backward(other[0], q, k, v, o, lse, True, None, "bhsd")
+            gradients(other[0], q, k, v, o, lse, True, None, "bhsd")
     q.requires_grad_()
     with pytest.raises(RuntimeError, match="cuda"):
         flash_fwd(q, k, v).backward(other[0])
@@ -400,7 +400,7 @@ def test_a_graph_on_each():
 
 def test_counters_are_of_each_gpu(monkeypatch):
     monkeypatch.setattr(device, "_devices", {})
-    monkeypatch.setattr(api, "_calls", {})
+    monkeypatch.setattr(calls, "known", {})
     many = 4, 16, 4, 1024, 1024, 64
     for gpu in (1, 0):
         flash_fwd(*given(gpu, *many), causal=True)

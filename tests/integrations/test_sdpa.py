@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from cute_attn import flash_fwd, reference
-from cute_attn.integrations import by_operator, sdpa
+from cute_attn import by_operator, flash_fwd, reference
+from cute_attn.integrations import sdpa
 from tests.support.attention import DTYPES, bound, inputs
 
 OPERATOR = torch.ops.aten._scaled_dot_product_flash_attention
@@ -92,7 +92,7 @@ def test_the_operator_is_flash_fwd(seqlens, causal, on_cpu):
 
 
 def test_its_backward_is_torchs(on_cpu, monkeypatch):
-    monkeypatch.setattr(by_operator, "dense", None)  # ours
+    monkeypatch.setattr(by_operator, "attention", None)  # ours
     q, k, v = (x.requires_grad_() for x in inputs(2, 4, 4, 40, 40, 64, device="cpu"))
     o, lse, *_ = OPERATOR(q, k, v)
     assert type(o.grad_fn).__name__ == "ScaledDotProductFlashAttentionBackward0" and not lse.requires_grad

@@ -7,8 +7,7 @@ import torch
 import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cute_attn import flash_fwd, flash_fwd_varlen, strides
-from cute_attn.integrations import torch_op
+from cute_attn import flash_fwd, flash_fwd_varlen, ops, strides
 from tests.support.attention import inputs
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -119,7 +118,7 @@ def test_strides_of_a_call_and_of_its_fake(dims):
         for columns in (dims[3], 24):
             shape, want = strides.of_output(q, columns)
             v = torch.empty(*shape, dtype=q.dtype)
-            fake = torch_op.o_like(mode.from_tensor(q, static_shapes=True), mode.from_tensor(v, static_shapes=True))
+            fake = ops.o_like(mode.from_tensor(q, static_shapes=True), mode.from_tensor(v, static_shapes=True))
             assert fake.stride() == want and tuple(fake.shape) == shape
             assert strides.dense(shape, want) == want
         like = torch.empty_like(q).stride()

@@ -13,14 +13,14 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cute_attn import api, device, flash_fwd, flash_fwd_varlen, varlen
-from cute_attn.integrations import by_operator
+from cute_attn import api, by_operator, device, flash_fwd, flash_fwd_varlen, request
+from cute_attn import call as calls
 from tests.support.attention import inputs
 
 Q, K, V = inputs(2, 4, 2, 20, 24, 16, device="cpu")
 PACKED = [x[0].transpose(0, 1) for x in (Q, K, V)]
 CU_Q, CU_K = (torch.tensor([0, n], dtype=torch.int32) for n in (20, 24))
-NAMES = "flash_fwd", "flash_fwd_row_max", "flash_fwd_out", "flash_fwd_varlen", "flash_fwd_varlen_out"
+NAMES = "attention", "attention_out"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -123,7 +123,7 @@ def test_aot_function():
     learns = [x.clone().requires_grad_() for x in (Q, K, V)]
     got = torch.autograd.grad(step(*learns)[0].float().sum(), learns)
     want = torch.autograd.grad(dense(*learns)[0].float().sum(), learns)
-    assert "cute_attn.flash_fwd.default" in graphs[0].code and "cute_attn.flash_bwd.default" in graphs[1].code
+    assert "cute_attn.attention.default" in graphs[0].code and "cute_attn.flash_bwd.default" in graphs[1].code
     for dx, other in zip(got, want, strict=True):
         torch.testing.assert_close(dx, other, atol=1e-3, rtol=0.02)
 
@@ -151,31 +151,30 @@ def test_a_mode_sees_the_operator():
 
     with Watch():
         o = flash_fwd(Q, K, V)
-    assert seen == ["cute_attn.flash_fwd.default"]
+    assert seen == ["cute_attn.attention.default"]
     assert torch.equal(o, flash_fwd(Q, K, V))
 
 
 def test_jit_trace_of_a_call_whose_kernel_is_known(monkeypatch):
     """Its sizes are tensors: no key has them."""
-    found = api._prepared
+    found = request.Request.made
 
-    def known(*arguments):
+    def made(asked):
         gpu = SimpleNamespace(index=0, num_sms=132, ticket=lambda: 7)
-        return found(*arguments)._replace(gpu=gpu, kernel=lambda *_: None)
+        return found(asked)._replace(gpu=gpu, kernel=lambda *_: None)
 
-    monkeypatch.setattr(api, "_prepared", known)
-    monkeypatch.setattr(api, "_calls", {})
+    monkeypatch.setattr(request.Request, "made", made)
+    calls.known.clear()
     monkeypatch.setattr(device, "current", lambda: 0)
     for _ in range(2):
         flash_fwd(Q, K, V)
-    assert len(api._calls) == 1
+    assert len(calls.known) == 1
     traced = torch.jit.trace(lambda q, k, v: flash_fwd(q, k, v), (Q, K, V), check_trace=False)
-    assert "cute_attn::flash_fwd" in str(traced.graph) and len(api._calls) == 1
+    assert "cute_attn::attention" in str(traced.graph) and len(calls.known) == 1
 
 
 def test_a_mode_of_functions_alone_traces_nothing(monkeypatch):
-    for traced in ("dense", "varlen"):
-        monkeypatch.setattr(by_operator, traced, None)
+    monkeypatch.setattr(by_operator, "attention", None)
     with torch.device("cpu"):
         flash_fwd(Q, K, V)
         flash_fwd_varlen(*PACKED, CU_Q, CU_K)
@@ -277,8 +276,8 @@ def test_the_import_registers_every_operator_and_stays_light():
 
 def test_a_plain_call_asks_no_tracer(monkeypatch):
     """What is asked of every call are three flags; the rest is asked where one is set."""
-    for module in (api, varlen):
+    for module in (api, request):
         assert not module._dispatch_modes() and not module._function_modes()
-    monkeypatch.setattr(api, "traced", None)
+    monkeypatch.setattr(request, "traced", None)
     flash_fwd(Q, K, V)
     flash_fwd_varlen(*PACKED, CU_Q, CU_K)

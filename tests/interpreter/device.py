@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from cute_attn import api, checks, compile, device, varlen
+from cute_attn import call, checks, compile, device, operands
 from cute_attn.kernels.config import FwdConfig
 from tests.support import built
 
@@ -97,9 +97,8 @@ def interpreted(
             (device, "get", lambda index: gpu),
             (device, "current", lambda: gpu.index),
             (compile, "get", found),
-            (api, "_calls", {}),
-            (varlen, "_calls", {}),
-            *(((api, "plan", lambda *_: config), (varlen, "plan_varlen", lambda *_: config)) if config else ()),
+            (call, "known", {}),
+            *(((operands, "plan", lambda *_: config), (operands, "plan_varlen", lambda *_: config)) if config else ()),
         ):
             stack.enter_context(mock.patch.object(where, name, what))
         yield asked

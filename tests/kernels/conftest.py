@@ -2,7 +2,7 @@
 
 import pytest
 
-from cute_attn import api
+from cute_attn import call, operands
 
 
 @pytest.fixture
@@ -10,8 +10,8 @@ def planned_by(monkeypatch):
     """A function: from then on, calls run this kernel."""
 
     def set_plan(config):
-        api._calls.clear()
-        monkeypatch.setattr(api, "plan", lambda problem, gpu=None: config)
+        call.known.clear()
+        monkeypatch.setattr(operands, "plan", lambda problem, gpu=None: config)
 
     yield set_plan
-    api._calls.clear()
+    call.known.clear()

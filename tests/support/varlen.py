@@ -4,7 +4,8 @@ from itertools import accumulate
 
 import torch
 
-from cute_attn import checks, flash_fwd_varlen, reference
+from cute_attn import flash_fwd_varlen, reference
+from cute_attn.features.window import window as bounded
 from tests.support.attention import bound, close_lse, sdpa
 
 # (Sq, Sk) of each sequence: one row, one tile, its edges, several tiles, none at all on one side or both
@@ -50,7 +51,7 @@ def one_sequence(q, k, v, a, b):
 
 def right(q, k, v, how, o, lse, scale=None, **mask):
     """o and lse against float64, sequence by sequence; rows of none, or not used, are as they were: MARK."""
-    plain, window = checks.window(mask.get("window"), mask.get("causal", False))
+    plain, window = bounded(mask.get("window"), mask.get("causal", False))
     untouched = torch.ones(len(q), dtype=torch.bool, device=q.device)
     queries = reference.parts(how["cu_seqlens_q"], how.get("seqused_q"), len(q))
     keys = reference.parts(how["cu_seqlens_k"], how.get("seqused_k"), len(k))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cute_attn import api, compile, device, plan, reference, tuned
+from cute_attn import call, compile, device, plan, reference, tuned
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.kernels.mask import Causal
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
@@ -53,7 +53,7 @@ def tables(tmp_path, monkeypatch):
 
 
 def forget():
-    api._calls.clear()
+    call.known.clear()
     for cached in (tuned.table, plan.plan):
         cached.cache_clear()
 
@@ -210,7 +210,9 @@ def test_every_class_has_rows_and_says_what_was_measured():
 def test_shipped_is_what_the_table_can_reach(dtype, layout):
     sizes = [(h, s, k) for h in (1, 3, 999) for s in LENGTHS for k in {s, 99_999}]
     reached = {
-        plan.plan(Problem(1, h, h, s, k, d, dtype, layout, c and not window, constant_time, plan.FeatureKey(window=window)))
+        plan.plan(
+            Problem(1, h, h, s, k, d, dtype, layout, c and not window, constant_time, plan.FeatureKey(window=window))
+        )
         for d, c in product(HEAD_DIMS, (False, True))
         for h, s, k in sizes
         for constant_time in (False, True)
