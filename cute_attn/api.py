@@ -15,11 +15,11 @@ from typing_extensions import Unpack
 from . import call as calls
 from . import checks, compile, device, notices
 from .call import Call
-from .features import PLAIN
 from .features.dropout import NO_DROPOUT
 from .kernels.config import FwdConfig
 from .operands import Dense, dense_key
 from .plan import HEAD_DIMS, kind, plan, shipped
+from .problem import PLAIN
 from .request import Outputs, request
 
 

@@ -242,11 +242,18 @@ def _within(dx, cu_seqlens):
 
 def _no_backward(ctx, *grads):
     raise NotImplementedError(
-        "flash_fwd and flash_fwd_varlen have no second derivative; for one use "
-        "torch.nn.functional.scaled_dot_product_attention under "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), on each sequence if they are packed"
+        "flash_fwd has no second derivative; for one use torch.nn.functional.scaled_dot_product_attention under "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
     )
 
 
-for name in ("flash_bwd", "cudnn_bwd", "flash_bwd_varlen"):
-    gradients(name, _no_backward)
+def _no_backward_varlen(ctx, *grads):
+    raise NotImplementedError(
+        "flash_fwd_varlen has no second derivative; for one use torch.nn.functional.scaled_dot_product_attention on "
+        "each sequence, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+gradients("flash_bwd", _no_backward)
+gradients("cudnn_bwd", _no_backward)
+gradients("flash_bwd_varlen", _no_backward_varlen)

@@ -3,17 +3,14 @@
 The operators are asked for by name: ops.py, which defines them, runs requests in their kernels.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import arrays, checks, features
 
-if TYPE_CHECKING:
-    from .request import Request
 
-
-def attention(request: "Request") -> tuple:
+def attention(request: Any) -> tuple:
     """o, lse, row_max and rng_state of a request, each but o None where there is none."""
     q, k, v, out = request.operands.tensors
     is_proxy = isinstance(q, torch.fx.Proxy)
@@ -35,7 +32,7 @@ def attention(request: "Request") -> tuple:
     return out, found[0], found[1], rng_state
 
 
-def check_gradients(request: "Request") -> None:
+def check_gradients(request: Any) -> None:
     """
     Raises:
         ValueError: the request has no backward; the message says what serves.

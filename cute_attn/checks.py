@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .arrays import dense, flags, memory
-from .features import PLAIN, FeatureKey
 from .kernels.config import HEAD_DIM_MAX
-from .problem import Problem
+from .problem import PLAIN, FeatureKey, Problem
 from .scalars import integer
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -141,7 +141,7 @@ def _alias(name: str, schema: str, first: int | None, row_max: bool = False) -> 
 
     def call(*args):
         named = arguments(*args)._asdict() | (dict(return_row_max=True) if row_max else {})
-        found = operator(**dict(layout=Ragged.layout) | named)
+        found = operator(**dict(layout="thd") | named)
         return found[0] if first is None else found[:first]
 
     alias(name, schema, call)

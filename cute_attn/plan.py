@@ -7,13 +7,13 @@ from itertools import product
 from typing import NamedTuple
 
 from . import packing, tuned
-from .features import PLAIN as PLAIN
-from .features import FeatureKey as FeatureKey
 from .kernels.config import DTYPES, LAYOUTS, SMEM_BYTES, FwdConfig, SparseBlocks
 from .kernels.mask import Causal, Full, Mask, UserMask, Window
 from .kernels.packed_scheduler import Packed, PackedLongest
 from .kernels.score import Alibi, Plain, Score, Softcap, UserScore
 from .kernels.tile_scheduler import DynamicLongest, StaticTiles
+from .problem import PLAIN as PLAIN
+from .problem import FeatureKey as FeatureKey
 from .problem import Problem as Problem
 
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 224, 256)  # of the tables' kernels; D runs on the next one up

@@ -2,7 +2,32 @@
 
 from typing import Any, NamedTuple
 
-from .features import PLAIN
+
+class FeatureKey(tuple):
+    """Which features a call has, by their names in `features.FEATURES`, whatever their values; the others are False.
+
+    FeatureKey(window=True, sparse=SparseBlocks(128, 128, True)). A part of the key of plans and kernels.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, **features: Any) -> "FeatureKey":
+        return super().__new__(cls, sorted(pair for pair in features.items() if pair[1]))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return next((value for feature, value in self if feature == name), False)
+
+    def __reduce__(self) -> tuple:
+        return _feature_key, (dict(self),)
+
+
+def _feature_key(features: dict[str, Any]) -> FeatureKey:
+    return FeatureKey(**features)
+
+
+PLAIN = FeatureKey()
 
 
 class Problem(NamedTuple):
@@ -18,7 +43,7 @@ class Problem(NamedTuple):
     layout: str = "bhsd"
     causal: bool = False
     constant_time: bool = False
-    features: Any = PLAIN  # a FeatureKey
+    features: FeatureKey = PLAIN
     head_dim_v: int = 0  # of v and o, where it is another than q's and k's
 
     @property

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import arrays, by_operator, call, checks, compile, features, notices, reference, strides
+from .integrations import dlpack
 from .operands import Dense, Operands, Ragged, gpu_of
 
 
@@ -162,15 +163,14 @@ class Request(NamedTuple):
         return self.outputs.of(*by_operator.attention(self))
 
     def by_dlpack(self) -> Any:
-        from . import api
-        from .integrations import dlpack
-
+        """By tensors of the arrays' memory; what comes back are arrays again."""
         q, k, v, out, layout = self.operands
-        how: dict[str, Any] = dict(
-            causal=self.causal, scale=self.scale, layout=layout, constant_time=self.constant_time
-        )
-        how |= {f"return_{name}": value for name, value in self.outputs._asdict().items()}
-        return dlpack.shared_by(api.flash_fwd, q, k, v, out=out, **how, **features.by_name(self.features))
+
+        def on_tensors(q, k, v, *, out, **given):
+            how = self.outputs, self.causal, self.scale, self.constant_time
+            return request(Dense(q, k, v, out, layout), *how, given).run()
+
+        return dlpack.shared_by(on_tensors, q, k, v, out=out, **features.by_name(self.features))
 
 
 def request(operands: Operands, outputs: Outputs, causal, scale, constant_time, given: dict[str, Any]) -> Request:

@@ -2,11 +2,12 @@
 
 from collections import namedtuple
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..kernels.state import Arguments
+from ..problem import PLAIN, FeatureKey, Problem
 from .block_sparse import BlockSparseFeature
 from .dropout import NO_DROPOUT, DropoutFeature
 from .feature import Feature as Feature
@@ -15,9 +16,6 @@ from .row_max import RowMaxFeature
 from .softcap import SoftcapFeature
 from .user_functions import MaskModFeature, ScoreModFeature
 from .window import WindowFeature
-
-if TYPE_CHECKING:
-    from ..problem import Problem
 
 # The order of the kernels' arguments within a part, and of the torch operator's.
 FEATURES: tuple[Feature, ...] = (
@@ -31,25 +29,11 @@ FEATURES: tuple[Feature, ...] = (
     DropoutFeature(),
     RowMaxFeature(),
 )
-
-
-def _one_for_each(name: str, default: Any) -> Any:
-    """A namedtuple with a field for each feature."""
-    return namedtuple(name, [feature.name for feature in FEATURES], defaults=[default] * len(FEATURES))
-
-
-Features = _one_for_each("Features", None)  # the values of a call
-
-
-class FeatureKey(_one_for_each("FeatureKey", False)):  # type: ignore[misc]
-    """Which features a call has, whatever their values: a part of the key of plans and kernels."""
-
-    __slots__ = ()
-
-
-NONE, PLAIN = Features(), FeatureKey()
+_fields: Any = [feature.name for feature in FEATURES]
+_absent: Any = [None] * len(FEATURES)
+Features: Any = namedtuple("Features", _fields, defaults=_absent)
+NONE: Any = Features()
 SCHEMA = tuple(chain.from_iterable(feature.schema for feature in FEATURES))
-
 
 # Of keywords: their defaults, and whose they are, by place.
 DEFAULTS: dict[str, Any] = {name: None for feature in FEATURES for name in feature.keywords}
@@ -78,15 +62,14 @@ def present(features: Any) -> list[tuple[Feature, Any]]:
     return [(feature, value) for feature, value in zip(FEATURES, features, strict=True) if value is not None]
 
 
-def key(features: Any) -> Any:
-    """The FeatureKey."""
+def key(features: Any) -> FeatureKey:
+    """Which there are, whatever their values."""
     if features is NONE:
         return PLAIN
-    pairs = zip(FEATURES, features, strict=True)
-    return FeatureKey(*[False if value is None else feature.key(value) for feature, value in pairs])
+    return FeatureKey(**{feature.name: feature.key(value) for feature, value in present(features)})
 
 
-def fitted(features: Any, problem: "Problem", device: torch.device) -> Any:
+def fitted(features: Any, problem: Problem, device: torch.device) -> Any:
     """Each held against the problem, and some made for it."""
     if features is NONE:
         return NONE

@@ -1,12 +1,11 @@
 """What a feature is: one variation of attention, from `flash_fwd`'s keywords to a kernel's run-time arguments."""
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from ..problem import Problem
+from ..problem import Problem
 
 
 class Feature:
@@ -39,7 +38,7 @@ class Feature:
         """Of a kernel's FwdConfig the one with this feature, where `cute_attn.plan` has no rule of its own for it."""
         return config
 
-    def fitted(self, value: Any, problem: "Problem", device: torch.device) -> Any:
+    def fitted(self, value: Any, problem: Problem, device: torch.device) -> Any:
         """The value, held against q, k and v: TypeError or ValueError where it does not fit them."""
         return value
 

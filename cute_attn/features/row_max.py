@@ -23,7 +23,7 @@ class RowMaxFeature(Feature):
         """The reference is asked for it in any case."""
 
     def by_name(self, value):
-        return {}
+        return dict(return_row_max=True)
 
     def operator_arguments(self, value):
         return (value is not None,)

@@ -1,6 +1,6 @@
 """FlexAttention's score_mod and mask_mod (arXiv:2412.05496), and aux, which both take behind the places."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -8,10 +8,8 @@ from .. import block_mask as block_masks
 from ..arrays import type_word
 from ..mod_types import PLACE_MAX
 from ..mods import Mod, prepare
+from ..problem import Problem
 from .feature import Feature, both
-
-if TYPE_CHECKING:
-    from ..problem import Problem
 
 
 class _UserFunction(Feature):
@@ -69,7 +67,7 @@ class MaskModFeature(_UserFunction):
         how["mask_mod"] = both(how.get("mask_mod"), value.function)
 
 
-def _places(name: str, problem: "Problem") -> None:
+def _places(name: str, problem: Problem) -> None:
     """Those that a function sees are int32, and so are their sums."""
     most = max(problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k)
     if most > PLACE_MAX:

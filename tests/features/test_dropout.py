@@ -7,12 +7,13 @@ import cutlass.utils.hopper_helpers as sm90
 import numpy as np
 import pytest
 import torch
-from cute_attn.modifiers import Modifiers
 from cutlass import Float32, Int32, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode
 from cutlass.cute.runtime import from_dlpack
 
-from cute_attn import checks, compile, flash_fwd, plan, reference
+from cute_attn import compile, features, flash_fwd, plan, reference
+from cute_attn.features.dropout import DropoutFeature
+from cute_attn.features.dropout import dropout as dropout_of
 from cute_attn.kernels import dropout as room
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.kernels.layout import acc_mn
@@ -395,9 +396,10 @@ def test_the_plan():
         FwdConfig(64, tile_n=80, dropout=True)
     with pytest.raises(AssertionError, match="has one head"):
         FwdConfig(64, pack=8, dropout=True)
-    dropout = checks.dropout(0.25, None, state(1, 2))
-    assert Modifiers(dropout=dropout).kinds == FeatureKey(dropout=True) and Modifiers().kinds == FeatureKey()
-    assert dropout.arguments[1:] == (3 * LEVELS // 4, 4 / 3)
+    dropout = dropout_of(0.25, None, state(1, 2))
+    assert features.key(features.Features(dropout=dropout)) == FeatureKey(dropout=True)
+    assert features.key(features.NONE) == FeatureKey()
+    assert DropoutFeature().arguments(dropout)[1:] == (3 * LEVELS // 4, 4 / 3)
     for kinds in (dict(dropout=True), dict(sinks=True, dropout=True, row_max=True)):
         taken = plan.modified(plan.config(64, "bf16", "bhsd", True), FeatureKey(**kinds)).signature()
         assert len(taken.dropout) == 3 and len(taken.sinks) == len(taken.row_max) == (len(kinds) == 3)

@@ -182,15 +182,37 @@ def test_wrong():
     for name in ("return_row_max", "return_max_logit"):
         with pytest.raises(TypeError, match=f"{name}: a bool is needed, 1 came"):
             flash_fwd(q, k, v, **{name: 1})
-    graph = dict(backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="out: given with return_row_max or return_max_logit under torch"):
-        torch.compile(lambda out: flash_fwd(q, k, v, out=out, return_row_max=True), **graph)(torch.empty_like(q))
-    cu = torch.tensor([0, 8], dtype=torch.int32)
-    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
-    with pytest.raises(ValueError, match="return_row_max, return_max_logit: asked for of packed sequences, with input"):
-        flash_fwd_varlen(packed[0].clone().requires_grad_(), *packed[1:], cu, cu, return_max_logit=True)
     with pytest.raises(AssertionError, match="RowMax sees each S once"):
         FwdConfig(64, redo=True, row_max=True)
+
+
+@DEVICES
+def test_compiled_into_an_output_and_packed(device):
+    q, k, v = inputs(2, 4, 2, 40, 40, 64, device=device)
+    cu = torch.tensor([0, 40], dtype=torch.int32, device=device)
+    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+
+    def dense(out):
+        return flash_fwd(q, k, v, out=out, return_lse=True, return_row_max=True, return_max_logit=True)
+
+    def of_packed(out):
+        return flash_fwd_varlen(*packed, cu, cu, softcap=3.0, return_row_max=True, return_max_logit=True)
+
+    for function in (dense, of_packed):
+        found = torch.compile(function, backend="aot_eager", fullgraph=True)(torch.full_like(q, torch.nan))
+        want = function(torch.full_like(q, torch.nan))
+        assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+def test_a_maximum_hinders_no_gradient():
+    q, k, v = inputs(1, 2, 2, 40, 40, 64, device="cpu")
+    packed = [x[0].transpose(0, 1).clone().requires_grad_() for x in (q, k, v)]
+    cu = torch.tensor([0, 40], dtype=torch.int32)
+    how = dict(max_seqlen_q=40, max_seqlen_k=40, causal=True)
+    o, max_logit = flash_fwd_varlen(*packed, cu, cu, **how, return_max_logit=True)
+    assert not max_logit.requires_grad
+    found, want = (torch.autograd.grad(x.sum(), packed) for x in (o, flash_fwd_varlen(*packed, cu, cu, **how)))
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
 
 @pytest.mark.machine_code

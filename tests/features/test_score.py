@@ -212,7 +212,7 @@ def test_new_values_compile_nothing(monkeypatch):
 
 @given(softcap=st.booleans(), alibi=st.booleans(), sinks=st.booleans(), window=st.booleans(), causal=st.booleans())
 def test_the_plan(softcap, alibi, sinks, window, causal):
-    kinds = FeatureKey(window, softcap, alibi, sinks)
+    kinds = FeatureKey(window=window, softcap=softcap, alibi=alibi, sinks=sinks)
     config = plan.plan(Problem(1, 1, 1, 512, 512, 64, causal=causal and not window, features=kinds))
     assert config.score.name == "softcap" * softcap + "alibi" * alibi
     assert config.sinks == sinks and config.mask.windowed == window

@@ -323,9 +323,7 @@ def test_a_like_call_is_looked_up(monkeypatch):
 
     def made(asked):
         prepared.append(asked)
-        return call.Call(
-            asked.planned()[0], 0.125, gpu, lambda *args: launched.append(args), True, True, (0,) * 4, None
-        )
+        return call.Call(None, 0.125, gpu, lambda *args: launched.append(args), True, True, (0,) * 4, None)
 
     monkeypatch.setattr(device, "current", lambda: 0)
     monkeypatch.setattr(request.Request, "made", made)

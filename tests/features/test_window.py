@@ -274,7 +274,7 @@ def test_export():
     q, k, v = inputs(2, 4, 2, 40, 40, 64, device="cpu")
     size = {0: torch.export.Dim("batch", min=2), 2: torch.export.Dim("seqlen", min=2)}
     program = torch.export.export(Model(), (q, k, v), dynamic_shapes=(size, size, size))
-    assert [str(n.target) for n in program.graph.nodes].count("cute_attn.flash_fwd.default") == 1
+    assert [str(n.target) for n in program.graph.nodes].count("cute_attn.attention.default") == 1
     q, k, v = inputs(3, 4, 2, 77, 77, 64, device="cpu")
     assert torch.equal(program.module()(q, k, v), flash_fwd(q, k, v, window=(9, 4)))
 

@@ -29,7 +29,7 @@ PROBLEMS = st.builds(
     layout=st.sampled_from(["bhsd", "bshd"]),
     causal=st.booleans(),
     constant_time=st.booleans(),
-    kinds=st.sampled_from([FeatureKey(), FeatureKey(window=True)]),
+    features=st.sampled_from([FeatureKey(), FeatureKey(window=True)]),
     head_dim_v=st.just(0),
 )
 

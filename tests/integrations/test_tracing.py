@@ -1,8 +1,10 @@
 """Every tracer gets the operator in its graph, and what it made computes; dual tensors raise; the import registers."""
 
 import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,7 @@ Q, K, V = inputs(2, 4, 2, 20, 24, 16, device="cpu")
 PACKED = [x[0].transpose(0, 1) for x in (Q, K, V)]
 CU_Q, CU_K = (torch.tensor([0, n], dtype=torch.int32) for n in (20, 24))
 NAMES = "attention", "attention_out"
+ALIASES = "flash_fwd", "flash_fwd_row_max", "flash_fwd_out", "flash_fwd_varlen", "flash_fwd_varlen_out"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -43,10 +46,10 @@ def packed(q, k, v, cu_q, cu_k):
 
 
 FUNCTIONS = {
-    "dense": (dense, (Q, K, V), "flash_fwd"),
-    "maxima": (maxima, (Q, K, V), "flash_fwd_row_max"),
-    "into": (into, (Q, K, V), "flash_fwd_out"),
-    "packed": (packed, [*PACKED, CU_Q, CU_K], "flash_fwd_varlen"),
+    "dense": (dense, (Q, K, V), "attention"),
+    "maxima": (maxima, (Q, K, V), "attention"),
+    "into": (into, (Q, K, V), "attention_out"),
+    "packed": (packed, [*PACKED, CU_Q, CU_K], "attention"),
 }
 EACH = pytest.mark.parametrize(("function", "tensors", "name"), FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -77,7 +80,7 @@ def test_make_fx(mode, pre_dispatch, function, tensors, name):
 
 @EACH
 def test_make_fx_of_functionalize(function, tensors, name):
-    if name == "flash_fwd_out":
+    if name == "attention_out":
         with pytest.raises(RuntimeError, match=r"custom .* operator whose output has alias annotations"):
             make_fx(torch.func.functionalize(function))(*tensors)
         return
@@ -164,7 +167,7 @@ def test_jit_trace_of_a_call_whose_kernel_is_known(monkeypatch):
         return found(asked)._replace(gpu=gpu, kernel=lambda *_: None)
 
     monkeypatch.setattr(request.Request, "made", made)
-    calls.known.clear()
+    monkeypatch.setattr(calls, "known", {})
     monkeypatch.setattr(device, "current", lambda: 0)
     for _ in range(2):
         flash_fwd(Q, K, V)
@@ -263,7 +266,7 @@ def test_the_import_registers_every_operator_and_stays_light():
     code = (
         "import torch, sys; before = set(sys.modules)\n"
         "import cute_attn\n"
-        f"for name in {(*NAMES, 'flash_bwd', 'cudnn_bwd', 'flash_bwd_varlen')}:\n"
+        f"for name in {(*NAMES, *ALIASES, 'flash_bwd', 'cudnn_bwd', 'flash_bwd_varlen')}:\n"
         "    getattr(torch.ops.cute_attn, name).default\n"
         "new = set(sys.modules) - before\n"
         "heavy = 'torch._dynamo', 'torch._inductor', 'torch._refs', 'rich', 'matplotlib', 'transformers', 'sympy'\n"
@@ -281,3 +284,43 @@ def test_a_plain_call_asks_no_tracer(monkeypatch):
     monkeypatch.setattr(request, "traced", None)
     flash_fwd(Q, K, V)
     flash_fwd_varlen(*PACKED, CU_Q, CU_K)
+
+
+def test_a_program_exported_before_runs():
+    """It names the operators of before, which are aliases now."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 4, 20, 32).bfloat16() for _ in range(3))
+    packed, cu = torch.randn(50, 2, 32).bfloat16(), torch.tensor([0, 20, 50], dtype=torch.int32)
+    program = torch.export.load(Path(__file__).parent / "program_0_1.pt2")
+    targets = [str(node.target) for node in program.graph.nodes if "cute_attn" in str(node.target)]
+    names = "flash_fwd", "flash_fwd_row_max", "flash_fwd_out", "flash_fwd_varlen"
+    assert targets == [f"cute_attn.{name}.default" for name in names]
+    how = dict(softcap=5.0, window=(9, 3), return_lse=True, return_row_max=True)
+    want = flash_fwd(q, k, v, causal=True), *flash_fwd(q, k, v, **how), flash_fwd(q, k, v)
+    want = *want, *flash_fwd_varlen(packed, packed, packed, cu, cu, causal=True, return_lse=True)
+    assert all(torch.equal(x, y) for x, y in zip(program.module()(q, k, v, packed, cu), want, strict=True))
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_pickle_that_names_an_operator_of_before_runs(name):
+    """With its gradients, as a compiled graph's."""
+    q = Q.clone().requires_grad_(not name.endswith("_out"))
+    dense, packed = (q, K, V), (*[x.clone() for x in PACKED], CU_Q, CU_K, None, None, 9, 9)
+    how = (True, None, None, None, True) if "varlen" in name else (True, None, "bhsd", True)
+    tensors = packed if "varlen" in name else dense
+    tensors = (*tensors[:3], torch.empty_like(tensors[0]), *tensors[3:]) if name.endswith("_out") else tensors
+    graph = torch.fx.Graph()
+    places = [graph.placeholder(f"x{i}") for i in range(len(tensors))]
+    graph.output(graph.call_function(getattr(torch.ops.cute_attn, name).default, (*places, *how)))
+    module = pickle.loads(pickle.dumps(torch.fx.GraphModule(torch.nn.Module(), graph)))
+    found = module(*tensors)
+    if "varlen" in name:
+        o, lse = flash_fwd_varlen(*PACKED, CU_Q, CU_K, causal=True, return_lse=True)
+    else:
+        o, lse = flash_fwd(Q, K, V, causal=True, return_lse=True)
+    got = (tensors[3], found) if name.endswith("_out") else found[:2]
+    assert torch.equal(got[0], o) and torch.equal(got[1], lse)
+    if got[0].requires_grad:
+        (dq,) = torch.autograd.grad(got[0].float().sum(), q)
+        (want,) = torch.autograd.grad(flash_fwd(q, K, V, causal=True).float().sum(), q)
+        assert torch.equal(dq, want)
