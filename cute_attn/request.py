@@ -53,7 +53,7 @@ class Request(NamedTuple):
         Raises:
             TypeError, ValueError: before any launch; the message says how to mend it.
         """
-        q, k, v, out = self.operands.tensors
+        q, k, v, out = self.operands[:4]
         if is_compiling() or (
             (_dispatch_modes() or _function_modes() or forward_ad._current_level >= 0) and traced(self)
         ):
@@ -123,7 +123,7 @@ class Request(NamedTuple):
 
     def _on_gpu(self, found: call.Call, scale: float, asked: Any) -> tuple:
         """o, lse and row_max."""
-        q, k, v, o = self.operands.tensors
+        q, k, v, o = self.operands[:4]
         o = found.output(q) if o is None else o
         lse = q.new_empty(self.operands.rows(), dtype=torch.float32) if self.outputs.lse else None
         row_max = None

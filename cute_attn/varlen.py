@@ -68,17 +68,23 @@ def flash_fwd_varlen(
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    given = dict(
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        score_mod=score_mod,
-        mask_mod=mask_mod,
-        aux=aux,
-        return_row_max=return_row_max,
-        return_max_logit=return_max_logit,
-    )
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    operands = Ragged(q, k, v, out, *lengths, max_seqlen_q, max_seqlen_k)
+    operands = Ragged(q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    given: dict[str, Any] = {}
+    if (
+        not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None
+        or not return_row_max is return_max_logit is False
+        or type(aux) is not tuple
+        or aux
+    ):
+        given = dict(
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            aux=aux,
+            return_row_max=return_row_max,
+            return_max_logit=return_max_logit,
+        )
     return request(operands, Outputs(return_lse, return_row_max, return_max_logit), causal, scale, False, given).run()

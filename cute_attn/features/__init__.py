@@ -29,10 +29,9 @@ FEATURES: tuple[Feature, ...] = (
     DropoutFeature(),
     RowMaxFeature(),
 )
-_fields: Any = [feature.name for feature in FEATURES]
-_absent: Any = [None] * len(FEATURES)
-Features: Any = namedtuple("Features", _fields, defaults=_absent)
-NONE: Any = Features()
+_named: Any = namedtuple  # whose fields mypy would read here
+Features = _named("Features", [feature.name for feature in FEATURES], defaults=[None] * len(FEATURES))
+NONE = Features()  # Features are the value of each feature in a call; these of one without any
 SCHEMA = tuple(chain.from_iterable(feature.schema for feature in FEATURES))
 
 # Of keywords: their defaults, and whose they are, by place.
