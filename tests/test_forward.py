@@ -29,8 +29,8 @@ def test_head_dims_at_edge_shapes(head_dim, causal, dtype, planned_by):
 
 def kernels_of(head_dim, causal, dtype):
     problem = Problem(1, 1, 1, 1, 1, head_dim, checks.DTYPES[dtype], "bhsd", causal)
-    one = plan.kind(plan.plan(problem))
-    return [config for config in plan.shipped(device.name()) if plan.kind(config) == one]
+    one = plan.kernel_class(plan.plan(problem))
+    return [config for config in plan.prebuilt(device.name()) if plan.kernel_class(config) == one]
 
 
 @pytest.fixture

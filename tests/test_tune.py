@@ -207,7 +207,7 @@ def test_every_class_has_rows_and_says_what_was_measured():
 
 
 @pytest.mark.parametrize(("dtype", "layout"), sample(1, ("bf16", "fp16"), ("bhsd", "bshd")))
-def test_shipped_is_what_the_table_can_reach(dtype, layout):
+def test_prebuilt_is_what_the_table_can_reach(dtype, layout):
     sizes = [(h, s, k) for h in (1, 3, 999) for s in LENGTHS for k in {s, 99_999}]
     reached = {
         plan.plan(Problem(1, h, h, s, k, d, dtype, layout, c and not window, constant_time, plan.Kinds(window=window)))
@@ -216,13 +216,13 @@ def test_shipped_is_what_the_table_can_reach(dtype, layout):
         for constant_time in (False, True)
         for window in (False, True)
     }
-    shipped = [config for config in plan.shipped() if (config.dtype, config.layout) == (dtype, layout)]
-    assert reached == {config for config in shipped if not (config.score.name or config.sinks)}
+    ready = [config for config in plan.prebuilt() if (config.dtype, config.layout) == (dtype, layout)]
+    assert reached == {config for config in ready if not (config.score.name or config.sinks)}
 
 
-def test_shipped_begins_with_one_of_each():
+def test_prebuilt_begins_with_one_of_each():
     every = [*product(HEAD_DIMS, ("bf16", "fp16"), ("bhsd", "bshd"), (False, True))]
-    assert plan.shipped()[: len(every)] == [plan.config(*one) for one in every]
+    assert plan.prebuilt()[: len(every)] == [plan.config(*one) for one in every]
 
 
 # A user's tables
@@ -249,7 +249,7 @@ def test_a_users_table_serves_its_gpu(tables):
         assert plan.plan(problem()) == plan.plan(problem(), "NVIDIA H200") == before
     mine = {
         replace(c, layout="bhsd")
-        for c in plan.shipped(GPU)
+        for c in plan.prebuilt(GPU)
         if (c.head_dim, c.mask.name, c.score.name) == (64, "full", "")
     }
     named = {B, A, replace(B, dtype="fp16"), replace(C, dtype="fp16")}
