@@ -6,6 +6,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import plans
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +47,10 @@ def test_a_kernel_that_serves_the_problem_and_is_prebuilt(problem):
     assert config.mask.name == ("window" if problem.kinds.window else "causal" if problem.causal else "full")
     assert config.constant_time == problem.constant_time
     assert config in every_kernel(problem.ratio)
+
+
+def test_problems_have_the_kernels_that_they_had():
+    assert plans.different() == [], "on purpose? tests/plans.py --update"
 
 
 def test_every_head_dim():
@@ -150,3 +155,53 @@ def test_planning_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["drawn", str(len(prebuilt()))]
+
+
+# The rules
+
+
+def test_each_rule_has_a_name_and_a_reason():
+    assert len({rule.name for rule in room.RULES}) == len(room.RULES) >= 20
+    assert all(rule.why for rule in room.RULES)
+
+
+@given(problem=PROBLEMS)
+def test_explain_ends_with_the_plan(problem):
+    """Each step is a rule or an exception that changed something, in the order of the list."""
+    first, *steps = room.explain(problem)
+    assert [first, *steps][-1].config == plan(problem)
+    assert first.name == "the tuned table"
+    for before, step in zip([first, *steps], steps, strict=False):
+        assert room.changes(before.config, step.config)
+    names = [rule.name for rule in room.RULES]
+    order = [names.index(step.name) for step in steps if not step.name.startswith("exception: ")]
+    assert order == sorted(set(order))
+
+
+def explained(*sizes, layout="bhsd", **how):
+    return [step.name for step in room.explain(Problem(*sizes, layout=layout, **how))[1:]]
+
+
+def test_what_explain_says():
+    many = 2, 16, 16, 4096, 4096
+    assert explained(*many, 64) == []
+    assert explained(*many, 100, head_dim_v=200, dtype="fp16") == ["a pair of head dims", "element type and layout"]
+    assert explained(*many, 64, kinds=Kinds(window=True)) == [
+        "window",
+        "exception: d64, window: no speculative softmax",
+    ]
+    assert explained(*many, 96, kinds=Kinds(softcap=True, row_max=True, sinks=True)) == [
+        *("scores and mask_mod: fit registers", "scores: speculative softmax", "scores: three stages"),
+        *("sinks", "row_max"),
+    ]
+    assert explained(1, 32, 4, 1, 8192, 96, constant_time=True) == [
+        *("constant time", "few rows", "few rows: split keys", "PackGQA")
+    ]
+    assert explained(1, 8, 1, 1, 1, 256, layout="thd", causal=True) == ["varlen", "few rows", "PackGQA"]
+    assert room.explain(Problem(*many, 512))[0].name == "large head dims"
+
+
+def test_varlen_is_a_problem_of_its_own_layout():
+    kinds = Kinds(softcap=True)
+    found = plan(Problem(1, 8, 1, 3, 1, 64, layout="thd", causal=True, kinds=kinds))
+    assert found == room.varlen(64, "bf16", True, kinds, ratio=8, max_seqlen_q=3) and found.pack == 8

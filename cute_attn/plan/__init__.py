@@ -26,3 +26,4 @@ from .prebuilt_set import prebuilt as prebuilt
 from .prebuilt_set import prebuilt_varlen as prebuilt_varlen
 from .rule import Rule as Rule
 from .rule import Step as Step
+from .rule import changes as changes

@@ -41,6 +41,16 @@ class Entry(NamedTuple):
     why: str
     measured: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def title(self) -> str:
+        return f"exception: {self.name}"
+
+    @property
+    def reason(self) -> str:
+        """Why, and what was measured of it."""
+        found = [f"{x['spilled_bytes']} bytes by ptxas {x['ptxas']}" for x in self.measured if x["spilled_bytes"]]
+        return self.why + (f"; without it kernels spill up to {', '.join(found)}" if found else "")
+
     def matches(self, config: FwdConfig) -> bool:
         return all(holds(fact(config, name), wanted) for name, wanted in self.pattern.items())
 

@@ -37,7 +37,7 @@ def follow(rules: Iterable[Rule], problem: Problem, steps: list[Step]) -> list[S
         changed = rule.change(problem, config) if rule.when(problem, config) else config
         if changed != config:
             steps.append(Step(rule.name, rule.why, changed))
-            steps += [Step(x.name, x.why, found) for x, found in exceptions.applied(changed)]
+            steps += [Step(x.title, x.reason, found) for x, found in exceptions.applied(changed)]
     return steps
 
 
