@@ -1,4 +1,4 @@
-"""Runs compute-sanitizer's memcheck, initcheck and racecheck over a small case of every shipped kernel, and records it.
+"""Runs compute-sanitizer's memcheck, initcheck and racecheck over a small case of every prebuilt kernel; records it.
 
 python benchmarks/sanitize.py [--out FILE] [--logs FOLDER] [--tools racecheck ...] [--add RECORD]
 
@@ -29,7 +29,7 @@ from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
 from cute_attn.operands import o_like
-from cute_attn.plan import HEAD_DIMS, MODIFIED, FeatureKey, Problem, plan, shipped, shipped_varlen, varlen
+from cute_attn.plan import HEAD_DIMS, MODIFIED, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
 from cute_attn.tools.benchmark.contenders import make_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -193,7 +193,7 @@ def main() -> int:
 
 
 def not_clean(runs: list[dict]) -> list[list[str]]:
-    """Tools and shipped kernels of which no run was clean."""
+    """Tools and prebuilt kernels of which no run was clean."""
     seen = {(run["tool"], name) for run in runs if run["clean"] for name in run["kernels"]}
     return sorted([tool, name] for tool, name in product(TOOLS, kernels()) if (tool, name) not in seen)
 
@@ -202,7 +202,7 @@ def not_clean(runs: list[dict]) -> list[list[str]]:
 def kernels() -> list[str]:
     """The names of all that must be clean."""
     pairs = [plan(p) for dims in OTHER_HEAD_DIMS for p in problems(*dims)]
-    return [config.name for config in (*shipped(), *shipped_varlen(), *pairs)]
+    return [config.name for config in (*prebuilt(), *prebuilt_varlen(), *pairs)]
 
 
 if __name__ == "__main__":

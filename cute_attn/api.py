@@ -18,7 +18,7 @@ from .call import Call
 from .features.dropout import NO_DROPOUT
 from .kernels.config import FwdConfig
 from .operands import Dense, dense_key
-from .plan import HEAD_DIMS, kind, plan, shipped
+from .plan import HEAD_DIMS, kernel_class, plan, prebuilt
 from .problem import PLAIN
 from .request import Outputs, request
 
@@ -244,10 +244,13 @@ def warmup(
     asked = head_dim, dtype, layout, causal, constant_time, window, head_dim_v
     every = product(*(x if isinstance(x, (tuple, list)) else (x,) for x in asked))
     found = [plan(checks.warmup_problem(*one)) for one in every]
-    kinds, dims = set(map(kind, found)), dict.fromkeys((config.head_dim, config.head_dim_v) for config in found)
+    classes, dims = (
+        set(map(kernel_class, found)),
+        dict.fromkeys((config.head_dim, config.head_dim_v) for config in found),
+    )
     ratios = [checks.ratio(x) for x in (ratio if isinstance(ratio, (tuple, list)) else (ratio,))]
-    every_kernel = dict.fromkeys(config for x in ratios for config in shipped(device.name(), x, dims))
-    ready = [config for config in every_kernel if kind(config) in kinds]
+    every_kernel = dict.fromkeys(config for x in ratios for config in prebuilt(device.name(), x, dims))
+    ready = [config for config in every_kernel if kernel_class(config) in classes]
     for done, config in enumerate(ready, 1):
         compile.get(config)
         notices.logger.info("warmup: %d of %d kernels, %s", done, len(ready), config.name)

@@ -99,7 +99,7 @@ def in_words(config: FwdConfig) -> dict[str, Any]:
 
 
 @lru_cache
-def shipped() -> Table:
+def prebuilt() -> Table:
     """The package's table."""
     return parse(json.loads((importlib.resources.files(__package__) / "tuned.json").read_text()))
 
@@ -109,11 +109,11 @@ def table(gpu: str | None = None) -> Table:
     """What to plan by on a GPU of this name; the package's table where the user has none for it. Read once."""
     named = os.environ.get("CUTE_ATTN_TUNED")
     if named:
-        return _read(Path(named)) or shipped()
+        return _read(Path(named)) or prebuilt()
     path = None if gpu is None else user_file(gpu)
     if path is None or not os.path.exists(path):  # Path.exists raises where the home is another user's
-        return shipped()
-    return _read(path, gpu) or shipped()
+        return prebuilt()
+    return _read(path, gpu) or prebuilt()
 
 
 def user_folder() -> Path:
@@ -141,7 +141,7 @@ def _read(path: Path, gpu: str | None = None) -> Table | None:
         text = f"{path}: this table of tuned kernels is ignored ({error}); the package's own is used instead"
         warnings.warn(f"{text}. `python -m cute_attn.tune` writes a new one", RuntimeWarning, stacklevel=3)
         return None
-    return own._replace(classes=shipped().classes | own.classes)
+    return own._replace(classes=prebuilt().classes | own.classes)
 
 
 def parse(content: Any) -> Table:

@@ -31,12 +31,10 @@ class Feature:
         return asked.get(self.keywords[0])
 
     def key(self, value: Any) -> Hashable:
-        """What chooses the kernel, whatever the numbers and tensors."""
+        """What chooses the kernel, whatever the numbers and tensors. A Mask of `kernels.mask` is taken as it is by
+        `cute_attn.plan`; anything else needs a rule there.
+        """
         return True
-
-    def configure(self, config: Any, key: Any) -> Any:
-        """Of a kernel's FwdConfig the one with this feature, where `cute_attn.plan` has no rule of its own for it."""
-        return config
 
     def fitted(self, value: Any, problem: Problem, device: torch.device) -> Any:
         """The value, held against q, k and v: TypeError or ValueError where it does not fit them."""

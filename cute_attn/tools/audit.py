@@ -1,6 +1,6 @@
 """What decides each conditional branch of a kernel's main loop, read from the machine code. Needs no GPU.
 
-For a shipped kernel: barriers, the trip count, the thread's index in some clusters, and one vote: on the exponents,
+For a prebuilt kernel: barriers, the trip count, the thread's index in some clusters, and one vote: on the exponents,
 where it skips rescaling O, or on sums of P, where it skips redoing the step. Beside the former there is another, made
 where offsets change: whether they still serve, or steps are slow ones, which look for their maxima. A split kernel has
 one branch for both. A softcap may have a vote of its own: on the scores, where a polynomial serves for its tanh.

@@ -15,7 +15,7 @@ from cute_attn.tools import audit, inspect
 from tests.support.attention import DTYPES, EDGES, check, inputs
 from tests.support.nightly import HEAD_DIM_OF_EACH_CLASS, where
 
-CONSTANT = [c for c in plan.shipped() if c.constant_time]
+CONSTANT = [c for c in plan.prebuilt() if c.constant_time]
 LOOKED_AT = [c for c in CONSTANT if c.layout == "bhsd" and c.dtype == "bf16"]
 HEAD_DIMS = (40, 64, 96, 128, 192, 256)
 # What a role does until a barrier, or the registers that another gives up, are there; every other instruction counts.
@@ -44,9 +44,9 @@ torch.cuda.profiler.stop()
 """
 
 
-def test_one_of_each_kind_is_shipped():
-    usual = {plan.kind(c) for c in plan.shipped() if not (c.constant_time or c.score.name or c.sinks)}
-    assert {plan.kind(c) for c in CONSTANT} == {kind._replace(constant_time=True) for kind in usual}
+def test_one_of_each_class_is_prebuilt():
+    usual = {plan.kernel_class(c) for c in plan.prebuilt() if not (c.constant_time or c.score.name or c.sinks)}
+    assert {plan.kernel_class(c) for c in CONSTANT} == {one._replace(constant_time=True) for one in usual}
     assert not any(c.redo for c in CONSTANT) and any(c.split > 1 for c in CONSTANT)
 
 

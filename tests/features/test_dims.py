@@ -299,7 +299,7 @@ def test_equal_dims_have_the_kernels_that_they_had():
     for d in HEAD_DIMS:
         for kernel in (plan.plan(problem((d, d))), plan.plan(problem((d - 24, d))), plan.plan(problem((d, d - 8)))):
             assert kernel == plan.plan(Problem(4, 8, 8, 4096, 4096, d)) and f"_d{d}_" in kernel.name
-    assert all(config.head_dim_v == 0 and config.head_dim <= 256 for config in plan.shipped())
+    assert all(config.head_dim_v == 0 and config.head_dim <= 256 for config in plan.prebuilt())
 
 
 def test_a_pairs_tiles_are_those_of_the_wider_one():

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cute_attn import call, compile, device, flash_fwd, operands, packing, plan, reference, warmup
+from cute_attn import call, compile, device, flash_fwd, operands, plan, reference, warmup
 from cute_attn.kernels import blocks as blocks_room
 from cute_attn.kernels.config import PACKS, SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal, Full, PackedRows, Window, block_range, cuts
 from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.tile_scheduler import OneTile, Tile
-from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem
+from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem, pack_gqa
 from cute_attn.tools import audit, inspect
 from tests.support.attention import DTYPES, bound, check, inputs, sdpa
 from tests.support.nightly import sample
@@ -122,11 +122,11 @@ def test_split_keys_of_packed_rows(monkeypatch, mask, split):
 
 
 def test_pack_of_every_ratio():
-    assert [packing.pack_of(n) for n in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 65, 1000)] == [
+    assert [pack_gqa.pack_of(n) for n in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 65, 1000)] == [
         *(1, 2, 4, 4, 8, 8, 8, 16, 16, 32, 64, 64, 64, 64)
     ]
     for ratio in range(1, 65):
-        pack = packing.pack_of(ratio)
+        pack = pack_gqa.pack_of(ratio)
         assert pack in PACKS and ratio <= pack < 2 * ratio
         assert plan.plan(Problem(4, 3 * ratio, 3, 1, 4096, 128)).pack == pack
 
@@ -150,13 +150,13 @@ def test_what_is_packed(batch, heads_kv, ratio, seqlen_q, seqlen_k, head_dim, ca
     if ratio == 1 or problem.empty:
         assert found.pack == 1
     elif seqlen_q <= 8:
-        assert found.pack == packing.pack_of(ratio), "eight times the rows of 64-row tiles at least"
+        assert found.pack == pack_gqa.pack_of(ratio), "eight times the rows of 64-row tiles at least"
     if found.pack > 1:
-        rows = packing.rows_of(problem)
+        rows = pack_gqa.rows_of(problem)
         alone = plan.plan(problem._replace(heads_kv=problem.heads))
-        assert packing.held(found, rows) <= 0.75 * packing.held(alone, problem)
+        assert pack_gqa.rows_of_tiles(found, rows) <= 0.75 * pack_gqa.rows_of_tiles(alone, problem)
         assert found.tile_m == 64 or rows.seqlen_q > 64, "no warpgroup without rows"
-        assert found.split == 1 or rows.row_blocks * found.split <= packing.SMS
+        assert found.split == 1 or rows.row_blocks * found.split <= pack_gqa.SMS
     else:
         assert found == plan.plan(problem._replace(heads_kv=problem.heads))
 
@@ -199,8 +199,8 @@ def test_a_users_table_may_have_other_tiles():
             config = FwdConfig(head_dim, tile_m=tile_m, tile_n=tile_n, stages=stages)
         except AssertionError:
             continue
-        block = packing.one_block(config)
-        assert all(packing.packed(x, 5).pack == 8 for x in (block, *packing.splits(block)))
+        block = pack_gqa.one_block(config)
+        assert all(pack_gqa.packed(x, 5).pack == 8 for x in (block, *pack_gqa.splits(block)))
 
 
 def test_warmup(monkeypatch):
@@ -304,7 +304,7 @@ def planned_by(monkeypatch):
 def test_right(ratio, causal, packs):
     for seqlen_q, seqlen_k in product(QUERIES, KEYS):
         check(*inputs(2, 2 * ratio, 2, seqlen_q, seqlen_k, 64), causal=causal)
-    assert set(packs) - {1} == {packing.pack_of(ratio)}
+    assert set(packs) - {1} == {pack_gqa.pack_of(ratio)}
 
 
 @pytest.mark.gpu
@@ -333,10 +333,10 @@ def test_layouts_batches_and_scales(head_dim, layout, packs):
 @pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 192, 256])
 def test_any_ratio_whatever_the_pack(head_dim, causal, planned_by):
     """Every kernel that packs; also where a K/V head has more heads than a pack, or just one, and queries are many."""
-    some = plan.kind(plan.plan(Problem(1, 1, 1, 1, 1, head_dim, causal=causal)))
+    some = plan.kernel_class(plan.plan(Problem(1, 1, 1, 1, 1, head_dim, causal=causal)))
     for pack in (2, 8):
-        every = plan.shipped(device.name(), pack)
-        for config in (c for c in every if c.pack == pack and plan.kind(c) == some):
+        every = plan.prebuilt(device.name(), pack)
+        for config in (c for c in every if c.pack == pack and plan.kernel_class(c) == some):
             planned_by(config)
             for ratio, (seqlen_q, seqlen_k) in product((1, 3, 9), ((1, 1), (40, 700), (203, 113), (300, 1025))):
                 check(*inputs(2, 2 * ratio, 2, seqlen_q, seqlen_k, head_dim), causal=causal)

@@ -181,11 +181,11 @@ def test_planned():
         assert config.scheduler is (PackedLongest if causal else Packed)
         assert config.packed and config.cluster == 1 and config.dtype == "fp16"
     assert plan.varlen(64, "bf16", True, FeatureKey(window=True)).mask.windowed
-    assert len(set(plan.shipped_varlen())) == 48
-    assert not any(config.packed for config in plan.shipped())
+    assert len(set(plan.prebuilt_varlen())) == 48
+    assert not any(config.packed for config in plan.prebuilt())
 
 
-VARLEN = {dtype: [c for c in plan.shipped_varlen() if c.dtype == dtype] for dtype in ("bf16", "fp16")}
+VARLEN = {dtype: [c for c in plan.prebuilt_varlen() if c.dtype == dtype] for dtype in ("bf16", "fp16")}
 BF16 = where(lambda c: c.head_dim in HEAD_DIM_OF_EACH_CLASS, VARLEN["bf16"])
 
 

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from cute_attn import flash_fwd_varlen, packing, plan, reference
-from cute_attn.plan import HEAD_DIMS, FeatureKey
+from cute_attn import flash_fwd_varlen, plan, reference
+from cute_attn.plan import HEAD_DIMS, FeatureKey, pack_gqa
 from cute_attn.tools import inspect
 from tests.interpreter import interpreted
 from tests.support.attention import DTYPES
@@ -34,7 +34,7 @@ def few(ratio, head_dim=64, dtype=torch.bfloat16, where="cpu", heads_kv=2, sizes
 def test_interpreted(ratio, mask):
     with interpreted() as asked:
         check(*few(ratio, sizes=FEW[1:] if ratio < 71 else FEW[:2], slack=2), **MASKS[mask])
-    assert all(config.packed and config.pack == packing.pack_of(ratio) for config in asked)
+    assert all(config.packed and config.pack == pack_gqa.pack_of(ratio) for config in asked)
 
 
 @interpreter
@@ -70,14 +70,14 @@ def test_the_plan():
         assert plan.varlen(d, "bf16", causal, ratio=ratio) == base, "without a hint"
         assert plan.varlen(d, "bf16", causal, ratio=ratio, max_seqlen_q=4096) == base
         found = plan.varlen(d, "bf16", causal, ratio=ratio, max_seqlen_q=1)
-        assert found.pack == packing.pack_of(ratio) and found.tile_m == 64 and not found.stages_o
+        assert found.pack == pack_gqa.pack_of(ratio) and found.tile_m == 64 and not found.stages_o
         assert found.scheduler is base.scheduler
     assert plan.varlen(64, "bf16", True, FeatureKey(alibi=True), ratio=8, max_seqlen_q=1).pack == 1
     assert plan.varlen(64, "bf16", True, ratio=1, max_seqlen_q=1).pack == 1
     assert plan.varlen(64, "bf16", True, ratio=8, max_seqlen_q=0).pack == 1
 
 
-REACHED = plan.shipped_varlen(ratio=8)[len(plan.shipped_varlen()) :]
+REACHED = plan.prebuilt_varlen(ratio=8)[len(plan.prebuilt_varlen()) :]
 
 
 @pytest.mark.machine_code

@@ -185,7 +185,7 @@ def test_a_home_that_may_not_be_looked_into_has_no_tables(monkeypatch):
 
     monkeypatch.delenv("CUTE_ATTN_TUNED", raising=False)
     monkeypatch.setattr(os, "stat", forbidden)
-    assert device.name() is None and tuned.table.__wrapped__("NVIDIA H200") is tuned.shipped()
+    assert device.name() is None and tuned.table.__wrapped__("NVIDIA H200") is tuned.prebuilt()
 
 
 def test_the_first_compile_is_announced(cache, caplog):

@@ -85,8 +85,8 @@ def test_a_damaged_file_is_compiled_again(cache, damage, whole):
 
 
 def test_the_key_follows_sources_versions_and_config(cache, monkeypatch, tmp_path):
-    files = {compile.cache_file(c) for c in plan.shipped()}
-    assert len(files) == len(plan.shipped())
+    files = {compile.cache_file(c) for c in plan.prebuilt()}
+    assert len(files) == len(plan.prebuilt())
     kernels = tmp_path / "kernels"
     kernels.mkdir()
     for source in compile.KERNELS.glob("*.py"):
@@ -176,10 +176,10 @@ def test_cold_compile_takes_three_seconds_at_most(cache):
     assert time.process_time() - started < 6  # 3 s on the machines that have a Hopper GPU; this one may be slow
 
 
-OTHER = [config for config in plan.shipped() if config.layout != "bhsd"]  # test_sass.py compiles those of "bhsd"
+OTHER = [config for config in plan.prebuilt() if config.layout != "bhsd"]  # test_sass.py compiles those of "bhsd"
 
 
 @pytest.mark.machine_code
 @pytest.mark.parametrize("config", sample(6, OTHER), ids=lambda c: f"{c.name}_{c.layout}_{c.scheduler.__name__}")
-def test_every_shipped_kernel_of_the_other_layout_compiles(config):
+def test_every_prebuilt_kernel_of_the_other_layout_compiles(config):
     assert callable(compile.get(config))

@@ -1,4 +1,4 @@
-"""plan.py without a GPU: every problem gets a kernel that serves it, and the shipped list has them all."""
+"""The plan, without a GPU: every problem gets a kernel that serves it, and the prebuilt list has them all."""
 
 import dataclasses
 import subprocess
@@ -15,7 +15,8 @@ from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import Causal, Window
 from cute_attn.kernels.score import Alibi, Softcap
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
-from cute_attn.plan import FeatureKey, Problem, plan, shipped
+from cute_attn.plan import FeatureKey, Problem, plan, prebuilt
+from tests.host import plans
 
 PROBLEMS = st.builds(
     Problem,
@@ -34,11 +35,11 @@ PROBLEMS = st.builds(
 )
 
 
-every_kernel = lru_cache(lambda ratio: set(shipped(ratio=ratio)))
+every_kernel = lru_cache(lambda ratio: set(prebuilt(ratio=ratio)))
 
 
 @given(problem=PROBLEMS)
-def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
+def test_a_kernel_that_serves_the_problem_and_is_prebuilt(problem):
     config = plan(problem)
     assert config.head_dim >= problem.head_dim
     assert config.head_dim - problem.head_dim < 32
@@ -48,13 +49,17 @@ def test_a_kernel_that_serves_the_problem_and_is_shipped(problem):
     assert config in every_kernel(problem.ratio)
 
 
+def test_problems_have_the_kernels_that_they_had():
+    assert plans.different() == [], "on purpose? python -m tests.host.plans --update"
+
+
 def test_every_head_dim():
     for head_dim in range(8, 257, 8):
         assert plan(Problem(1, 1, 1, 128, 128, head_dim)).head_dim in room.HEAD_DIMS
 
 
-def test_shipped_kernels_are_distinct_by_name_dtype_and_layout():
-    configs = shipped()
+def test_prebuilt_kernels_are_distinct_by_name_dtype_and_layout():
+    configs = prebuilt()
     assert len(set(configs)) == len(configs)
     assert all(c.smem_bytes <= SMEM_BYTES for c in configs)
     assert all(c.dtype in c.name and f"d{c.head_dim}" in c.name and c.mask.name in c.name for c in configs)
@@ -139,14 +144,64 @@ def test_impossible_configs(fields):
 
 def test_planning_needs_no_torch():
     """In a process where torch cannot be imported, and without the package's __init__, which imports it."""
-    init = str(Path(room.__file__).parent / "__init__.py")
+    init = str(Path(room.__file__).parents[1] / "__init__.py")
     code = (
         "import sys, importlib.util as u\n"
         "sys.modules['torch'] = None\n"
         f"sys.modules['cute_attn'] = u.module_from_spec(u.spec_from_file_location('cute_attn', {init!r}))\n"
-        "from cute_attn.plan import Problem, plan, shipped\n"
-        "print(plan(Problem(16, 16, 16, 600, 600, 64)).scheduler.name, len(shipped()))"
+        "from cute_attn.plan import Problem, plan, prebuilt\n"
+        "print(plan(Problem(16, 16, 16, 600, 600, 64)).scheduler.name, len(prebuilt()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["drawn", str(len(shipped()))]
+    assert done.stdout.split() == ["drawn", str(len(prebuilt()))]
+
+
+# The rules
+
+
+def test_each_rule_has_a_name_and_a_reason():
+    assert len({rule.name for rule in room.RULES}) == len(room.RULES) >= 20
+    assert all(rule.why for rule in room.RULES)
+
+
+@given(problem=PROBLEMS)
+def test_explain_ends_with_the_plan(problem):
+    """Each step is a rule or an exception that changed something, in the order of the list."""
+    first, *steps = room.explain(problem)
+    assert [first, *steps][-1].config == plan(problem)
+    assert first.name == "the tuned table"
+    for before, step in zip([first, *steps], steps, strict=False):
+        assert room.changes(before.config, step.config)
+    names = [rule.name for rule in room.RULES]
+    order = [names.index(step.name) for step in steps if not step.name.startswith("exception: ")]
+    assert order == sorted(set(order))
+
+
+def explained(*sizes, layout="bhsd", **how):
+    return [step.name for step in room.explain(Problem(*sizes, layout=layout, **how))[1:]]
+
+
+def test_what_explain_says():
+    many = 2, 16, 16, 4096, 4096
+    assert explained(*many, 64) == []
+    assert explained(*many, 100, head_dim_v=200, dtype="fp16") == ["a pair of head dims", "element type and layout"]
+    assert explained(*many, 64, features=FeatureKey(window=True)) == [
+        "window",
+        "exception: d64, window: no speculative softmax",
+    ]
+    assert explained(*many, 96, features=FeatureKey(softcap=True, row_max=True, sinks=True)) == [
+        *("scores and mask_mod: fit registers", "scores: speculative softmax", "scores: three stages"),
+        *("sinks", "row_max"),
+    ]
+    assert explained(1, 32, 4, 1, 8192, 96, constant_time=True) == [
+        *("constant time", "few rows", "few rows: split keys", "PackGQA")
+    ]
+    assert explained(1, 8, 1, 1, 1, 256, layout="thd", causal=True) == ["varlen", "few rows", "PackGQA"]
+    assert room.explain(Problem(*many, 512))[0].name == "large head dims"
+
+
+def test_varlen_is_a_problem_of_its_own_layout():
+    kinds = FeatureKey(softcap=True)
+    found = plan(Problem(1, 8, 1, 3, 1, 64, layout="thd", causal=True, features=kinds))
+    assert found == room.varlen(64, "bf16", True, kinds, ratio=8, max_seqlen_q=3) and found.pack == 8

@@ -9,7 +9,7 @@
     kernel = compiled(lambda options: cute.compile(function, *arguments, options=f"{options} --enable-tvm-ffi ..."))
     kernel(*arguments)                        # any other function of the DSL, on CPU tensors
 
-`python -m tests.interpreter NAME ...` does so for every shipped kernel of such a name, some ten seconds each.
+`python -m tests.interpreter NAME ...` does so for every prebuilt kernel of such a name, some ten seconds each.
 `kernel.kernels[name].never_ran()` has the instructions that no launch of a kernel has come to.
 
 What runs: the host code that was compiled, in this process (`elf`, `host`), so grid, strides and TMA descriptors are

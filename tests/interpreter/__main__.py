@@ -1,4 +1,4 @@
-"""Interprets shipped kernels, at tiny sizes.
+"""Interprets prebuilt kernels, at tiny sizes.
 
 python -m tests.interpreter d64_full 'cluster2.*redo' --shape 1x1 130x65
 """
@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from cute_attn.plan import shipped, shipped_varlen
+from cute_attn.plan import prebuilt, prebuilt_varlen
 
 from .cases import run
 
@@ -29,7 +29,7 @@ def main():
     """A line for each kernel; 1 if any is wrong."""
     asked, wrong = arguments(), 0
     torch.set_num_threads(1)
-    for config in (*shipped(ratio=asked.ratio), *shipped_varlen()):
+    for config in (*prebuilt(ratio=asked.ratio), *prebuilt_varlen()):
         plain = config.dtype == "bf16" and config.layout != "bshd"
         if (asked.all or plain) and any(re.search(name, config.name) for name in asked.names):
             found = outcome(config, asked)

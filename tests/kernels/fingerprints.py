@@ -25,7 +25,7 @@ import cutlass
 from cute_attn import compile
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.mods import prepare
-from cute_attn.plan import EQUAL_HEAD_DIMS, FeatureKey, Problem, plan, shipped, shipped_varlen, varlen
+from cute_attn.plan import EQUAL_HEAD_DIMS, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
 from cute_attn.tools.benchmark.ladder import configs as stages
 
 GOLDEN = Path(__file__).parent / "fingerprints.json"
@@ -61,8 +61,8 @@ def kinds() -> Iterator[FeatureKey]:
 
 def planned() -> Iterator[FwdConfig]:
     """The kernels of all calls, as far as they may differ in more than their sizes."""
-    yield from shipped(ratio=8, dims=(*EQUAL_HEAD_DIMS, *HEAD_DIMS[2:], (64, 512)))
-    yield from shipped_varlen(ratio=8)
+    yield from prebuilt(ratio=8, dims=(*EQUAL_HEAD_DIMS, *HEAD_DIMS[2:], (64, 512)))
+    yield from prebuilt_varlen(ratio=8)
     for (d, d_v), asked, causal in product(HEAD_DIMS, kinds(), (False, True)):
         for size, constant in product(SIZES, (False, True)):
             how = dict(causal=causal, constant_time=constant, features=asked, head_dim_v=d_v)

@@ -1,4 +1,4 @@
-"""The machine code of every shipped kernel, and the checker itself. No GPU needed; about 2 s for each kernel.
+"""The machine code of every prebuilt kernel, and the checker itself. No GPU needed; about 2 s for each kernel.
 
 Of kernels of fp16, which differ from those of bf16 by the type alone, one of each class runs every time; of those that
 have a window, run in constant time or change scores, a head dim of each class. The others run at night.
@@ -16,7 +16,7 @@ from cute_attn.tools import inspect
 from tests.support.nightly import HEAD_DIM_OF_EACH_CLASS, where
 
 # The layout only permutes modes on the host: `test_layout_leaves_the_machine_code_alone`.
-SHIPPED = [c for c in dict.fromkeys(plan.shipped()) if c.layout == "bhsd"]
+PREBUILT = [c for c in dict.fromkeys(plan.prebuilt()) if c.layout == "bhsd"]
 
 
 def case(config):
@@ -28,7 +28,7 @@ def parts(config):
     return tuple(type(part) for part in parts_of(config)), config.mask
 
 
-FIRST_OF_FP16 = {parts(c): c for c in reversed(SHIPPED) if c.dtype == "fp16"}.values()
+FIRST_OF_FP16 = {parts(c): c for c in reversed(PREBUILT) if c.dtype == "fp16"}.values()
 
 
 def every_time(config):
@@ -46,19 +46,19 @@ def of_each(configs):
     return decorate
 
 
-each = of_each(SHIPPED)
-each_with_edges = of_each([c for c in SHIPPED if c.mask.causal or c.mask.windowed])
+each = of_each(PREBUILT)
+each_with_edges = of_each([c for c in PREBUILT if c.mask.causal or c.mask.windowed])
 
 
 def test_what_runs_at_night_has_a_twin():
-    fp16 = [c for c in SHIPPED if c.dtype == "fp16"]
-    assert {dataclasses.replace(c, dtype="bf16") for c in fp16} <= set(SHIPPED)
+    fp16 = [c for c in PREBUILT if c.dtype == "fp16"]
+    assert {dataclasses.replace(c, dtype="bf16") for c in fp16} <= set(PREBUILT)
     assert len(FIRST_OF_FP16) == len({parts(c) for c in fp16}) > 10
-    assert {parts(c) for c in SHIPPED if every_time(c)} == {parts(c) for c in SHIPPED}
+    assert {parts(c) for c in PREBUILT if every_time(c)} == {parts(c) for c in PREBUILT}
 
 
 def test_both_layouts_have_the_same_kernels():
-    assert {dataclasses.replace(c, layout="bhsd") for c in plan.shipped()} == set(SHIPPED)
+    assert {dataclasses.replace(c, layout="bhsd") for c in plan.prebuilt()} == set(PREBUILT)
 
 
 @each

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cute_attn import reference
-from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped, shipped_varlen
+from cute_attn.plan import HEAD_DIMS, Problem, plan, prebuilt, prebuilt_varlen
 from cute_attn.tools.benchmark import cells, contenders, timing
 
 ROOT = Path(__file__).parents[2]
@@ -45,9 +45,9 @@ def odd_shapes(scripts):
     return scripts["odd_shapes"]
 
 
-def test_every_shipped_kernel_is_sanitized(scripts):
+def test_every_prebuilt_kernel_is_sanitized(scripts):
     reached = {plan(p) for head_dim in HEAD_DIMS for p in scripts["sanitize"].problems(head_dim)}
-    assert {c for c in reached if c.pack == 1} == {config for config in shipped() if config.layout == "bhsd"}
+    assert {c for c in reached if c.pack == 1} == {config for config in prebuilt() if config.layout == "bhsd"}
     assert {c.mask.name for c in reached if c.pack > 1} == {"full", "causal", "window"}
 
 
@@ -58,7 +58,7 @@ def test_what_the_sanitizer_runs_is_whole(scripts, monkeypatch):
     modified = [p for p in sanitize.problems(32) if p.features.softcap or p.features.alibi]
     found = [sanitize.run_problem(p._replace(heads=2, heads_kv=2)) for p in modified]
     assert [config.score.name for config in found] == ["alibi", "softcap", "softcapalibi"]
-    assert sanitize.run_packed(32, "fp16", "window") in shipped_varlen()
+    assert sanitize.run_packed(32, "fp16", "window") in prebuilt_varlen()
     lists = sanitize.run_lists(32)
     assert lists.sparse.whole and lists.mask.name == "causal_mask_mod" and lists.score.name == "score_mod"
 
@@ -180,7 +180,7 @@ def test_no_kernel_takes_fewer_keys_at_a_time_than_rise_together(accuracy):
 
 def keys_of_blocks() -> set[int]:
     """Of the kernels that the adversarial inputs are for: nothing changes their scores."""
-    return {config.tile_n for config in shipped() if not config.score.name}
+    return {config.tile_n for config in prebuilt() if not config.score.name}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

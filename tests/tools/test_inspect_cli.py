@@ -60,6 +60,7 @@ def test_constant_time(capsys):
     assert inspect_cli.main(["--shape", "4,16,2048,64", "--constant-time"]) == 0
     out = capsys.readouterr().out
     assert "constant_time=True" in out and "0 data: lazy rescale, 0 data: redo, 0 unknown" in out
+    assert "the tuned table" in out and "constant time" in out and "redo False, constant_time True" in out
 
 
 @kernels

@@ -200,14 +200,14 @@ def test_every_class_has_rows_and_says_what_was_measured():
     content = json.loads((Path(tuned.__file__).parent / "tuned.json").read_text())
     assert {"gpu", "date", "versions", "kernels_sha256", "method", "rows"} <= set(content)
     assert content["gpu"] == "NVIDIA H200"
-    table = tuned.shipped()
+    table = tuned.prebuilt()
     assert set(table.classes) == {(d, c, t) for d in HEAD_DIMS for c in (False, True) for t in ("bf16", "fp16")}
     assert all(rows[-1].always for rows in table.classes.values())
     assert [row.entry() for row in table.rows] == content["rows"]
 
 
 @pytest.mark.parametrize(("dtype", "layout"), sample(1, ("bf16", "fp16"), ("bhsd", "bshd")))
-def test_shipped_is_what_the_table_can_reach(dtype, layout):
+def test_prebuilt_is_what_the_table_can_reach(dtype, layout):
     sizes = [(h, s, k) for h in (1, 3, 999) for s in LENGTHS for k in {s, 99_999}]
     reached = {
         plan.plan(
@@ -218,13 +218,13 @@ def test_shipped_is_what_the_table_can_reach(dtype, layout):
         for constant_time in (False, True)
         for window in (False, True)
     }
-    shipped = [config for config in plan.shipped() if (config.dtype, config.layout) == (dtype, layout)]
-    assert reached == {config for config in shipped if not (config.score.name or config.sinks)}
+    ready = [config for config in plan.prebuilt() if (config.dtype, config.layout) == (dtype, layout)]
+    assert reached == {config for config in ready if not (config.score.name or config.sinks)}
 
 
-def test_shipped_begins_with_one_of_each():
+def test_prebuilt_begins_with_one_of_each():
     every = [*product(HEAD_DIMS, ("bf16", "fp16"), ("bhsd", "bshd"), (False, True))]
-    assert plan.shipped()[: len(every)] == [plan.config(*one) for one in every]
+    assert plan.prebuilt()[: len(every)] == [plan.config(*one) for one in every]
 
 
 # A user's tables
@@ -251,7 +251,7 @@ def test_a_users_table_serves_its_gpu(tables):
         assert plan.plan(problem()) == plan.plan(problem(), "NVIDIA H200") == before
     mine = {
         replace(c, layout="bhsd")
-        for c in plan.shipped(GPU)
+        for c in plan.prebuilt(GPU)
         if (c.head_dim, c.mask.name, c.score.name) == (64, "full", "")
     }
     named = {B, A, replace(B, dtype="fp16"), replace(C, dtype="fp16")}
@@ -369,9 +369,9 @@ def test_rows_in_words():
 # Candidates
 
 
-@pytest.mark.parametrize("key", [k for k in tuned.shipped().classes if k[2] == "bf16"], ids=str)
+@pytest.mark.parametrize("key", [k for k in tuned.prebuilt().classes if k[2] == "bf16"], ids=str)
 def test_candidates(key):
-    mine = incumbents(tuned.shipped().classes[key])
+    mine = incumbents(tuned.prebuilt().classes[key])
     found = candidates(key, mine)
     assert found[: len(mine)] == mine
     assert len(set(found)) == len(found) <= 80
@@ -657,7 +657,7 @@ def test_nothing_changes_without_a_clear_win(tmp_path, few):
         == 0
     )
     rows = tuned.parse(json.loads(path.read_text())).rows
-    assert [r._replace(tflops=None) for r in rows] == [r._replace(tflops=None) for r in tuned.shipped().rows]
+    assert [r._replace(tflops=None) for r in rows] == [r._replace(tflops=None) for r in tuned.prebuilt().rows]
 
 
 def test_wrong_and_failing_candidates_are_out(tmp_path, few):
@@ -697,7 +697,7 @@ def test_resume_after_an_interrupt(tmp_path, few):
     assert {config.head_dim for seen in gpu.log.values() for config in seen} == {128, 256}, "64 is not timed again"
     *few, last = tuned.parse(content).classes[KEY]
     assert last.config.tile_n == 80
-    assert few == [row for row in tuned.shipped().classes[KEY] if row.max_row_blocks]
+    assert few == [row for row in tuned.prebuilt().classes[KEY] if row.max_row_blocks]
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -728,7 +728,7 @@ def test_no_candidate_works(tmp_path, few):
     path = tmp_path / "t.json"
     every = [FwdConfig(256, tile_n=n) for n in (64, 80)] + [expected(Problem(1, 8, 8, 32, 32, 256))]
     assert tuner(path, FakeGpu(faster(), failing=every), "--head-dim", "256", "--full").run() == 1
-    assert tuned.parse(json.loads(path.read_text())).classes == tuned.shipped().classes
+    assert tuned.parse(json.loads(path.read_text())).classes == tuned.prebuilt().classes
 
 
 @pytest.mark.parametrize("change", [dict(gpu="GeForce"), dict(kernels_sha256="0"), dict(tuned=None)], ids=str)
@@ -762,7 +762,7 @@ def test_types(tmp_path, few, monkeypatch):
 def test_kernels_for_few_tiles_are_never_timed_and_stay(tmp_path, few, dtype):
     """Both types keep them in front, even where what is found is for one type only."""
     path, gpu, key = tmp_path / "t.json", FakeGpu(faster(80)), (64, False, dtype)
-    there = [row for row in tuned.shipped().classes[key] if row.max_row_blocks]
+    there = [row for row in tuned.prebuilt().classes[key] if row.max_row_blocks]
     assert len(there) == 5
     assert tuner(path, gpu, "--head-dim", "64", "--full", "--dtype", dtype).run() == 0
     content = json.loads(path.read_text())

@@ -215,6 +215,14 @@ def one_line(log: str) -> str:
     return " ".join(_ANSI.sub("", log).split())
 
 
+def spill_stores(log: str) -> int:
+    """Bytes, by ptxas's log."""
+    frame = _FRAME.search(one_line(log))
+    if not frame:
+        raise RuntimeError(f"ptxas: no spills in its log: {log!r}")
+    return int(frame[2])
+
+
 def read(config: FwdConfig, build: Build) -> StaticReport:
     """Judge what the tools said."""
     frame, used = _FRAME.search(build.log), _USED.search(build.log)

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 try:
     from rich import box
@@ -23,7 +24,7 @@ except ImportError:
 
 from ...checks import DTYPES, LAYOUTS
 from ...kernels.config import FwdConfig
-from ...plan import plan
+from ...plan import Step, changes, explain, plan
 from ...problem import Problem
 from .. import audit, inspect
 from ..bench import WIDTH, asked, head_dim, out_file, png, positive, sizes
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.sass or args.ptx:
             return write((inspect.sass if args.sass else inspect.ptx)(config))
         console = Console(width=None if sys.stdout.isatty() else max(WIDTH, Console().width), highlight=False)
+        print_plan(console, explain(problem))
         return show(console, config)
     except FileNotFoundError as error:  # nvdisasm; it says how to get it
         print(error, file=sys.stderr)
@@ -112,6 +114,24 @@ def show(console: Console, config: FwdConfig) -> int:
     print_audit(console, branches)
     unknown = any(branch.depends == audit.UNKNOWN for branch in branches)
     return 1 if kernel["problems"] or unknown else 0
+
+
+def print_plan(console: Console, steps: Sequence[Step]) -> None:
+    """The rules and exceptions that led to the kernel, and the fields that each of them changed."""
+    console.print(Text("\nplan", style="bold"))
+    table = Table("rule", "change", "why", box=box.SIMPLE)
+    table.add_row(steps[0].name, steps[0].config.name.removeprefix("flash_fwd_sm90_"), steps[0].why)
+    for before, step in pairwise(steps):
+        changed = changes(before.config, step.config)
+        table.add_row(
+            step.name, Text(", ".join(f"{name} {_word(new)}" for name, (_, new) in changed.items())), step.why
+        )
+    console.print(table)
+
+
+def _word(value) -> str:
+    """A field's value; a scheduler, which is a class, by its name."""
+    return str(getattr(value, "name", value) if isinstance(value, type) else value)
 
 
 def print_audit(console: Console, branches: Sequence[audit.Branch]) -> None:

@@ -105,7 +105,7 @@ def key_of(entry: Entry) -> Key:
 def complete(table: tuned.Table) -> Rows:
     """The table's rows, and the package's for whatever head dim and mask it lacks."""
     own = {(row.config.head_dim, row.config.mask.causal) for row in table.rows}
-    rest = [r for r in tuned.shipped().rows if (r.config.head_dim, r.config.mask.causal) not in own]
+    rest = [r for r in tuned.prebuilt().rows if (r.config.head_dim, r.config.mask.causal) not in own]
     return ordered([*table.rows, *rest])
 
 

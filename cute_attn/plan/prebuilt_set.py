@@ -1,0 +1,66 @@
+"""The kernels that `warmup` and the tests compile ahead of a call."""
+
+from collections.abc import Iterable
+from itertools import product
+from typing import NamedTuple
+
+from ..kernels.config import DTYPES, LAYOUTS, FwdConfig
+from ..problem import PLAIN, FeatureKey
+from . import pack_gqa
+from .candidates import EQUAL_HEAD_DIMS, HEAD_DIMS, configs
+from .features import constant_time, modified
+from .planner import varlen
+
+MODIFIED = {
+    False: [FeatureKey(alibi=True)],
+    True: [FeatureKey(softcap=True), FeatureKey(softcap=True, alibi=True, sinks=True)],
+}
+
+
+class KernelClass(NamedTuple):
+    """What a caller chooses, beside the sizes: they may take one kernel or another of a class."""
+
+    head_dim: int
+    dtype: str
+    layout: str
+    mask: str
+    constant_time: bool
+    score: str
+    sinks: bool
+    head_dim_v: int
+    dropout: bool
+    row_max: bool
+
+
+def kernel_class(config: FwdConfig) -> KernelClass:
+    c = config
+    return KernelClass(
+        *(c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time),
+        *(c.score.name, c.sinks, c.head_dim_v, c.dropout, c.row_max),
+    )
+
+
+def prebuilt(
+    gpu: str | None = None, ratio: int = 1, dims: Iterable[tuple[int, int]] = EQUAL_HEAD_DIMS
+) -> list[FwdConfig]:
+    """The kernels of each class, of some lengths only, windowed, constant-time; and with other features one of each.
+
+    With a ratio, of query heads to a K/V head, those that pack them too, for few queries. Features combine, and so do
+    head dims, of which `dims` names others: any other kernel is compiled by its first call.
+    """
+    every = product(dims, DTYPES, LAYOUTS, (False, True))
+    rows = [configs(d, dtype, layout, causal, gpu, d_v) for (d, d_v), dtype, layout, causal in every]
+    always, some = [found[-1] for found in rows], [c for found in rows for c in found[:-1]]
+    windows = [modified(config, FeatureKey(window=True)) for config in always if config.mask.causal]
+    plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
+    others = [modified(config, key) for config in plain for key in MODIFIED[config.mask.causal]]
+    others += map(constant_time, [*always, *(config for config in some if config.split > 1), *windows])
+    packs = pack_gqa.kernels([*always, *windows, *others], some, ratio)
+    return list(dict.fromkeys([*always, *some, *windows, *others, *packs]))
+
+
+def prebuilt_varlen(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
+    """Every kernel that some call with packed sequences can reach; with a ratio those that pack heads too."""
+    masks = (False, PLAIN), (True, PLAIN), (False, FeatureKey(window=True))
+    found = [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
+    return found if ratio < 2 else found + pack_gqa.sequences_kernels(found, ratio)
