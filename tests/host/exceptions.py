@@ -74,7 +74,7 @@ def problems() -> Iterator[Problem]:
     for kind, size, (d, d_v), causal in product(kinds(), SIZES, HEAD_DIMS, (False, True)):
         varlen = size[3] * size[4] < 100
         if not (varlen and kind.sparse):
-            yield Problem(*size, d, "bf16", "thd" if varlen else "bhsd", causal, kinds=kind, head_dim_v=d_v)
+            yield Problem(*size, d, "bf16", "thd" if varlen else "bhsd", causal, features=kind, head_dim_v=d_v)
 
 
 @contextlib.contextmanager
