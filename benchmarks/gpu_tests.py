@@ -31,14 +31,14 @@ from cute_attn.tools.benchmark.machine import Nvml, conditions
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ENDED = 0, 1, 5  # pytest's exit statuses: all passed, some failed, none was left
-NEED_TWO = ["tests/test_two_gpus.py", "tests/test_runtime.py::test_every_device"]
+NEED_TWO = ["tests/host/test_two_gpus.py", "tests/host/test_runtime.py::test_every_device"]
 WANT_QUIET = [
-    "tests/test_runtime.py::test_first_call_is_quick",
-    "tests/test_window.py::test_work_scales_with_the_window",
-    "tests/test_bench.py::test_a_small_real_run",
-    "tests/test_bench.py::test_compare_on_the_gpu_orders_work_by_its_size",
-    "tests/test_tune.py::test_a_small_tune",
-    "tests/test_validate.py::test_on_the_gpu_every_gate_runs",
+    "tests/host/test_runtime.py::test_first_call_is_quick",
+    "tests/features/test_window.py::test_work_scales_with_the_window",
+    "tests/tools/test_bench.py::test_a_small_real_run",
+    "tests/tools/test_bench.py::test_compare_on_the_gpu_orders_work_by_its_size",
+    "tests/tools/test_tune.py::test_a_small_tune",
+    "tests/tools/test_validate.py::test_on_the_gpu_every_gate_runs",
 ]
 SECOND = ["-m", "gpu", "--device", "cuda:1"]
 PARTS = {  # of --two: pytest's arguments

@@ -1,0 +1,1 @@
+"""From the call to the launch: checks, plan, compilation, caches, devices, graphs, gradients."""

@@ -1,0 +1,1 @@
+"""Other ways in: torch, transformers, FlashAttention's interface, arrays of other libraries."""

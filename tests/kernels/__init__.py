@@ -1,0 +1,1 @@
+"""The device code: what it computes, its machine code, and both on plain integers or interpreted."""

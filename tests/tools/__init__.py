@@ -1,0 +1,1 @@
+"""The commands, the benchmarks, and the repository itself: package, docs, workflows."""
