@@ -26,7 +26,7 @@ from cute_attn.plan import HEAD_DIMS, Kinds, Problem
 from cute_attn.tools import bench, inspect
 from cute_attn.tools.benchmark import cells
 from cute_attn.tools.benchmark.contenders import make_inputs
-from tests.features import test_varlen
+from tests.support import varlen
 from tests.support.attention import DTYPES, EDGES, check, inputs
 from tests.support.nightly import sample
 
@@ -108,11 +108,11 @@ def test_empty(where):
 def test_packed_sequences(mask, dims, where):
     if where == "cpu" and dims[1] == 512:
         pytest.skip("as the others, and slow there")
-    q, k, v, how = test_varlen.packed(test_varlen.EDGES, 4, 2, dims[0], where=where)
+    q, k, v, how = varlen.packed(varlen.EDGES, 4, 2, dims[0], where=where)
     v = torch.randn(*v.shape[:2], dims[1], device=where).to(v.dtype).masked_fill_(v[..., :1].isnan(), torch.nan)
-    out = test_varlen.marked(v.new_empty(q.shape[0], 4, dims[1]))
+    out = varlen.marked(v.new_empty(q.shape[0], 4, dims[1]))
     o, lse = flash_fwd_varlen(q, k, v, **how, **mask, return_lse=True, out=out)
-    test_varlen.right(q, k, v, how, o, lse, **mask)
+    varlen.right(q, k, v, how, o, lse, **mask)
     again = flash_fwd_varlen(q, k, v, **how, **mask)
     rows = ~q[:, 0, 0].isnan()
     assert again.shape == out.shape and torch.equal(again[rows], o[rows])

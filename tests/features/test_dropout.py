@@ -19,9 +19,10 @@ from cute_attn.modifiers import Modifiers
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem
 from cute_attn.reference import LEVELS, keep_mask, levels_kept
 from cute_attn.tools import inspect
-from tests.features.test_score import modifiers
-from tests.support.attention import DTYPES, EDGES, bound, close_lse, inputs, sdpa
+from tests.support.attention import DTYPES, EDGES, bound, close_lse, inputs
+from tests.support.dropout import check
 from tests.support.nightly import sample
+from tests.support.score import modifiers
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -41,21 +42,6 @@ KNOWN = [
 
 def state(seed, offset, device="cpu"):
     return torch.tensor([seed, offset], dtype=torch.int64, device=device)
-
-
-def check(q, k, v, p, *, layout="bhsd", constant_time=False, rng_state=None, **how):
-    """flash_fwd against float64 with the mask computed anew; lse is as without dropout."""
-    given = dict(dropout_p=p, rng_state=rng_state, layout=layout, constant_time=constant_time, **how)
-    out = torch.full_like(q, torch.nan)
-    o, lse, used = flash_fwd(q, k, v, return_lse=True, return_rng_state=True, out=out, **given)
-    assert rng_state is None or used is rng_state
-    if layout == "bshd":
-        q, k, v, o = (x.transpose(1, 2) for x in (q, k, v, o))
-    weights = keep_mask(used, p, *q.shape[:3], k.shape[2]) * (LEVELS / levels_kept(p))
-    want, want_lse = reference.attention(q, k, v, dropout_p=p, rng_state=used, **how)
-    bound(o, want, sdpa(q, k, v, **dict(causal=False) | how, weights=weights))
-    close_lse(lse, want_lse)
-    close_lse(lse, reference.attention(q, k, v, **how)[1])
 
 
 # The random bits

@@ -12,26 +12,13 @@ from cute_attn.kernels.outputs import RowMax, Sinks
 from cute_attn.kernels.parts import parts_of
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem
 from cute_attn.tools import inspect
-from tests.support.attention import DTYPES, EDGES, bound, close_lse, inputs, sdpa, visible
+from tests.support.attention import DTYPES, EDGES, close_lse, inputs, visible
+from tests.support.maxima import ASKED, check
 from tests.support.nightly import sample
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-ASKED = dict(return_lse=True, return_row_max=True, return_max_logit=True)
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def check(q, k, v, *, layout="bhsd", constant_time=False, **how):
-    """flash_fwd with all outputs, against float64; the maxima are as exact as lse."""
-    out = torch.full_like(q, torch.nan)
-    o, lse, row_max, max_logit = flash_fwd(q, k, v, layout=layout, constant_time=constant_time, out=out, **how, **ASKED)
-    if layout == "bshd":
-        q, k, v, o = (x.transpose(1, 2) for x in (q, k, v, o))
-    want, want_lse, *want_max = reference.attention(q, k, v, **how, return_row_max=True, return_max_logit=True)
-    bound(o, want, sdpa(q, k, v, **dict(causal=False) | how))
-    for ours, theirs in zip((lse, row_max, max_logit), (want_lse, *want_max), strict=True):
-        close_lse(ours, theirs)
-    assert torch.equal(max_logit, row_max.amax((0, 2)))
 
 
 @pytest.mark.parametrize("window", [None, (2, 1)])

@@ -14,18 +14,11 @@ from cute_attn.kernels import score
 from cute_attn.plan import Kinds, Problem
 from cute_attn.tools import inspect
 from tests.support.attention import DTYPES, EDGES, check, inputs
+from tests.support.score import NAMES, modifiers
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-NAMES = ("softcap", "alibi_slopes", "sinks")
 TOGETHER = [asked for asked in product((False, True), repeat=3) if any(asked)]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def modifiers(batch, heads, device, asked=(True, True, True), per_batch=True):
-    """A softcap that scores of a few units feel, slopes of both signs, and sinks from negligible to dominant."""
-    slopes = torch.randn((batch, heads) if per_batch else (heads,), device=device) / 8
-    values = 1.5, slopes, torch.linspace(-30, 12, heads, device=device)
-    return {name: x for name, x, wanted in zip(NAMES, values, asked, strict=True) if wanted}
 
 
 @pytest.mark.parametrize("asked", TOGETHER)

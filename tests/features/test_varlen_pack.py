@@ -8,11 +8,11 @@ import torch
 from cute_attn import flash_fwd_varlen, packing, plan, reference
 from cute_attn.plan import HEAD_DIMS, Kinds
 from cute_attn.tools import inspect
-from tests.features.test_varlen import check, packed
 from tests.interpreter import interpreted
 from tests.support.attention import DTYPES
 from tests.support.nightly import sample
 from tests.support.requirements import interpreter
+from tests.support.varlen import check, packed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

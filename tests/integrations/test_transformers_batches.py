@@ -10,7 +10,7 @@ from cute_attn.integrations import transformers as room
 from cute_attn.integrations import transformers_masks as masks
 
 transformers = pytest.importorskip("transformers", reason='transformers is missing: pip install "cute_attn[test]"')
-from tests.integrations.test_transformers import (  # noqa: E402
+from tests.support.models import (  # noqa: E402
     EAGER,
     FAMILIES,
     by_definition,

@@ -11,8 +11,8 @@ from cute_attn.integrations import transformers as room
 transformers = pytest.importorskip("transformers", reason='transformers is missing: pip install "cute_attn[test]"')
 from transformers import CONFIG_MAPPING  # noqa: E402
 
-from tests.integrations.test_transformers import by_definition  # noqa: E402
 from tests.support import zoo  # noqa: E402
+from tests.support.models import by_definition  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 BY_NAME = 'attn_implementation="eager"'

@@ -3,9 +3,9 @@
 import torch
 
 from cute_attn.kernels.config import FwdConfig
-from tests.features.test_varlen import check as check_varlen
-from tests.features.test_varlen import packed
 from tests.support.attention import check, inputs
+from tests.support.varlen import check as check_varlen
+from tests.support.varlen import packed
 
 from .device import NUM_SMS, interpreted
 

@@ -7,10 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cute_attn import api, checks, device, flash_fwd, plan
+from cute_attn import device, flash_fwd, plan
 from cute_attn.plan import Problem
 from cute_attn.reference import attention
 from tests.support.attention import DTYPES, EDGES, bound, check, close_lse, inputs, sdpa, visible
+from tests.support.plans import kernels_of
 
 pytestmark = pytest.mark.gpu
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -25,24 +26,6 @@ def test_head_dims_at_edge_shapes(head_dim, causal, dtype, planned_by):
         planned_by(config)
         for seqlen_q, seqlen_k in EDGES:
             check(*inputs(2, 4, 2, seqlen_q, seqlen_k, head_dim, dtype), causal=causal)
-
-
-def kernels_of(head_dim, causal, dtype):
-    problem = Problem(1, 1, 1, 1, 1, head_dim, checks.DTYPES[dtype], "bhsd", causal)
-    one = plan.kind(plan.plan(problem))
-    return [config for config in plan.shipped(device.name()) if plan.kind(config) == one]
-
-
-@pytest.fixture
-def planned_by(monkeypatch):
-    """A function: from then on, calls run this kernel."""
-
-    def set_plan(config):
-        api._calls.clear()
-        monkeypatch.setattr(api, "plan", lambda problem, gpu=None: config)
-
-    yield set_plan
-    api._calls.clear()
 
 
 @CAUSAL

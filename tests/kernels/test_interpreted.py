@@ -9,10 +9,13 @@ from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.plan import Problem
 from cute_attn.reference import attention
-from tests.features import test_mod_values as values
-from tests.features.test_dropout import check as check_dropout
-from tests.features.test_maxima import check as check_maxima
-from tests.features.test_mods import (
+from tests.interpreter import Deadlock, Fault, get, interpreted
+from tests.interpreter.cases import DTYPES, SEQUENCES, run
+from tests.support import mod_values as values
+from tests.support.attention import check, close_lse, inputs
+from tests.support.dropout import check as check_dropout
+from tests.support.maxima import check as check_maxima
+from tests.support.mods import (
     beyond,
     beyond_lists,
     held_to_the_bound,
@@ -22,18 +25,15 @@ from tests.features.test_mods import (
     pairs_of,
     score_mods,
 )
-from tests.features.test_varlen import check as check_varlen
-from tests.features.test_varlen import packed
-from tests.features.test_varlen_modifiers import cases as modifiers_of_packed
-from tests.features.test_varlen_modifiers import check as check_more
-from tests.features.test_varlen_modifiers import functions as functions_of_packed
-from tests.interpreter import Deadlock, Fault, get, interpreted
-from tests.interpreter.cases import DTYPES, SEQUENCES, run
-from tests.support.attention import check, close_lse, inputs
 from tests.support.nightly import sample
 from tests.support.requirements import interpreter
 from tests.support.score_sizes import check as check_sizes
 from tests.support.score_sizes import chunked
+from tests.support.varlen import check as check_varlen
+from tests.support.varlen import packed
+from tests.support.varlen_modifiers import cases as modifiers_of_packed
+from tests.support.varlen_modifiers import check as check_more
+from tests.support.varlen_modifiers import functions as functions_of_packed
 
 pytestmark = [pytest.mark.machine_code, pytest.mark.usefixtures("one_thread"), interpreter]
 LONG = 4096

@@ -11,12 +11,12 @@ import torch
 from cute_attn import BlockLists, flash_fwd, flash_fwd_varlen
 from cute_attn.block_mask import as_lists
 from cute_attn.reference import attention, varlen
-from tests.features.test_varlen import packed
 from tests.interpreter import interpreted
-from tests.kernels.test_forward import kernels_of, planned_by  # noqa: F401 (a fixture)
 from tests.support.attention import DTYPES, bound, inputs
+from tests.support.plans import kernels_of
 from tests.support.requirements import interpreter
 from tests.support.score_sizes import CHUNKS, LARGE, SMALL, check, chunked, rounded
+from tests.support.varlen import packed
 
 FINFO = torch.finfo(torch.float32)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -215,7 +215,7 @@ def test_scores_beyond_float32():
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 160, 192, 224, 256])
-def test_every_kernel(head_dim, causal, dtype, planned_by):  # noqa: F811
+def test_every_kernel(head_dim, causal, dtype, planned_by):
     for config in kernels_of(head_dim, causal, dtype):
         planned_by(config)
         check(*chunked(head_dim, dtype, "cuda", **LARGE), causal=causal)

@@ -19,44 +19,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.text import Text
 
 from cute_attn.plan import Problem, plan
 from cute_attn.tools import bench
 from cute_attn.tools.benchmark import cells, contenders, machine, plot, progress, report, static, timing
 from cute_attn.tools.benchmark.cells import Setup
+from tests.support.bench import CONDITIONS, FakeMonitor, FakeTimer, right_output
+from tests.support.figures import RESULTS, assert_words_lie_apart, colours, committed
 
 SMALL = Problem(2, 4, 2, 24, 24, 16, "bf16", "bshd", False)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class FakeTimer:
-    """A clock on which a run takes as long as `us` says; runs nothing, and keeps what was asked of it."""
-
-    def __init__(self, us):
-        self.us, self.log = us, []
-
-    def run(self, function, runs):
-        self.log.append(("run", function, runs))
-
-    def sample(self, function, samples, runs):
-        self.log.append(("sample", function, samples * runs))
-        return [self.us(function)] * samples
-
-
-class FakeMonitor:
-    def __init__(self):
-        self.watched = []
-
-    @contextmanager
-    def watch(self, name):
-        self.watched.append(name)
-        yield
-
-    def mean(self, name):
-        return 500.0, 1500.0
 
 
 class Slow:
@@ -327,14 +301,8 @@ class Peer:
         return "1"
 
     def prepare(self, inputs):
-        o = _right(inputs)
+        o = right_output(inputs)
         return contenders.Prepared(timing.Call(lambda: self._make(o.clone())), lambda o: o)
-
-
-def _right(inputs):
-    from cute_attn.reference import attention
-
-    return attention(*inputs[:3], causal=inputs.problem.causal)[0].to(inputs.q.dtype)
 
 
 def _raise(error):
@@ -368,8 +336,8 @@ def test_errors_of_many_heads_are_of_eight_spread_over_all():
     truth = cells.Truth(x)
     assert len(truth.pairs) == 8 and truth.pairs[0] == (0, 0) and truth.pairs[-1] == (3, 7)
     assert len({b for b, _ in truth.pairs}) == 4
-    assert truth.errors(_right(x).float())[1] < 1e-2
-    o = _right(x)
+    assert truth.errors(right_output(x).float())[1] < 1e-2
+    o = right_output(x)
     o[3, 7] += 1
     assert truth.errors(o)[0] == pytest.approx(1.0, rel=0.05)
 
@@ -771,9 +739,6 @@ def test_a_peers_file_without_numbers_is_refused_before_anything_is_timed(us, tm
 # Report
 
 
-CONDITIONS = {"gpu": "NVIDIA H200", "date": "2026-11-20T10:00:00+00:00", "cublas_tflops": 674.0, "kernels_sha256": "0f"}
-
-
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_no_number_is_cut_at_any_width(width):
     from rich.console import Console
@@ -826,11 +791,6 @@ def test_json_is_whole_or_not_there(tmp_path):
 # Plot
 
 
-def colours(path):
-    pixels = np.asarray(plot.plt.imread(path))[..., :3]
-    return {tuple(round(255 * c) for c in pixel) for pixel in pixels.reshape(-1, 3)[::7]}
-
-
 @pytest.mark.parametrize("kind", ["sweep", "bars"])
 def test_a_plot_shows_every_contender(tmp_path, kind):
     records = synthetic_sweep(modes=("eager", "graph"))
@@ -855,7 +815,6 @@ def test_a_plot_leaves_out_who_has_no_time(tmp_path):
     assert tuple(bytes.fromhex("009E73")) not in colours(tmp_path / "x.png")
 
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PEERS = {
     "gpu": "NVIDIA H200 SXM (132 SMs)",
     "date": "2026-11-30",
@@ -867,40 +826,6 @@ PEERS = {
         for us in [{"cudnn": 100.0, "fa3": 80.0}]
     ],
 }
-
-
-def committed(name):
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def words_of(figure):
-    """Every text that is drawn, with its box in pixels."""
-    figure.canvas.draw()
-    hidden = {
-        label
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
-        for label in (tick.label1, tick.label2)
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-    }
-    texts = [text for text in figure.findobj(Text) if text not in hidden and text.get_visible()]
-    return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
-
-
-def assert_words_lie_apart(figure):
-    """Within the picture, none on another; at the size of README none smaller than 10 pixels."""
-    words = words_of(figure)
-    for i, (word, box) in enumerate(words):
-        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1 and 0 <= box.y0 < box.y1 <= figure.bbox.y1, word
-        on = [other for other, b in words[i + 1 :] if overlap(box, b)]
-        assert not on, (word, on)
-    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) * 100 / 72 > 10
-
-
-def overlap(one, other):
-    """By more than a pixel each way."""
-    return min(one.x1, other.x1) - max(one.x0, other.x0) > 1 and min(one.y1, other.y1) - max(one.y0, other.y0) > 1
 
 
 @pytest.mark.parametrize("name", ["sweep_bf16", "sweep_fp16"])

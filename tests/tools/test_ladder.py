@@ -16,18 +16,10 @@ from cute_attn.plan import EVERY_HEAD_DIM, HEAD_DIMS, Problem, plan
 from cute_attn.tools import bench, inspect
 from cute_attn.tools.benchmark import cells, contenders, ladder, machine, plot, timing
 from tests.interpreter.cases import run
+from tests.support.bench import CONDITIONS, FakeMonitor, FakeTimer, right_output
+from tests.support.figures import assert_words_lie_apart, colours, committed, words_of
 from tests.support.nightly import where
 from tests.support.requirements import interpreter
-from tests.tools.test_bench import (
-    CONDITIONS,
-    FakeMonitor,
-    FakeTimer,
-    _right,
-    assert_words_lie_apart,
-    colours,
-    committed,
-    words_of,
-)
 
 SHAPE = Problem(16, 16, 16, 2048, 2048, 64, "bf16", "bhsd")
 US = dict(zip(ladder.NAMES, (1000.0, 800.0, 750.0, 600.0, 500.0), strict=True))
@@ -120,14 +112,14 @@ def test_a_stage_is_launched_as_flash_fwd_launches_it(layout, causal, monkeypatc
 
     def kernel(q, k, v, o, *rest):
         seen.append((q.shape, k.shape, o.stride() == q.stride(), *rest))
-        right = _right(inputs)
+        right = right_output(inputs)
         o.copy_(right.transpose(1, 2) if layout == "bshd" else right)
 
     monkeypatch.setattr(ladder.compile, "get", lambda config: kernel)
     monkeypatch.setattr(ladder.device, "get", lambda index: Gpu())
     for stage in ladder.STAGES[:4]:
         prepared = stage.prepare(inputs)
-        assert torch.equal(prepared.bhsd(prepared.call.run()), _right(inputs))
+        assert torch.equal(prepared.bhsd(prepared.call.run()), right_output(inputs))
     q, k = ((2, 24, 4, 16), (2, 24, 2, 16)) if layout == "bshd" else ((2, 4, 24, 16), (2, 2, 24, 16))
     tickets = [0, 0, *([4096 if causal else 0] * 2)]
     assert seen == [(q, k, True, 0, ticket, 0.25, 132) for ticket in tickets]
@@ -195,7 +187,7 @@ def fake_gpu(monkeypatch):
 
     def launch(config, inputs):
         number = ladder.configs(inputs.problem).index(config)
-        return contenders.Prepared(timing.Call(Run(US[ladder.NAMES[number]], _right(inputs))), lambda o: o)
+        return contenders.Prepared(timing.Call(Run(US[ladder.NAMES[number]], right_output(inputs))), lambda o: o)
 
     def setup(monitor, **options):
         timer = FakeTimer(lambda function: getattr(function, "us", 5000.0))

@@ -1,4 +1,7 @@
-"""The package's imports run one way: no module imports, by whatever way, one that imports it."""
+"""The package's imports run one way: no module imports, by whatever way, one that imports it.
+
+No test imports another, and each lies in its room.
+"""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -7,6 +10,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "cute_attn"
+TESTS = Path(__file__).parents[1]
+ROOMS = {"features", "host", "integrations", "interpreter", "kernels", "tools"}
 INSIDE = {f"cute_attn.kernels.{p.stem}": p for p in (PACKAGE / "kernels").glob("*.py")}
 MODULES = INSIDE | {
     ".".join(("cute_attn", *p.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): p
@@ -49,3 +54,31 @@ def test_a_circle_is_found(tmp_path, where):
     (tmp_path / "b.py").write_text("from cute_attn.a import f")
     modules = {f"cute_attn.{name}": tmp_path / f"{name}.py" for name in "ab"}
     assert set(circle(modules)) == set(modules)
+
+
+def imported_tests(path: Path) -> set[str]:
+    """What a module imports of modules of tests, inside of functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if any(part.startswith("test_") for part in name.split("."))}
+
+
+def test_no_test_imports_another():
+    """What two of them need is in tests/support."""
+    assert {path.name: found for path in TESTS.rglob("*.py") if (found := imported_tests(path))} == {}
+
+
+@pytest.mark.parametrize(
+    "how", ["from tests.host import test_a", "def f():\n    from .test_a import g", "import tests.host.test_a as a"]
+)
+def test_an_import_of_a_test_is_found(tmp_path, how):
+    (tmp_path / "test_b.py").write_text(f"import pytest\n{how}")
+    assert len(imported_tests(tmp_path / "test_b.py")) == 1
+
+
+def test_every_test_lies_in_a_room():
+    assert {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")} == {Path(room) for room in ROOMS}

@@ -13,7 +13,7 @@ from cute_attn.tools import inspect
 from cute_attn.tools.benchmark import timeline, timeline_plot
 from cute_attn.tools.benchmark.timeline import Sample, Span
 from cute_attn.tools.inspect import __main__ as inspect_cli
-from tests.tools.test_bench import assert_words_lie_apart, committed
+from tests.support.figures import assert_words_lie_apart, committed
 
 WARPGROUP = [("QK", 900), ("softmax", 1500), ("step", 2010), ("QK", 2100), ("PV", 2120)]
 WARPGROUP += [("softmax", 2700), ("PV done", 3000), ("PV", 3310), ("PV done", 3700)]

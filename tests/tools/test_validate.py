@@ -14,8 +14,8 @@ from cute_attn import plan
 from cute_attn.plan import Problem
 from cute_attn.tools import inspect, validate
 from cute_attn.tools.benchmark import cells, contenders, gates, machine, progress
+from tests.support.bench import FakeMonitor, FakeTimer
 from tests.support.requirements import why_no_hopper
-from tests.tools.test_bench import FakeMonitor, FakeTimer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["compiles", "machine code", "edge shapes", "difference to SDPA", "std of the time", "over cuDNN"]
