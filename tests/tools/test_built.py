@@ -55,6 +55,7 @@ def test_a_failed_build_leaves_nothing(folder):
 
 def test_reports_are_read_from_the_store(folder, monkeypatch):
     """As conftest has set up: what inspect asks the compiler is asked once."""
+    inspect.build.cache_clear()  # what an earlier test has built is not in this store
     first = inspect.report(CONFIG)
     monkeypatch.setattr(compile, "compile", None)
     inspect.build.cache_clear()
