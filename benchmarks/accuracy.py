@@ -28,7 +28,15 @@ from cute_attn.checks import TORCH_DTYPES
 from cute_attn.plan import Problem, plan
 from cute_attn.tools.bench import WIDTH, out_file
 from cute_attn.tools.benchmark.cells import shape_word, sweep
-from cute_attn.tools.benchmark.contenders import OURS, PEERS, Contender, CuteAttn, Inputs, first_run, make_inputs
+from cute_attn.tools.benchmark.implementations import (
+    BASELINES,
+    OURS,
+    CuteAttn,
+    Implementation,
+    Inputs,
+    first_run,
+    make_inputs,
+)
 from cute_attn.tools.benchmark.machine import no_hopper
 from cute_attn.tools.benchmark.progress import each, steps
 from cute_attn.tools.benchmark.report import write_json
@@ -122,7 +130,7 @@ def errors(o: torch.Tensor, chosen: Sequence[tuple[int, int]], true: torch.Tenso
     return Errors(wrong.abs().mean().item(), wrong.abs().max().item(), (wrong.norm() / true.norm()).item())
 
 
-def output(contender: Contender, x: Inputs) -> torch.Tensor:
+def output(contender: Implementation, x: Inputs) -> torch.Tensor:
     """Its o (B, H, Sq, D), in memory that held NaN before: what a call leaves unwritten is seen."""
     prepared = contender.prepare(x)
     poison = torch.full_like(x.q, torch.nan)
@@ -153,7 +161,7 @@ def verdict(ours: Errors, limit: float) -> str:
     return "ok" if ours.max <= limit else "error too large"
 
 
-def measure(kind: str, problem: Problem, peer: Contender, on: torch.device) -> list[Entry]:
+def measure(kind: str, problem: Problem, peer: Implementation, on: torch.device) -> list[Entry]:
     """Ours' entry, with its verdict, and the peer's. None for errors that are not finite."""
     x = INPUTS[kind](make_inputs(problem, on))
     chosen = pairs(problem)
@@ -250,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=out_file, default=ROOT / "benchmarks" / "results" / "accuracy.json")
     parser.add_argument("--dtype", type=_dtypes, default=list(TORCH_DTYPES), metavar="bf16,fp16", help="default both")
     arguments = parser.parse_args(argv)
-    cudnn = PEERS[CUDNN]
+    cudnn = BASELINES[CUDNN]
     reason = no_hopper() or cudnn.absent()
     if reason is not None:
         print(f"benchmarks/accuracy.py: a Hopper GPU and cuDNN are needed: {reason}", file=sys.stderr)

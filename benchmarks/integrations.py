@@ -21,7 +21,7 @@ from cute_attn import flash_fwd
 from cute_attn.integrations import torch_op  # noqa: F401  registers the operator
 from cute_attn.integrations import transformers as room
 from cute_attn.plan import Problem
-from cute_attn.tools.benchmark.contenders import OURS, make_inputs
+from cute_attn.tools.benchmark.implementations import OURS, make_inputs
 from cute_attn.tools.benchmark.report import write_json
 from cute_attn.tools.benchmark.timing import METHOD, Call, CudaTimer, Timer, compare, host_us
 

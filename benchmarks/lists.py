@@ -19,7 +19,7 @@ from script import record_of
 from cute_attn import BlockLists, flash_fwd, reference
 from cute_attn.block_mask import as_lists
 from cute_attn.plan import Problem
-from cute_attn.tools.benchmark.contenders import make_inputs
+from cute_attn.tools.benchmark.implementations import make_inputs
 from cute_attn.tools.benchmark.report import write_json
 from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, Timer, compare
 

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from cute_attn import flash_fwd
 from cute_attn.plan import Problem
-from cute_attn.tools.benchmark.contenders import OURS, make_inputs
+from cute_attn.tools.benchmark.implementations import OURS, make_inputs
 from cute_attn.tools.benchmark.report import write_json
 from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, compare
 

@@ -22,7 +22,7 @@ from cute_attn import device
 from cute_attn.plan import Problem, plan
 from cute_attn.tools.bench import out_file
 from cute_attn.tools.benchmark.cells import ERROR_MAX, SEQLENS, Setup, Truth, cell_word, gpu_setup, shape_word, sweep
-from cute_attn.tools.benchmark.contenders import CuteAttn, first_run, make_inputs
+from cute_attn.tools.benchmark.implementations import CuteAttn, first_run, make_inputs
 from cute_attn.tools.benchmark.machine import FLOP_FORMULA, Monitor, Nvml, no_hopper
 from cute_attn.tools.benchmark.progress import each
 from cute_attn.tools.benchmark.report import us, write_json

@@ -22,7 +22,7 @@ def main() -> None:
     for name in ("sweep_bf16", "sweep_fp16"):
         sweep = record(name)
         plot.draw(RESULTS / f"{name}.png", sweep["records"], sweep["conditions"], peers)
-    plot.draw_ladder(RESULTS / "ladder.png", ladder["records"], ladder["conditions"])
+    plot.draw_ablation(RESULTS / "ladder.png", ladder["records"], ladder["conditions"])
     spans = [Span(**span) for span in timeline["spans"]]
     timeline_plot.draw(RESULTS / "timeline.png", spans, timeline_plot.title_of(timeline))
 

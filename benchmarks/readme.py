@@ -16,7 +16,7 @@ SHAPES = ("shapes_full", "shapes_causal", "gqa_full", "gqa_causal")  # records o
 PEERS = {"flash": "FlashAttention-2 (torch's)", "fa4": "FlashAttention-4", "torch varlen": "torch's varlen_attn"}
 SCORES = {"softcap": "softcap", "alibi_slopes": "ALiBi", "sinks": "sinks", "all": "all three"}
 BESIDE = "peers_h200_bf16"  # the peers beside each other
-BEGIN_LADDER = "<!-- benchmarks/readme.py writes the ladder from here -->"
+BEGIN_ABLATION = "<!-- benchmarks/readme.py writes the ladder from here -->"
 
 
 def rows(sweep: dict) -> list[str]:
@@ -217,7 +217,7 @@ def rungs(records: list[dict]) -> list[str]:
     return lines
 
 
-def ladder_text(ladder: dict) -> str:
+def ablation_text(ladder: dict) -> str:
     """A table per cell, eager calls only; then the plot."""
     c, cells = ladder["conditions"], {}
     for r in ladder["records"]:
@@ -245,9 +245,9 @@ def main() -> None:
     readme, ladder, how = ROOT / "README.md", RESULTS / "ladder.json", ROOT / "docs" / "how_it_works.md"
     words = filled(readme.read_text(), BEGIN, text(json.loads((RESULTS / "sweep_bf16.json").read_text())))
     if ladder.exists():
-        content = ladder_text(json.loads(ladder.read_text()))
-        words = filled(words, BEGIN_LADDER, content)
-        how.write_text(filled(how.read_text(), BEGIN_LADDER, content.replace("](", "](../")))
+        content = ablation_text(json.loads(ladder.read_text()))
+        words = filled(words, BEGIN_ABLATION, content)
+        how.write_text(filled(how.read_text(), BEGIN_ABLATION, content.replace("](", "](../")))
     readme.write_text(words)
 
 

@@ -19,7 +19,7 @@ from gpu_tests import where
 from script import record_of
 
 from cute_attn import flash_fwd, flash_fwd_varlen
-from cute_attn.tools.benchmark.contenders import OURS
+from cute_attn.tools.benchmark.implementations import OURS
 from cute_attn.tools.benchmark.report import write_json
 from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, Timer, compare
 

@@ -17,7 +17,7 @@ from script import record_of
 
 from cute_attn import flash_fwd
 from cute_attn.plan import Kinds, Problem
-from cute_attn.tools.benchmark.contenders import OURS, PEERS, make_inputs
+from cute_attn.tools.benchmark.implementations import BASELINES, OURS, make_inputs
 from cute_attn.tools.benchmark.report import write_json
 from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, Timer, compare
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = record_of("window", __doc__, argv)
     device, other = torch.device("cuda"), fa4()
     peers = {"flash": flash} | ({"fa4": other} if other else {})
-    versions = {name: PEERS[name].version() for name in peers if PEERS[name].absent() is None}
+    versions = {name: BASELINES[name].version() for name in peers if BASELINES[name].absent() is None}
     found = []
     for problem, left in product(problems(), LEFTS):
         for entry in entries(problem, left, peers, device, CudaTimer()):

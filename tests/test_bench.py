@@ -23,7 +23,7 @@ from matplotlib.text import Text
 
 from cute_attn.plan import Problem, plan
 from cute_attn.tools import bench
-from cute_attn.tools.benchmark import cells, contenders, machine, plot, progress, report, static, timing
+from cute_attn.tools.benchmark import cells, implementations, machine, plot, progress, report, static, timing
 from cute_attn.tools.benchmark.cells import Setup
 
 SMALL = Problem(2, 4, 2, 24, 24, 16, "bf16", "bshd", False)
@@ -279,7 +279,7 @@ def test_no_nvml_says_so(monkeypatch):
 def test_a_cell_on_the_cpu_has_every_field():
     setup = fake_setup(rounds=2, cublas_tflops=700.0)
     problem = SMALL._replace(heads_kv=4)
-    who = [contenders.CuteAttn(), contenders.PEERS["math"], contenders.PEERS["fa3"]]
+    who = [implementations.CuteAttn(), implementations.BASELINES["math"], implementations.BASELINES["fa3"]]
     ours, math_, fa3 = cells.measure(problem, who, {"fa3": "not installed (no module x)"}, setup)
     assert ours["shape"] == "2,4,24,16" and ours["contender"] == "cute_attn" and ours["mode"] == "eager"
     assert ours["tflops"] == pytest.approx(problem.flops() / 100.0 / 1e6)
@@ -299,16 +299,18 @@ def test_a_cell_on_the_cpu_has_every_field():
 @pytest.mark.parametrize("causal", [False, True])
 def test_outputs_agree_whatever_the_layout_and_mask(layout, causal):
     problem = SMALL._replace(layout=layout, causal=causal, seqlen_k=31 if not causal else 24)
-    records = cells.measure(problem, [contenders.CuteAttn(), contenders.PEERS["math"]], {}, fake_setup(rounds=1))
+    records = cells.measure(
+        problem, [implementations.CuteAttn(), implementations.BASELINES["math"]], {}, fake_setup(rounds=1)
+    )
     assert [record["reason"] for record in records] == [None, None]
 
 
 def test_inputs_lie_in_the_layout_and_are_the_same_again():
     for layout in ("bhsd", "bshd"):
-        x = contenders.make_inputs(SMALL._replace(layout=layout), torch.device("cpu"))
+        x = implementations.make_inputs(SMALL._replace(layout=layout), torch.device("cpu"))
         assert x.q.shape == (2, 4, 24, 16) and x.k.shape == x.v.shape == (2, 2, 24, 16)
         assert x.q.is_contiguous() == (layout == "bhsd") and x.bshd()[0].is_contiguous() == (layout == "bshd")
-        assert torch.equal(x.q, contenders.make_inputs(x.problem, torch.device("cpu")).q)
+        assert torch.equal(x.q, implementations.make_inputs(x.problem, torch.device("cpu")).q)
 
 
 class Peer:
@@ -328,7 +330,7 @@ class Peer:
 
     def prepare(self, inputs):
         o = _right(inputs)
-        return contenders.Prepared(timing.Call(lambda: self._make(o.clone())), lambda o: o)
+        return implementations.Prepared(timing.Call(lambda: self._make(o.clone())), lambda o: o)
 
 
 def _right(inputs):
@@ -352,7 +354,7 @@ def _raise(error):
     ],
 )
 def test_a_contender_that_fails_or_is_wrong_is_not_timed(make, reason):
-    records = cells.measure(SMALL, [contenders.CuteAttn(), Peer(make)], {}, fake_setup(rounds=1))
+    records = cells.measure(SMALL, [implementations.CuteAttn(), Peer(make)], {}, fake_setup(rounds=1))
     assert records[0]["p50_us"] == 100.0 and records[0]["ratios"] == {}
     assert records[1]["reason"].startswith(reason) and records[1]["p50_us"] is None
 
@@ -364,7 +366,7 @@ def test_a_small_error_is_measured():
 
 def test_errors_of_many_heads_are_of_eight_spread_over_all():
     problem = Problem(4, 8, 4, 8, 8, 16)
-    x = contenders.make_inputs(problem, torch.device("cpu"))
+    x = implementations.make_inputs(problem, torch.device("cpu"))
     truth = cells.Truth(x)
     assert len(truth.pairs) == 8 and truth.pairs[0] == (0, 0) and truth.pairs[-1] == (3, 7)
     assert len({b for b, _ in truth.pairs}) == 4
@@ -376,12 +378,14 @@ def test_errors_of_many_heads_are_of_eight_spread_over_all():
 
 def test_torch_is_not_comparable_where_its_mask_is_another():
     causal = SMALL._replace(seqlen_k=48, causal=True)
-    records = cells.measure(causal, [contenders.CuteAttn(), contenders.PEERS["cudnn"]], {}, fake_setup(rounds=1))
+    records = cells.measure(
+        causal, [implementations.CuteAttn(), implementations.BASELINES["cudnn"]], {}, fake_setup(rounds=1)
+    )
     assert records[0]["p50_us"] and records[1]["reason"].startswith("not comparable")
 
 
 def test_graphs_add_rows_and_host_times(monkeypatch):
-    who = [contenders.CuteAttn(), contenders.PEERS["math"]]
+    who = [implementations.CuteAttn(), implementations.BASELINES["math"]]
     monkeypatch.setattr(cells, "host_us", lambda call, us, timer: us / 10)
     replayed = (1e-3, 2e-3)
     monkeypatch.setattr(cells, "_replay", lambda prepared, *_: (timing.Call(prepared.call.run, 20), replayed))
@@ -399,7 +403,7 @@ def test_graphs_add_rows_and_host_times(monkeypatch):
 
 
 def test_absent_peers_are_named_with_the_module():
-    absent = contenders.FlashAttention("fa9", "no_such_module_9", "no_such_module_9.part").absent()
+    absent = implementations.FlashAttention("fa9", "no_such_module_9", "no_such_module_9.part").absent()
     assert absent == "not installed (no module no_such_module_9 or no_such_module_9.part)"
 
 
@@ -407,8 +411,8 @@ def test_a_peer_that_does_not_import_says_why(tmp_path, monkeypatch):
     (tmp_path / "broken_peer.py").write_text("import no_such_dependency")
     (tmp_path / "other_cuda_peer.py").write_text("raise OSError('libcudart.so.11.0: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "no_such_dependency" in contenders.FlashAttention("x", "broken_peer").absent()
-    assert "libcudart.so.11.0" in contenders.FlashAttention("x", "other_cuda_peer").absent()
+    assert "no_such_dependency" in implementations.FlashAttention("x", "broken_peer").absent()
+    assert "libcudart.so.11.0" in implementations.FlashAttention("x", "other_cuda_peer").absent()
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
@@ -421,7 +425,7 @@ def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
 """
     (tmp_path / f"some_fa_{with_lse}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    peer = contenders.FlashAttention("fa3", "no_such_module_9", f"some_fa_{with_lse}")
+    peer = implementations.FlashAttention("fa3", "no_such_module_9", f"some_fa_{with_lse}")
     assert peer.absent() is None and peer.version() == "3.1"
     record = cells.measure(SMALL._replace(causal=True, seqlen_k=40), [peer], {}, fake_setup(rounds=1))[0]
     assert record["reason"] is None and record["relative_error"] < 1e-2
@@ -438,14 +442,14 @@ def test_flash_attention_3_as_a_wheel(tmp_path, monkeypatch):
     (metadata / "RECORD").write_text("flash_attn_interface.py,,\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
-    peer = contenders.FlashAttention("fa3", *contenders.PEERS["fa3"]._modules)
+    peer = implementations.FlashAttention("fa3", *implementations.BASELINES["fa3"]._modules)
     assert peer.absent() is None and peer.version() == "some-fa3 3.0.0.post1"
     assert cells.measure(SMALL, [peer], {}, fake_setup(rounds=1))[0]["reason"] is None
     del sys.modules["flash_attn_interface"]
 
 
 def test_torch_says_which_backend_refuses():
-    record = cells.measure(SMALL, [contenders.PEERS["efficient"]], {}, fake_setup(rounds=1))[0]
+    record = cells.measure(SMALL, [implementations.BASELINES["efficient"]], {}, fake_setup(rounds=1))[0]
     assert record["reason"].startswith("not supported (")
 
 
@@ -517,7 +521,7 @@ def test_problems_of_the_command_line():
         ("--vs cudnn,fa5", "argument --vs: fa5 is not known; use cudnn, flash, efficient, math, fa3, fa4"),
         ("--plot x.pdf", "argument --plot: 'x.pdf' is not the name of a .png file"),
         ("--json /no/such/folder/x.json", "argument --json"),
-        ("--peers /no/such/file.json", "argument --peers"),
+        ("--peers /no/such/file.json", "argument --baselines"),
         ("--vs math --peers x.json", "put cudnn in --vs"),
     ],
 )
@@ -662,15 +666,15 @@ def test_a_crash_keeps_its_finished_cells(fake_gpu, tmp_path, monkeypatch):
 
 
 def test_a_wrong_kernel_fails_the_run(fake_gpu, monkeypatch, capsys):
-    right = contenders.cute_attn.flash_fwd
-    monkeypatch.setattr(contenders.cute_attn, "flash_fwd", lambda *a, **k: right(*a, **k).mul_(1.5))
+    right = implementations.cute_attn.flash_fwd
+    monkeypatch.setattr(implementations.cute_attn, "flash_fwd", lambda *a, **k: right(*a, **k).mul_(1.5))
     assert bench.main(RUN.split()) == 1
     assert "cute_attn: wrong (relative error" in capsys.readouterr().out
 
 
 def test_an_output_left_unwritten_is_wrong(fake_gpu, monkeypatch, capsys):
-    right = contenders.cute_attn.flash_fwd
-    monkeypatch.setattr(contenders.cute_attn, "flash_fwd", lambda *a, out=None, **k: right(*a, **k))
+    right = implementations.cute_attn.flash_fwd
+    monkeypatch.setattr(implementations.cute_attn, "flash_fwd", lambda *a, out=None, **k: right(*a, **k))
     assert bench.main(RUN.split()) == 1
     assert "cute_attn: wrong (NaN or inf in the output)" in capsys.readouterr().out
 
@@ -685,7 +689,7 @@ def test_ours_over_the_best_peer(fake_gpu, tmp_path, capsys):
     other = [{"shape": "1,2,16,16", **cell, "graph": True, "best_over_cudnn": 9.0}]
     peers = tmp_path / "peers.json"
     peers.write_text(json.dumps({"dtype": "bf16", "cells": cells_ + other}))
-    best = report.read_peers(peers, "bf16")
+    best = report.best_over_cudnn(report.baselines_file(peers, "bf16"))
     records = [synthetic("cute_attn", 100.0), synthetic("cudnn", 120.0)]
     records += [synthetic("cute_attn", 100.0, seqlen=32), synthetic("cudnn", 130.0, seqlen=32)]
     for i in (0, 2):
@@ -727,16 +731,16 @@ def synthetic_sweep(contenders_=("cute_attn", "cudnn", "flash", "fa3", "fa4"), m
 
 
 def test_each_cell_of_the_peers_file_is_reported(fake_gpu, tmp_path, capsys, monkeypatch):
-    class Cudnn(contenders.Sdpa):
+    class Cudnn(implementations.Sdpa):
         def absent(self):
             return None
 
-    monkeypatch.setitem(contenders.PEERS, "cudnn", Cudnn("cudnn", "MATH"))
+    monkeypatch.setitem(implementations.BASELINES, "cudnn", Cudnn("cudnn", "MATH"))
     peers, path = tmp_path / "peers.json", tmp_path / "x.json"
     peers.write_text(json.dumps({"cells": [{"shape": "1,2,16,16", "causal": True, "best_over_cudnn": 1.25}]}))
     words = f"--shape 1,2,16,16 --causal --vs cudnn --peers {peers} --json {path}"
     assert bench.main(words.split()) == 0
-    assert "ours over the best peer of --peers, through cuDNN: geometric mean 0.960" in capsys.readouterr().out
+    assert "ours over the best baseline of --baselines, through cuDNN: geometric mean 0.960" in capsys.readouterr().out
     content = json.loads(path.read_text())
     assert content["records"][0]["over_best_peer"] == pytest.approx(1.2 / 1.25)
     assert content["summary"]["ours_over_best_peer"]["cells"] == 1
@@ -745,13 +749,13 @@ def test_each_cell_of_the_peers_file_is_reported(fake_gpu, tmp_path, capsys, mon
 
 
 def test_the_plot_has_the_peers_file(fake_gpu, tmp_path, monkeypatch):
-    class Cudnn(contenders.Sdpa):
+    class Cudnn(implementations.Sdpa):
         def absent(self):
             return None
 
     drawn = []
     monkeypatch.setattr(plot, "draw", lambda path, records, facts, peers=None: drawn.append(peers))
-    monkeypatch.setitem(contenders.PEERS, "cudnn", Cudnn("cudnn", "MATH"))
+    monkeypatch.setitem(implementations.BASELINES, "cudnn", Cudnn("cudnn", "MATH"))
     peers = tmp_path / "peers.json"
     peers.write_text(json.dumps(PEERS))
     words = f"--shape 1,2,16,16 --vs cudnn --plot {tmp_path / 'x.png'}"

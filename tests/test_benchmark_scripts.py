@@ -15,7 +15,7 @@ import torch
 
 from cute_attn import reference
 from cute_attn.plan import HEAD_DIMS, Problem, plan, shipped, shipped_varlen
-from cute_attn.tools.benchmark import cells, contenders, timing
+from cute_attn.tools.benchmark import cells, implementations, timing
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def case(seqlen_q, seqlen_k, causal=False, dtype="bf16", heads=2, head_dim=16, b
 
 
 def inputs(*sizes, **options):
-    return contenders.make_inputs(case(*sizes, **options), CPU)
+    return implementations.make_inputs(case(*sizes, **options), CPU)
 
 
 def logits(x):
@@ -274,7 +274,7 @@ def test_verdicts(accuracy, ours, cudnn, said):
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_cell_on_the_cpu(accuracy, kind, causal):
     """torch's math stands for cuDNN."""
-    ours, peer = accuracy.measure(kind, case(200, 200, causal), contenders.PEERS["math"], CPU)
+    ours, peer = accuracy.measure(kind, case(200, 200, causal), implementations.BASELINES["math"], CPU)
     assert (ours["contender"], peer["contender"]) == ("cute_attn", "math") and ours["verdict"] == "ok"
     assert ours["inputs"] == kind and ours["checked_pairs"] == 2 and ours["shape"] == "2,2,200,16"
     for entry in (ours, peer):
@@ -289,9 +289,9 @@ def test_a_cell_on_the_cpu(accuracy, kind, causal):
     ],
 )
 def test_a_wrong_kernel_fails_and_is_recorded(accuracy, monkeypatch, tmp_path, capsys, change, said):
-    right = contenders.cute_attn.flash_fwd
-    monkeypatch.setattr(contenders.cute_attn, "flash_fwd", lambda *a, **k: change(right(*a, **k)))
-    entries = accuracy.measure("normal", case(64, 64), contenders.PEERS["math"], CPU)
+    right = implementations.cute_attn.flash_fwd
+    monkeypatch.setattr(implementations.cute_attn, "flash_fwd", lambda *a, **k: change(right(*a, **k)))
+    entries = accuracy.measure("normal", case(64, 64), implementations.BASELINES["math"], CPU)
     assert accuracy.finish(entries, tmp_path / "x.json", {"math": "1"}) == 1
     record, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr()
     assert record["failed"] == [f"2,2,64,16 full bf16, normal: {said}"] == printed.err.splitlines()
@@ -300,7 +300,7 @@ def test_a_wrong_kernel_fails_and_is_recorded(accuracy, monkeypatch, tmp_path, c
 
 
 def test_a_good_run_is_recorded(accuracy, tmp_path, capsys):
-    entries = accuracy.measure("normal", case(64, 64), contenders.PEERS["math"], CPU)
+    entries = accuracy.measure("normal", case(64, 64), implementations.BASELINES["math"], CPU)
     assert accuracy.finish(entries, tmp_path / "x.json", {"math": "1"}) == 0
     record, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr()
     assert {"date", "gpu", "versions", "kernels_sha256", "method", "peers"} <= set(record)
@@ -387,8 +387,8 @@ def test_one_share_below_the_bar_fails_the_run(odd_shapes, tmp_path, capsys, us,
 
 
 def test_a_wrong_kernel_is_not_timed(odd_shapes, monkeypatch):
-    right = contenders.cute_attn.flash_fwd
-    monkeypatch.setattr(contenders.cute_attn, "flash_fwd", lambda *a, **k: right(*a, **k).mul_(1.5))
+    right = implementations.cute_attn.flash_fwd
+    monkeypatch.setattr(implementations.cute_attn, "flash_fwd", lambda *a, **k: right(*a, **k).mul_(1.5))
     with pytest.raises(RuntimeError, match=r"2,2,32,16 full: relative error 5\.0e-01"):
         measured(odd_shapes, 1.0, 1.0, 1.0)
 

@@ -28,7 +28,7 @@ from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.plan import HEAD_DIMS, Kinds, Problem
 from cute_attn.tools import bench, inspect
 from cute_attn.tools.benchmark import cells
-from cute_attn.tools.benchmark.contenders import make_inputs
+from cute_attn.tools.benchmark.implementations import make_inputs
 
 # Named by their users (DeepSeek's prefill first), then edges: the smallest, columns that are padded, either side large.
 PAIRS = [(192, 128), (64, 128), (64, 256), (96, 64), (128, 256), (128, 64), (256, 64)]
@@ -528,7 +528,7 @@ def test_both_halves_of_a_row_agree():
     [
         ("--shape 1,2,128,520", "head_dim 520 is not supported; use a multiple of 8 up to 512"),
         ("--head-dim-v 60", "--head-dim-v: '60': head_dim 60 is not supported"),
-        ("--head-dim-v 128 --ladder", "--head-dim-v: not allowed with --ladder"),
+        ("--head-dim-v 128 --ladder", "--head-dim-v: not allowed with --ablation"),
     ],
 )
 def test_bench_says_what_it_does_not_take(options, words, capsys):

@@ -11,7 +11,7 @@ from ... import device, reference
 from ...api import o_like
 from ...plan import plan
 from ...problem import Problem
-from .contenders import OURS, Contender, Inputs, Prepared, first_line, first_run, make_inputs
+from .implementations import OURS, Implementation, Inputs, Prepared, first_line, first_run, make_inputs
 from .timing import ROUNDS, Call, CudaTimer, NoMonitor, Stats, Timer, compare, graph_calls, graphed, host_us
 
 CHECKED_HEADS = 8
@@ -81,7 +81,7 @@ class Row:
 
 
 def measure(
-    problem: Problem, contenders: Sequence[Contender], absent: dict[str, str], setup: Setup
+    problem: Problem, contenders: Sequence[Implementation], absent: dict[str, str], setup: Setup
 ) -> list[dict[str, Any]]:
     """A record per contender and mode; `absent` says why some are not on this machine. Frees what it allocated."""
     records = _measure(problem, contenders, absent, setup)
@@ -91,7 +91,7 @@ def measure(
 
 
 def _measure(
-    problem: Problem, contenders: Sequence[Contender], absent: dict[str, str], setup: Setup
+    problem: Problem, contenders: Sequence[Implementation], absent: dict[str, str], setup: Setup
 ) -> list[dict[str, Any]]:
     inputs = make_inputs(problem, setup.device)
     truth = Truth(inputs)
@@ -105,7 +105,9 @@ def _measure(
     return [record(problem, row, stats.get(row.name), len(truth.pairs), setup.cublas_tflops) for row in rows]
 
 
-def _checked(contender: Contender, absent: dict[str, str], inputs: Inputs, truth: Truth, setup: Setup) -> list[Row]:
+def _checked(
+    contender: Implementation, absent: dict[str, str], inputs: Inputs, truth: Truth, setup: Setup
+) -> list[Row]:
     """Its row, and with graphs a second; without a call where it is absent, refuses, fails or is wrong."""
     name = contender.name
     reason = absent.get(name) or contender.refuses(inputs.problem)
@@ -132,7 +134,7 @@ def _attempt(name: str, mode: str, prepare: Callable[[], tuple[Call, tuple[float
         return Row(name, mode, "out of memory")
     except NotImplementedError as error:
         return Row(name, mode, f"not supported ({error})")
-    except Exception as error:  # a peer may fail in any way, and the others are still timed
+    except Exception as error:  # a baseline may fail in any way, and the others are still timed
         return Row(name, mode, f"failed ({type(error).__name__}: {first_line(error)})")
     if max_error == torch.inf:
         return Row(name, mode, "wrong (NaN or inf in the output)")

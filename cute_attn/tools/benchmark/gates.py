@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ...problem import Problem
 from .cells import EAGER
-from .contenders import OURS
+from .implementations import OURS
 
 GATES = Path(__file__).parents[2] / "gates.json"  # in the repository a link to benchmarks/gates.json
 TOLERANCE = 0.05  # of the gate

@@ -26,7 +26,7 @@ VERSIONS = ("driver", "cuda", "torch", "cutlass_dsl", "cute_attn", "python")
 def method() -> dict[str, Any]:
     """How a tune times and chooses, for people."""
     kept = {name: METHOD[name] for name in ("order", "settle_ms", "timed_ms", "sample", "inputs")}
-    screening = f"{SCREEN.rounds} round, {SCREEN.settle_ms:g} ms settling, {SCREEN.timed_ms:g} ms timed"
+    screening = f"{SCREEN.rounds} round, {SCREEN.warmup_ms:g} ms settling, {SCREEN.timed_ms:g} ms timed"
     return kept | {
         "tflops": "S -> median of the rounds; heads x head_dim about " + str(HIDDEN),
         "spread": "(max - min) / median of the rounds' medians",

@@ -50,7 +50,7 @@ class Prepared(NamedTuple):
     into: Callable[[torch.Tensor], Any] | None = None  # a run that writes into o (B, H, Sq, D), where there is one
 
 
-class Contender(Protocol):
+class Implementation(Protocol):
     name: str
 
     def absent(self) -> str | None:
@@ -176,9 +176,9 @@ def _bhsd_of_first(returned):
     return o.transpose(1, 2)
 
 
-PEERS: dict[str, Contender] = {
-    peer.name: peer
-    for peer in (
+BASELINES: dict[str, Implementation] = {
+    baseline.name: baseline
+    for baseline in (
         Sdpa("cudnn", "CUDNN_ATTENTION"),
         Sdpa("flash", "FLASH_ATTENTION"),
         Sdpa("efficient", "EFFICIENT_ATTENTION"),
@@ -187,7 +187,7 @@ PEERS: dict[str, Contender] = {
         FlashAttention("fa4", "flash_attn.cute", "flash_attn.cute.interface"),
     )
 }
-DEFAULT_PEERS = ("cudnn", "flash", "fa3", "fa4")
+DEFAULT_BASELINES = ("cudnn", "flash", "fa3", "fa4")
 
 
 def cudnn_version() -> str | None:

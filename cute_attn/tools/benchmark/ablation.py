@@ -1,4 +1,4 @@
-"""The ladder: one problem by our own kernels, each with one thing more than the one before, up to the planned one."""
+"""The ablation: one problem by our own kernels, each with one thing more than the one before, up to the planned one."""
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import fields, replace
@@ -14,14 +14,14 @@ from ...kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from ...plan import plan
 from ...problem import Problem
 from . import report, static
-from .contenders import DEFAULT_PEERS, CuteAttn, Inputs, Prepared
+from .implementations import DEFAULT_BASELINES, CuteAttn, Inputs, Prepared
 from .progress import each
 from .report import Column, Record
 from .timing import Call
 
 NAMES = ("one tile per CTA", "multi-stage ring", "persistent", "GEMM/softmax overlap", "tuned plan")
 TUNED = NAMES[-1]
-PEERS = ("math", *DEFAULT_PEERS)
+BASELINES = ("math", *DEFAULT_BASELINES)
 
 
 def configs(problem: Problem) -> tuple[FwdConfig, ...]:
@@ -148,7 +148,7 @@ COLUMNS = (
 
 
 def print_cell(console: Console, records: Sequence[Record], absent: Container[str] = ()) -> None:
-    """A row per stage and peer; then why some have none."""
+    """A row per stage and baseline; then why some have none."""
     report.print_cell(console, records, absent, COLUMNS, bold=TUNED)
 
 
