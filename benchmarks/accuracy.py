@@ -27,7 +27,7 @@ from cute_attn import compile, device, reference
 from cute_attn.checks import TORCH_DTYPES
 from cute_attn.plan import Problem, plan
 from cute_attn.tools.bench import WIDTH, out_file
-from cute_attn.tools.benchmark.cells import shape_word, sweep
+from cute_attn.tools.benchmark.cells import sweep
 from cute_attn.tools.benchmark.implementations import (
     BASELINES,
     OURS,
@@ -40,6 +40,7 @@ from cute_attn.tools.benchmark.implementations import (
 from cute_attn.tools.benchmark.machine import no_hopper
 from cute_attn.tools.benchmark.progress import each, steps
 from cute_attn.tools.benchmark.report import write_json
+from cute_attn.tools.benchmark.workload import shape_word
 
 ROOT = Path(__file__).parent.parent
 CUDNN = "cudnn"
@@ -54,7 +55,7 @@ METHOD = {
     "checked": f"2 (batch, head) pairs of a cell up to S {SEQLEN_OF_TWO}, 1 above; NaN and inf are looked for in all",
     "max_error, mean_error": "absolute, over the checked pairs",
     "relative_error": "norm of the difference / norm of the truth",
-    "normal": "random normal q, k, v, the same for both contenders",
+    "normal": "random normal q, k, v, the same for both",
     "growing to the first key, to the last key": f"logits rise by {GROWTH:g} from {GROUP} keys to the next {GROUP}",
     "logits of 1e4": "normal q, scaled so that the largest |logit| is 1e4",
     "allowed": f"{TOLERANCE:g} x cuDNN's max_error + half an ulp of the truth's largest magnitude",
@@ -206,7 +207,7 @@ def compile_ahead(problems: Iterable[Problem]) -> None:
 
 
 def table(entries: Sequence[Entry]) -> Table:
-    """A row per cell: both contenders' errors, what is allowed, the verdict."""
+    """A row per cell: both implementations' errors, what is allowed, the verdict."""
     out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     out.add_column("cell")
     out.add_column("inputs")

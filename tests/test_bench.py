@@ -23,8 +23,9 @@ from matplotlib.text import Text
 
 from cute_attn.plan import Problem, plan
 from cute_attn.tools import bench
-from cute_attn.tools.benchmark import cells, implementations, machine, plot, progress, report, static, timing
-from cute_attn.tools.benchmark.cells import Setup
+from cute_attn.tools.benchmark import cells, frame, implementations, machine, plot, progress, report, static, timing
+from cute_attn.tools.benchmark.frame import Setup
+from cute_attn.tools.benchmark.workload import Spec, shape_word
 
 SMALL = Problem(2, 4, 2, 24, 24, 16, "bf16", "bshd", False)
 
@@ -75,7 +76,8 @@ def fake_setup(**options):
     def us(function):
         return 120.0 if "Sdpa" in function.__qualname__ else 100.0
 
-    return Setup(torch.device("cpu"), FakeTimer(us), lambda: nullcontext(FakeMonitor()), **options)
+    monitor = lambda: nullcontext(FakeMonitor())  # noqa: E731
+    return Setup(torch.device("cpu"), FakeTimer(us), monitor, gpu="NVIDIA H200", **options)
 
 
 # Statistics
@@ -283,6 +285,11 @@ def test_a_cell_on_the_cpu_has_every_field():
     ours, math_, fa3 = cells.measure(problem, who, {"fa3": "not installed (no module x)"}, setup)
     assert ours["shape"] == "2,4,24,16" and ours["contender"] == "cute_attn" and ours["mode"] == "eager"
     assert ours["tflops"] == pytest.approx(problem.flops() / 100.0 / 1e6)
+    moved = 2 * 4 * 24 * (4 * 16 * 2 + 4)  # in 8 heads: q, k, v and o of 2 bytes, lse of 4
+    assert (ours["bytes"], ours["gb_per_s"]) == (moved, pytest.approx(moved / 100.0 / 1e3))
+    assert (ours["bound"], ours["roofline_us"]) == ("memory", pytest.approx(moved / 4.8e6))
+    assert ours["of_roofline"] == pytest.approx(ours["roofline_us"] / 100.0)
+    assert (ours["baseline"], ours["x_baseline"], math_["x_baseline"]) == ("math", pytest.approx(1.2), 1.0)
     assert ours["of_cublas"] == pytest.approx(ours["tflops"] / 700)
     assert ours["us_per_head"] == pytest.approx(100 / 8)
     assert ours["tflops_per_watt"] == pytest.approx(ours["tflops"] / 500)
@@ -386,9 +393,9 @@ def test_torch_is_not_comparable_where_its_mask_is_another():
 
 def test_graphs_add_rows_and_host_times(monkeypatch):
     who = [implementations.CuteAttn(), implementations.BASELINES["math"]]
-    monkeypatch.setattr(cells, "host_us", lambda call, us, timer: us / 10)
+    monkeypatch.setattr(frame, "host_us", lambda call, us, timer: us / 10)
     replayed = (1e-3, 2e-3)
-    monkeypatch.setattr(cells, "_replay", lambda prepared, *_: (timing.Call(prepared.call.run, 20), replayed))
+    monkeypatch.setattr(frame, "_replay", lambda prepared, *_: (timing.Call(prepared.call.run, 20), replayed))
     records = cells.measure(SMALL, who, {}, fake_setup(rounds=1, graph=True))
     assert [(r["contender"], r["mode"]) for r in records] == [
         (name, mode) for name in ("cute_attn", "math") for mode in ("eager", "graph")
@@ -604,7 +611,13 @@ def test_a_run_writes_everything(fake_gpu, tmp_path, capsys):
     words = RUN.split() + [word for name, path in files.items() for word in (f"--{name}", str(path))]
     assert bench.main(words) == 0
     out = capsys.readouterr().out
-    for word in ("power limit   700.0 W", machine.kernel_hash(), "SM 1980 MHz now", "4 B H Sq Sk D", "687.2 TFLOPS"):
+    for word in (
+        "power limit   700.0 W",
+        machine.kernel_hash(),
+        "SM 1980 MHz now",
+        "2 (D + Dv) for each",
+        "687.2 TFLOPS",
+    ):
         assert word in out
     assert "fa3           not installed (no module flash_attn_interface" in out
     assert out.count("TFLOPS") > 3 and "ours over math: geometric mean 1.200, least 1.200, 2 cells" in out
@@ -632,15 +645,15 @@ def test_into_a_pipe_a_line_now_and_then(fake_gpu, monkeypatch, capsys):
 
 
 def test_an_interrupted_run_keeps_its_finished_cells(fake_gpu, tmp_path, monkeypatch, capsys):
-    measured = []
+    measured, right = [], frame.measure
 
-    def measure(problem, *args):
+    def measure(*args):
         if measured:
             raise KeyboardInterrupt
-        measured.append(problem)
-        return cells.measure(problem, *args)
+        measured.append(args)
+        return right(*args)
 
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(frame, "measure", measure)
     path, table = tmp_path / "x.json", tmp_path / "x.csv"
     files = ["--json", str(path), "--csv", str(table), "--plot", str(tmp_path / "x.png")]
     assert bench.main([*RUN.split(), *files]) == 130
@@ -652,12 +665,9 @@ def test_an_interrupted_run_keeps_its_finished_cells(fake_gpu, tmp_path, monkeyp
 
 
 def test_a_crash_keeps_its_finished_cells(fake_gpu, tmp_path, monkeypatch):
+    right = bench.row
     monkeypatch.setattr(
-        bench,
-        "measure",
-        lambda problem, *args: (
-            cells.measure(problem, *args) if problem.seqlen_q == 16 else _raise(RuntimeError("CUDA error"))
-        ),
+        bench, "row", lambda p, *args: right(p, *args) if p.seqlen_q == 16 else _raise(RuntimeError("CUDA error"))
     )
     path = tmp_path / "x.json"
     with pytest.raises(RuntimeError):
@@ -693,7 +703,7 @@ def test_ours_over_the_best_peer(fake_gpu, tmp_path, capsys):
     records = [synthetic("cute_attn", 100.0), synthetic("cudnn", 120.0)]
     records += [synthetic("cute_attn", 100.0, seqlen=32), synthetic("cudnn", 130.0, seqlen=32)]
     for i in (0, 2):
-        report.with_best(cells.with_ratios(records[i : i + 2]), best)
+        report.with_best(frame.with_ratios(records[i : i + 2]), best)
     assert [record["over_best_peer"] for record in records] == [
         pytest.approx(1.2 / 1.1),
         None,
@@ -710,9 +720,15 @@ def test_ours_over_the_best_peer(fake_gpu, tmp_path, capsys):
 
 def synthetic(contender, us, seqlen=16, head_dim=16, heads=2, causal=False, mode="eager", batch=1):
     problem = Problem(batch, heads, heads, seqlen, seqlen, head_dim, "bf16", "bshd", causal)
-    row = cells.Row(contender, mode, max_error=1.2e-3, relative_error=2.4e-3)
+    attempt = frame.Attempt(contender, mode, max_error=1.2e-3, relative_error=2.4e-3)
     stats = timing.summarise([[us * 0.99, us, us * 1.02], [us * 0.995, us * 1.001, us * 1.05]], 1, 650.0, 1500.0)
-    return cells.record(problem, row, stats, 8, 674.0)
+    return frame.record(frame.Row(Spec(problem), {}, EightHeads()), attempt, stats, fake_setup(cublas_tflops=674.0))
+
+
+class EightHeads:
+    """A truth of so many."""
+
+    pairs = range(8)
 
 
 def synthetic_sweep(contenders_=("cute_attn", "cudnn", "flash", "fa3", "fa4"), modes=("eager",)):
@@ -726,7 +742,7 @@ def synthetic_sweep(contenders_=("cute_attn", "cudnn", "flash", "fa3", "fa4"), m
                 tflops = (300 + 1.6 * head_dim) * (1 - 60 * (1 + causal) / (seqlen + 200)) * (1 - 0.06 * i)
                 us = flops / tflops / 1e6
                 cell.append(synthetic(name, us, seqlen, head_dim, heads, causal, mode, batch))
-        records += cells.with_ratios(cell)
+        records += frame.with_ratios(cell)
     return records
 
 
@@ -790,7 +806,7 @@ def test_no_number_is_cut_at_any_width(width):
     ]
     for record in records[::2]:
         record["host_us"] = 12.62
-    report.print_cell(console, cells.with_ratios(records))
+    report.print_cell(console, frame.with_ratios(records))
     text = console.export_text()
     assert "…" not in text
     assert all(len(line) <= width for line in text.splitlines())
@@ -866,7 +882,7 @@ PEERS = {
     "dtype": "bf16",
     "peers": {"fa3": "some-fa3 3.0 (a wheel)"},
     "cells": [
-        {"shape": cells.shape_word(Problem(b, h, h, s, s, d)), "causal": causal, "best_over_cudnn": 1.25, "us": us}
+        {"shape": shape_word(Problem(b, h, h, s, s, d)), "causal": causal, "best_over_cudnn": 1.25, "us": us}
         for (b, h, s, d), causal in cells.sweep()
         for us in [{"cudnn": 100.0, "fa3": 80.0}]
     ],

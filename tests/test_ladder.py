@@ -15,19 +15,22 @@ from ptx.cases import run
 from rich.console import Console
 from test_bench import (
     CONDITIONS,
+    EightHeads,
     FakeMonitor,
     FakeTimer,
     _right,
     assert_words_lie_apart,
     colours,
     committed,
+    fake_setup,
     words_of,
 )
 
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from cute_attn.plan import EVERY_HEAD_DIM, HEAD_DIMS, Problem, plan
 from cute_attn.tools import bench, inspect
-from cute_attn.tools.benchmark import ablation, cells, implementations, machine, plot, timing
+from cute_attn.tools.benchmark import ablation, frame, implementations, machine, plot, timing
+from cute_attn.tools.benchmark.workload import Spec
 
 SHAPE = Problem(16, 16, 16, 2048, 2048, 64, "bf16", "bhsd")
 US = dict(zip(ablation.NAMES, (1000.0, 800.0, 750.0, 600.0, 500.0), strict=True))
@@ -199,7 +202,7 @@ def fake_gpu(monkeypatch):
 
     def setup(monitor, **options):
         timer = FakeTimer(lambda function: getattr(function, "us", 5000.0))
-        return cells.Setup(torch.device("cpu"), timer, lambda: nullcontext(FakeMonitor()), **options)
+        return frame.Setup(torch.device("cpu"), timer, lambda: nullcontext(FakeMonitor()), **options)
 
     monkeypatch.setattr(machine, "no_hopper", lambda: None)
     monkeypatch.setattr(machine, "cublas", lambda nvml: timing.summarise([[1600.0]], 1, 690.0, 1400.0))
@@ -259,13 +262,12 @@ def test_a_peer_without_memory_is_named_and_the_rest_is_timed(fake_gpu, monkeypa
 
 
 def made_up(problem=SHAPE, us=US | {"math": 7000.0, "cudnn": 600.0, "fa3": None}):
-    rows = {name: cells.Row(name, max_error=1.2e-3, relative_error=2.4e-3) for name in us}
-    rows["fa3"] = cells.Row("fa3", reason="out of memory")
-    records = [
-        cells.record(problem, row, timing.summarise([[us[name]]], 1, 650.0, 1500.0) if us[name] else None, 8, 674.0)
-        for name, row in rows.items()
-    ]
-    return ablation.with_stages(problem, cells.with_ratios(records))
+    attempts = {name: frame.Attempt(name, max_error=1.2e-3, relative_error=2.4e-3) for name in us}
+    attempts["fa3"] = frame.Attempt("fa3", reason="out of memory")
+    stats = {name: timing.summarise([[x]], 1, 650.0, 1500.0) for name, x in us.items() if x}
+    row, setup = frame.Row(Spec(problem), {}, EightHeads()), fake_setup(cublas_tflops=674.0)
+    records = [frame.record(row, attempt, stats.get(name), setup) for name, attempt in attempts.items()]
+    return ablation.with_stages(frame.with_ratios(records))
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])

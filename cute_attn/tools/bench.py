@@ -1,4 +1,4 @@
-"""`python -m cute_attn.bench`: conditions first, then one row per contender. Without a Hopper GPU, the static report.
+"""`python -m cute_attn.bench`: conditions, then a row per implementation. Without a Hopper GPU, the static report.
 
     python -m cute_attn.bench --shape 16,16,2048,64 --causal --vs cudnn,fa3 --json out.json
     python -m cute_attn.bench --sweep --csv sweep.csv --plot sweep.png
@@ -11,7 +11,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ try:
 except ImportError:
     raise SystemExit('python -m cute_attn.bench: rich is missing; pip install "cute_attn[bench]"') from None
 
-from .benchmark import ablation, machine, report, static
-from .benchmark.cells import Setup, cell_word, gpu_setup, measure, sweep
+from .benchmark import ablation, frame, machine, report, static
+from .benchmark.cells import row, sweep
+from .benchmark.frame import Setup, gpu_setup
 from .benchmark.implementations import BASELINES, DEFAULT_BASELINES, CuteAttn, Implementation
-from .benchmark.progress import Progress
-from .benchmark.timing import METHOD, ROUNDS
+from .benchmark.timing import ROUNDS
+from .benchmark.workload import cell_word
 
 DEFAULT_SHAPE = (16, 16, 2048, 64)
 WIDTH = 160  # of tables in a file or pipe
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = machine.no_hopper()
     if reason is not None:
         return without_gpu(args, problems, console, reason)
-    return (AblationRun if args.ablation else Run)(args, problems, console, machine.Nvml()).run()
+    return (AblationRun if args.ablation else Run)(args, problems, console, machine.Nvml()).measure()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add("--causal", action="store_true", help="with the causal mask; --sweep without it runs full and causal")
     add("--dtype", choices=tuple(DTYPES.values()), default="bf16", help="default bf16")
     add("--layout", choices=LAYOUTS, default="bshd", help="order of the inputs in memory; default bshd")
-    add("--vs", type=_baselines, metavar="NAME,...", help=f"of {', '.join(BASELINES)}; '' for none")
+    add("--vs", type=_names, metavar="NAME,...", help=f"of {', '.join(BASELINES)}; '' for none")
     add("--sweep", action="store_true", help="36 cells: 16k tokens, hidden 2048, D 64 to 256, S 512 to 16k")
     add(
         "--ablation",
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--graph", action="store_true", help="also CUDA-graph replays, and the host time of an eager call")
     add("--rounds", type=positive, default=ROUNDS, metavar="N", help=f"default {ROUNDS}")
     add("--json", type=out_file, metavar="FILE", help="everything; complete after each cell")
-    add("--csv", type=out_file, metavar="FILE", help="a line per contender and cell")
+    add("--csv", type=out_file, metavar="FILE", help="a line per implementation and cell")
     add("--plot", type=png, metavar="FILE.png", help="TFLOPS over S, or bars for a few shapes")
     add(
         "--baselines",
@@ -151,7 +152,7 @@ def positive(word: str) -> int:
     return int(word)
 
 
-def _baselines(word: str) -> tuple[str, ...]:
+def _names(word: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in word.split(",") if name.strip()))
     unknown = [name for name in names if name not in BASELINES]
     if unknown:
@@ -214,29 +215,27 @@ def _stages(problems: list[Problem], console: Console) -> list[dict[str, Any]]:
     return kernels
 
 
-class Run:
-    """A timed run: cell after cell, each written as soon as it is finished."""
+class Run(frame.Run):
+    """The dense benchmark: a group per problem, with its conditions, summary, CSV and plot."""
 
     def __init__(self, args: argparse.Namespace, problems: list[Problem], console: Console, nvml: machine.Nvml):
-        self.args, self.problems, self.console, self.nvml = args, problems, console, nvml
-        self.ours, self.baselines = self._ours(), [BASELINES[name] for name in args.vs]
-        self.contenders = [*self.ours, *self.baselines]
-        reasons = {contender.name: contender.absent() for contender in self.contenders}
+        super().__init__(console, run_facts(args, problems), args.json, args.rounds)
+        self.args, self.problems, self.nvml = args, problems, nvml
+        ours, self.baselines = self._ours(), [BASELINES[name] for name in args.vs]
+        self.ours = {one.name for one in ours}
+        self.implementations = [*ours, *self.baselines]
+        reasons = {one.name: one.absent() for one in self.implementations}
         self.absent = {name: reason for name, reason in reasons.items() if reason}
-        self.facts: dict[str, Any] = {}
-        self.records: list[dict[str, Any]] = []
 
-    def run(self) -> int:
-        try:
-            setup = self._prepare()
-            self._cells(setup)
-        except KeyboardInterrupt:
-            print(f"interrupted: {self._cells_done()} of {len(self.problems)} cells are finished", file=sys.stderr)
-            self._finish(complete=False)
-            return 130
-        self._finish(complete=True)
-        ours = {contender.name for contender in self.ours}
-        return 1 if any(record["reason"] for record in self.records if record["contender"] in ours) else 0
+    def measure(self) -> int:
+        setup = self._prepare()
+        modes = 2 if self.args.graph else 1
+        steps = self.rounds * (len(self.implementations) - len(self.absent)) * modes
+
+        def make(problem):
+            return [row(problem, self.implementations, self.absent, setup.device)]
+
+        return self.run({cell_word(p): partial(make, p) for p in self.problems}, setup, steps)
 
     def _ours(self) -> Sequence[Implementation]:
         return [CuteAttn()]
@@ -244,45 +243,28 @@ class Run:
     def _prepare(self) -> Setup:
         """Prints the conditions, the steady cuBLAS rate among them, and who is absent."""
         torch.set_float32_matmul_precision("highest")  # the reference's products in float32, not TF32
-        self.facts = machine.conditions(self.nvml) | run_facts(self.args, self.problems)
-        peers = {peer.name: peer.version() for peer in self.baselines if peer.name not in self.absent}
-        self.facts["peers"] = peers
-        report.print_facts(self.console, report.conditions_in_words(self.facts) | peers | self.absent)
+        self.facts = machine.conditions(self.nvml) | self.facts
+        versions = {one.name: one.version() for one in self.baselines if one.name not in self.absent}
+        self.facts["peers"] = versions
+        report.print_facts(self.console, report.conditions_in_words(self.facts) | versions | self.absent)
         cublas = machine.cublas(self.nvml)
         self.facts["cublas_tflops"] = machine.cublas_tflops(cublas)
         self.facts["cublas_watts"], self.facts["cublas_sm_mhz"] = cublas.watts, cublas.sm_mhz
         report.print_facts(self.console, {"cuBLAS": report.rate(self.facts)})
         return gpu_setup(
             monitor=lambda: machine.Monitor(self.nvml.read),
-            rounds=self.args.rounds,
+            rounds=self.rounds,
             graph=self.args.graph,
             cublas_tflops=self.facts["cublas_tflops"],
         )
 
-    def _cells(self, setup: Setup) -> None:
-        steps = self.args.rounds * (len(self.contenders) - len(self.absent)) * (2 if self.args.graph else 1)
-        progress = Progress()
-        task = progress.add_task("", total=len(self.problems) * steps)
-        for i, problem in enumerate(self.problems):
-            progress.update(task, completed=i * steps, description=f"cell {i + 1} of {len(self.problems)}")
-            stepping = replace(setup, step=lambda name: progress.advance(task))
-            with progress:
-                records = measure(problem, self.contenders, self.absent, stepping)
-            self._keep(problem, records)
-            self._write(complete=False)
+    def keep(self, records: list[frame.Record]) -> None:
+        super().keep(report.with_best(records, self.args.best_over_cudnn))
 
-    def _keep(self, problem: Problem, records: list[dict[str, Any]]) -> None:
-        """A finished cell, to the records and to the console."""
-        self.records += report.with_best(records, self.args.best_over_cudnn)
-        report.print_cell(self.console, records, self.absent)
-
-    def _cells_done(self) -> int:
-        return len({(record["shape"], record["causal"]) for record in self.records})
-
-    def _finish(self, complete: bool) -> None:
+    def finish(self, complete: bool) -> None:
         """The summary and the plot of whatever is finished."""
-        self._write(complete)
-        if self._cells_done() > 1 or self.args.best_over_cudnn:
+        super().finish(complete)
+        if self.cells_done() > 1 or self.args.best_over_cudnn:
             report.print_summary(self.console, self.records, with_baselines=bool(self.args.best_over_cudnn))
         if self.args.plot is not None and any(record["tflops"] for record in self.records):
             self._draw(self.args.plot)
@@ -292,18 +274,11 @@ class Run:
 
         plot.draw(path, self.records, self.facts, self.args.baselines_record)
 
-    def _write(self, complete: bool) -> None:
-        if self.args.json is not None:
-            content = {
-                "timed": True,
-                "complete": complete,
-                "conditions": self.facts,
-                "method": METHOD | {"rounds": self.args.rounds},
-                "absent": self.absent,
-                "summary": report.summary(self.records),
-                "records": self.records,
-            }
-            report.write_json(self.args.json, content)
+    def content(self, complete: bool) -> dict[str, Any]:
+        return super().content(complete) | {"summary": report.summary(self.records)}
+
+    def write(self, complete: bool) -> None:
+        super().write(complete)
         if self.args.csv is not None:
             report.write_csv(self.args.csv, self.facts, self.records)
 
@@ -314,8 +289,8 @@ class AblationRun(Run):
     def _ours(self):
         return ablation.STAGES
 
-    def _keep(self, problem, records):
-        self.records += ablation.with_stages(problem, records)
+    def keep(self, records):
+        self.records += ablation.with_stages(records)
         ablation.print_cell(self.console, records, self.absent)
 
     def _draw(self, path):

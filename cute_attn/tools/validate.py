@@ -32,10 +32,12 @@ from ..problem import Problem
 from . import inspect
 from .bench import WIDTH, out_file
 from .benchmark import edges, gates, machine, report
-from .benchmark.cells import Setup, cell_word, gpu_setup, measure
+from .benchmark.cells import measure
+from .benchmark.frame import Setup, gpu_setup
 from .benchmark.implementations import BASELINES, OURS, CuteAttn, first_line, make_inputs
 from .benchmark.progress import each
 from .benchmark.timing import Call, compare
+from .benchmark.workload import cell_word
 
 HEADLINE = Problem(16, 16, 16, 2048, 2048, 64, "fp16")
 DIFFERENCE = 2e-3  # to torch SDPA

@@ -18,8 +18,8 @@ import cute_attn
 from ...compile import KERNELS
 from .implementations import cudnn_version
 from .timing import Call, CudaTimer, Stats, compare
+from .workload import BYTES_FORMULA, FLOP_FORMULA
 
-FLOP_FORMULA = "4 B H Sq Sk D, halved for causal"
 CUBLAS_SIZE = 8192
 CUBLAS_WARMUP_MS = 400.0  # the first load of a run: the GPU may come from idle clocks
 
@@ -55,6 +55,7 @@ def conditions(nvml: "Nvml") -> dict[str, Any]:
         "kernels_sha256": kernel_hash(),
         "python": platform.python_version(),
         "flop": FLOP_FORMULA,
+        "bytes": BYTES_FORMULA,
     }
 
 

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import report
-from .cells import EAGER
 from .implementations import OURS
+from .timing import EAGER
 
 Record = dict[str, Any]
 # Okabe and Ito's colours, which colour-blind readers tell apart too; each also has a marker of its own.

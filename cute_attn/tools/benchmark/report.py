@@ -15,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...problem import Problem
-from .cells import EAGER, GRAPH
 from .implementations import OURS
-from .timing import geomean
+from .timing import EAGER, GRAPH, geomean
 
 Record = dict[str, Any]
 
@@ -52,31 +51,24 @@ def _error(key: str) -> Callable[[Record], str]:
 
 
 def name(record: Record) -> str:
-    return record["contender"] + ("" if record["mode"] == EAGER else f" {record['mode']}")
-
-
-def _over_ours(record: Record) -> str:
-    ratio = record["ratios"].get(OURS)
-    return f"{1 / ratio:.3f}" if ratio else ("1" if record["contender"] == OURS and record["p50_us"] else "-")
+    case = f"{record['case']}: " if record.get("case") else ""
+    return case + record["contender"] + ("" if record["mode"] == EAGER else f" {record['mode']}")
 
 
 COLUMNS = (
     Column("", name, "left"),
-    Column("p50\nus", _us("p50_us")),
-    Column("p95\nus", _us("p95_us")),
-    Column("p99\nus", _us("p99_us")),
-    Column("mean\nus", _us("mean_us")),
-    Column("std\nus", _us("std_us")),
+    Column("us", _us("p50_us")),
     Column("spread", _number("spread", ".1%")),
     Column("TFLOPS", _number("tflops", ".1f")),
+    Column("GB/s", _number("gb_per_s", ".0f")),
+    Column("of\nroofline", _number("of_roofline", ".1%")),
+    Column("bound", lambda record: record["bound"] or "-"),
+    Column("x\nbaseline", _number("x_baseline", ".3f")),
     Column("of\ncuBLAS", _number("of_cublas", ".1%")),
-    Column("us per\nhead", _number("us_per_head", ".3g")),
     Column("W", _number("watts", ".0f")),
-    Column("TFLOPS\nper W", _number("tflops_per_watt", ".2f")),
     Column("SM\nMHz", _number("sm_mhz", ".0f")),
     Column("max\nerror", _error("max_error")),
     Column("rel.\nerror", _error("relative_error")),
-    Column("time /\nours", _over_ours),
     Column("host\nus", _us("host_us")),
 )
 
@@ -87,7 +79,8 @@ def title(record: Record) -> str:
     seqlen = f"S {r['seqlen_q']}" + (f" (K/V {r['seqlen_k']})" if r["seqlen_k"] != r["seqlen_q"] else "")
     mask = "causal" if r["causal"] else "full"
     dims = f"D {r['head_dim']}" + (f" (V {r['head_dim_v']})" if r.get("head_dim_v") else "")
-    return f"B {r['batch']}, {heads}, {seqlen}, {dims}, {mask}, {r['dtype']}: {r['flops'] / 1e9:.4g} GFLOP"
+    features = "".join(f", {key} {value}" for key, value in r.get("features", {}).items())
+    return f"B {r['batch']}, {heads}, {seqlen}, {dims}, {mask}, {r['dtype']}{features}: {r['flops'] / 1e9:.4g} GFLOP"
 
 
 def print_cell(
@@ -97,7 +90,7 @@ def print_cell(
     columns: Sequence[Column] = COLUMNS,
     bold: str = OURS,
 ) -> None:
-    """A row per contender, in as many tables as the width takes; then why some, other than the absent, have none."""
+    """A row per implementation, in as many tables as the width takes; then why some, not the absent, have none."""
     timed = [record for record in records if record["p50_us"] is not None]
     console.print(Text(f"\n{title(records[0])}", style="bold"))
     if timed:
@@ -107,6 +100,9 @@ def print_cell(
     for record in records:
         if record["reason"] and record["contender"] not in absent:
             console.print(Text(f"  {name(record)}: {record['reason']}"), soft_wrap=True)
+    baselines = ", ".join(dict.fromkeys(r["baseline"] for r in timed if r["x_baseline"] is not None))
+    if baselines:
+        console.print(Text(f"  x baseline: the time of {baselines} over a row's own", style="dim"))
     heads = records[0]["batch"] * records[0]["heads"]
     checked = max((record["checked_heads"] or 0 for record in records), default=0)
     if checked:
@@ -167,7 +163,7 @@ def conditions_in_words(facts: dict[str, Any]) -> dict[str, str]:
 def rate(facts: dict[str, Any]) -> str:
     """The cuBLAS rate of a run, and the power and clock it was reached at."""
     sensors = (facts["cublas_watts"], "W"), (facts["cublas_sm_mhz"], "MHz")
-    return "bf16 8192^3, settled: " + ", ".join(
+    return "bf16 8192^3, warmed up: " + ", ".join(
         [f"{facts['cublas_tflops']:.1f} TFLOPS", *(f"{x:.0f} {unit}" for x, unit in sensors if x)]
     )
 

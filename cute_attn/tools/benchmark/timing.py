@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+EAGER, GRAPH = "eager", "graph"  # modes: a call at a time, replays of a CUDA graph
 ROUNDS = 5
 WARMUP_MS, TIMED_MS = 60.0, 40.0
 SAMPLE_US = 20.0  # a sample is at least this long: events resolve about 0.5 us (CUDA runtime, cudaEventElapsedTime)

@@ -11,7 +11,8 @@ from ... import compile, device
 from ...kernels.config import FwdConfig
 from ...problem import Problem
 from ...tuned import Key
-from ..benchmark.cells import ERROR_MAX, Truth
+from ..benchmark.cells import Truth
+from ..benchmark.frame import ERROR_MAX
 from ..benchmark.implementations import Inputs, first_line, make_inputs
 from ..benchmark.timing import TIMED_MS, WARMUP_MS, CudaTimer, Stats, Timer, compare, geomean
 from .candidates import LAYOUT, of_type
