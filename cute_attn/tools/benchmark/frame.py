@@ -151,7 +151,7 @@ def _attempt(row: Row, new: Attempt, prepare: Callable[[], tuple[Call, tuple]]) 
     except torch.OutOfMemoryError:
         return replace(new, reason="out of memory")
     except NotImplementedError as error:
-        return replace(new, reason=f"not supported ({error})")
+        return replace(new, reason=f"not supported ({first_line(error, 400)})")
     except Exception as error:  # a baseline may fail in any way, and the others are still timed
         return replace(new, reason=f"failed ({type(error).__name__}: {first_line(error)})")
     if max_error == torch.inf:

@@ -152,6 +152,12 @@ class FlashAttention:
     def refuses(self, problem):
         return None
 
+    def function(self, name):
+        """Another function of its module; NotImplementedError where it has none."""
+        if not hasattr(self._module, name):
+            raise NotImplementedError(f"no {name} in {self.version()}")
+        return getattr(self._module, name)
+
     def version(self):
         package = self._module.__name__.partition(".")[0]
         version = getattr(self._module, "__version__", None) or getattr(
@@ -162,7 +168,7 @@ class FlashAttention:
     def prepare(self, inputs):
         q, k, v = inputs.bshd()
         function, causal = self._module.flash_attn_func, inputs.problem.causal
-        return Prepared(Call(lambda: function(q, k, v, causal=causal)), _bhsd_of_first)
+        return from_bshd(lambda: function(q, k, v, causal=causal))()
 
 
 def _distribution(package: str) -> str | None:
@@ -171,9 +177,19 @@ def _distribution(package: str) -> str | None:
     return f"{names[0]} {importlib.metadata.version(names[0])}" if names else None
 
 
-def _bhsd_of_first(returned):
-    o = returned[0] if isinstance(returned, (tuple, list)) else returned
-    return o.transpose(1, 2)
+def first_of(returned):
+    """o, of what returns o or (o, lse, ...)."""
+    return returned[0] if isinstance(returned, (tuple, list)) else returned
+
+
+def plain(run: Callable[[], Any]) -> Callable[[], Prepared]:
+    """A row's implementation: a call that returns o as the row's truth has it, or (o, ...)."""
+    return lambda: Prepared(Call(run), first_of)
+
+
+def from_bshd(run: Callable[[], Any]) -> Callable[[], Prepared]:
+    """The same of a call whose o is (B, S, H, D)."""
+    return lambda: Prepared(Call(run), lambda returned: first_of(returned).transpose(1, 2))
 
 
 BASELINES: dict[str, Implementation] = {

@@ -79,7 +79,7 @@ def title(record: Record) -> str:
     seqlen = f"S {r['seqlen_q']}" + (f" (K/V {r['seqlen_k']})" if r["seqlen_k"] != r["seqlen_q"] else "")
     mask = "causal" if r["causal"] else "full"
     dims = f"D {r['head_dim']}" + (f" (V {r['head_dim_v']})" if r.get("head_dim_v") else "")
-    features = "".join(f", {key} {value}" for key, value in r.get("features", {}).items())
+    features = "".join(f", {key}" + ("" if x is True else f" {x}") for key, x in r.get("features", {}).items())
     return f"B {r['batch']}, {heads}, {seqlen}, {dims}, {mask}, {r['dtype']}{features}: {r['flops'] / 1e9:.4g} GFLOP"
 
 
