@@ -117,11 +117,10 @@ def operator(problem: Problem, device: torch.device) -> list[Row]:
     return [Row(Spec(problem), prepared, case="operator", baseline=OURS, host=True)]
 
 
-CUDA = torch.device("cuda")
 GROUPS = {
-    "operator": partial(operator, Problem(1, 8, 8, 128, 128, 64), CUDA),
-    **{f"forward and backward {cell_word(p)}": partial(trained, p, CUDA) for p in TRAINED},
-    "prefill": partial(prefill, TOKENS, CUDA),
+    "operator": partial(operator, Problem(1, 8, 8, 128, 128, 64)),
+    **{f"forward and backward {cell_word(p)}": partial(trained, p) for p in TRAINED},
+    "prefill": partial(prefill, TOKENS),
 }
 
 

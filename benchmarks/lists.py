@@ -56,4 +56,4 @@ def rows(p: Problem, device: torch.device) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("lists", __doc__, {"lists": partial(rows, PROBLEM, torch.device("cuda"))}))
+    sys.exit(main("lists", __doc__, {"lists": partial(rows, PROBLEM)}))

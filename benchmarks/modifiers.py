@@ -97,10 +97,9 @@ def problem(head_dim: int, seqlen: int, causal: bool = False) -> Problem:
     return Problem(16384 // seqlen, heads, heads, seqlen, seqlen, head_dim, causal=causal)
 
 
-CUDA = torch.device("cuda")
 SHAPES = [problem(*sizes) for sizes in product((128, 64), (2048, 8192), (False, True))]
-GROUPS = {f"scores {cell_word(p)}": partial(changed, p, CUDA) for p in SHAPES} | {
-    f"{case} {shape_word(p)}": partial(beside_flex, p, case, CUDA)
+GROUPS = {f"scores {cell_word(p)}": partial(changed, p) for p in SHAPES} | {
+    f"{case} {shape_word(p)}": partial(beside_flex, p, case)
     for p, case in product((problem(128, 4096), problem(64, 4096)), CASES)
 }
 

@@ -74,7 +74,6 @@ class Run(frame.Run):
 
 
 if __name__ == "__main__":
-    CUDA = torch.device("cuda")
-    GROUPS = {"; ".join(map(cell_word, odd)): partial(rows, beside, odd, CUDA) for beside, odd in groups().items()}
+    GROUPS = {"; ".join(map(cell_word, odd)): partial(rows, beside, odd) for beside, odd in groups().items()}
     PROBLEMS = [one for beside, odd in groups().items() for one in (beside, *odd)]
     sys.exit(main("odd_shapes", __doc__, GROUPS, make=Run, before=partial(compile_ahead, PROBLEMS), bar=BAR))

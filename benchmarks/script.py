@@ -2,17 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from cute_attn.tools.bench import WIDTH, out_file
-from cute_attn.tools.benchmark.frame import Groups, Run, gpu_setup
+from cute_attn.tools.benchmark.frame import Groups, Run
 from cute_attn.tools.benchmark.implementations import Implementation
-from cute_attn.tools.benchmark.machine import Monitor, Nvml, conditions, no_hopper
+from cute_attn.tools.benchmark.machine import no_hopper
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,14 +24,16 @@ def main(
     *,
     make: Callable[..., Run] = Run,
     before: Callable[[], Any] = lambda: None,
+    baselines: Sequence[Implementation] = (),
     **facts: Any,
 ) -> int:
     """Runs benchmarks/`name`.py: 0 when all went well, 1 where ours failed or was wrong, 2 without a Hopper GPU.
 
     Args:
-        groups: rows that are timed beside each other, made when their turn comes.
+        groups: name -> rows that are timed beside each other.
         make: the run; one of its own where more may fail.
         before: runs before anything is timed.
+        baselines: packages whose versions are conditions.
         facts: conditions beside the machine's.
     """
     formatter = argparse.RawDescriptionHelpFormatter
@@ -46,14 +47,13 @@ def main(
     if reason := no_hopper():
         print(f"benchmarks/{name}.py: a Hopper GPU is needed, and {reason}", file=sys.stderr)
         return 2
-    torch.set_float32_matmul_precision("highest")  # the reference's products in float32, not TF32
     before()
-    nvml = Nvml()
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    run = make(console, conditions(nvml) | facts, arguments.out)
-    return run.run(chosen, gpu_setup(monitor=lambda: Monitor(nvml.read)))
+    run = make(chosen, {"shapes": list(chosen), **facts}, console, arguments.out)
+    run.baselines, run.absent = baselines, absent(baselines)
+    return run.run()
 
 
-def absent(implementations: Iterable[Implementation]) -> Mapping[str, str]:
+def absent(implementations: Iterable[Implementation]) -> dict[str, str]:
     """Why some are not on this machine."""
     return {one.name: reason for one in implementations if (reason := one.absent())}

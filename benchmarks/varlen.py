@@ -136,11 +136,10 @@ def rows(head_dim: int, causal: bool, device: torch.device) -> list[Row]:
     ]
 
 
-CUDA = torch.device("cuda")
 GROUPS = {
-    f"d{head_dim} {'causal' if causal else 'full'}": partial(rows, head_dim, causal, CUDA)
+    f"d{head_dim} {'causal' if causal else 'full'}": partial(rows, head_dim, causal)
     for head_dim, causal in product(HEAD_DIMS, (False, True))
 }
 
 if __name__ == "__main__":
-    sys.exit(main("varlen", __doc__, GROUPS, lengths=drawn()))
+    sys.exit(main("varlen", __doc__, GROUPS, baselines=PACKAGES, lengths=drawn()))

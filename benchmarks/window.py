@@ -46,8 +46,7 @@ def rows(problem: Problem, left: int, device: torch.device) -> list[Row]:
 PROBLEMS = [
     Problem(TOKENS // s, 2048 // d, 2048 // d, s, s, d, "bf16", "bshd", True) for d, s in product(HEAD_DIMS, SEQLENS)
 ]
-CUDA = torch.device("cuda")
-GROUPS = {f"{shape_word(p)} {left}": partial(rows, p, left, CUDA) for p, left in product(PROBLEMS, LEFTS)}
+GROUPS = {f"{shape_word(p)} {left}": partial(rows, p, left) for p, left in product(PROBLEMS, LEFTS)}
 
 if __name__ == "__main__":
-    sys.exit(main("window", __doc__, GROUPS))
+    sys.exit(main("window", __doc__, GROUPS, baselines=[FA4]))

@@ -600,7 +600,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(machine, "no_hopper", lambda: None)
     monkeypatch.setattr(machine, "Nvml", Nvml)
     monkeypatch.setattr(machine, "cublas", lambda nvml: timing.summarise([[1600.0]], 1, 690.0, 1400.0))
-    monkeypatch.setattr(bench, "gpu_setup", lambda monitor, **options: fake_setup(**options))
+    monkeypatch.setattr(frame, "gpu_setup", lambda monitor, **options: fake_setup(**options))
 
 
 RUN = "--shape 1,2,16,16 --shape 1,2,32,16 --vs math,fa3 --rounds 3"

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_prefill(script, monkeypatch):
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=99
     )
     backends = {"math": torch.nn.attention.SDPBackend.MATH}
-    found = frame.measure(lambda: script.prefill(40, CPU, config, backends), setup())
+    found = frame.measure(lambda on: script.prefill(40, on, config, backends), setup())
     assert [one["contender"] for one in found] == ["cute_attn", "math"]
     assert all(one["p50_us"] == 1000 and one["reason"] is None for one in found)
     assert found[0]["relative_error"] < 0.02 and found[1]["relative_error"] == 0
@@ -72,11 +73,11 @@ def test_prefill(script, monkeypatch):
 def test_forward_and_backward(script):
     problem = Problem(1, 2, 2, 30, 30, 16, "bf16", "bshd", True)
     backends = {"math": torch.nn.attention.SDPBackend.MATH}
-    found = frame.measure(lambda: script.trained(problem, CPU, backends), setup())
+    found = frame.measure(lambda on: script.trained(problem, on, backends), setup())
     assert [(one["contender"], one["p50_us"]) for one in found] == [("cute_attn", 1000), ("math", 1000)]
     assert found[0]["flops"] == 14 * 16 * 2 * 30 * 31 / 2
 
 
 def test_operator(script):
-    found = frame.measure(lambda: script.operator(Problem(1, 1, 1, 8, 8, 16), CPU), setup())
+    found = frame.measure(partial(script.operator, Problem(1, 1, 1, 8, 8, 16)), setup())
     assert [one["contender"] for one in found] == ["cute_attn", "operator"] and all(r["host_us"] > 0 for r in found)

@@ -206,7 +206,7 @@ def fake_gpu(monkeypatch):
 
     monkeypatch.setattr(machine, "no_hopper", lambda: None)
     monkeypatch.setattr(machine, "cublas", lambda nvml: timing.summarise([[1600.0]], 1, 690.0, 1400.0))
-    monkeypatch.setattr(bench, "gpu_setup", setup)
+    monkeypatch.setattr(frame, "gpu_setup", setup)
     monkeypatch.setattr(ablation, "launch", launch)
 
 

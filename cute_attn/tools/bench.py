@@ -27,7 +27,6 @@ except ImportError:
 
 from .benchmark import ablation, frame, machine, report, static
 from .benchmark.cells import row, sweep
-from .benchmark.frame import Setup, gpu_setup
 from .benchmark.implementations import BASELINES, DEFAULT_BASELINES, CuteAttn, Implementation
 from .benchmark.timing import ROUNDS
 from .benchmark.workload import cell_word
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = machine.no_hopper()
     if reason is not None:
         return without_gpu(args, problems, console, reason)
-    return (AblationRun if args.ablation else Run)(args, problems, console, machine.Nvml()).measure()
+    return (AblationRun if args.ablation else Run)(args, problems, console).run()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -216,47 +215,24 @@ def _stages(problems: list[Problem], console: Console) -> list[dict[str, Any]]:
 
 
 class Run(frame.Run):
-    """The dense benchmark: a group per problem, with its conditions, summary, CSV and plot."""
+    """The dense benchmark: a group per problem, with a summary, CSV and plot."""
 
-    def __init__(self, args: argparse.Namespace, problems: list[Problem], console: Console, nvml: machine.Nvml):
-        super().__init__(console, run_facts(args, problems), args.json, args.rounds)
-        self.args, self.problems, self.nvml = args, problems, nvml
+    def __init__(self, args: argparse.Namespace, problems: list[Problem], console: Console):
+        groups = {cell_word(problem): partial(self._rows, problem) for problem in problems}
+        super().__init__(groups, run_facts(args, problems), console, args.json)
+        self.args, self.rounds, self.graph = args, args.rounds, args.graph
         ours, self.baselines = self._ours(), [BASELINES[name] for name in args.vs]
         self.ours = {one.name for one in ours}
         self.implementations = [*ours, *self.baselines]
         reasons = {one.name: one.absent() for one in self.implementations}
         self.absent = {name: reason for name, reason in reasons.items() if reason}
-
-    def measure(self) -> int:
-        setup = self._prepare()
-        modes = 2 if self.args.graph else 1
-        steps = self.rounds * (len(self.implementations) - len(self.absent)) * modes
-
-        def make(problem):
-            return [row(problem, self.implementations, self.absent, setup.device)]
-
-        return self.run({cell_word(p): partial(make, p) for p in self.problems}, setup, steps)
+        self.steps = self.rounds * (len(self.implementations) - len(self.absent)) * (2 if self.graph else 1)
 
     def _ours(self) -> Sequence[Implementation]:
         return [CuteAttn()]
 
-    def _prepare(self) -> Setup:
-        """Prints the conditions, the steady cuBLAS rate among them, and who is absent."""
-        torch.set_float32_matmul_precision("highest")  # the reference's products in float32, not TF32
-        self.facts = machine.conditions(self.nvml) | self.facts
-        versions = {one.name: one.version() for one in self.baselines if one.name not in self.absent}
-        self.facts["peers"] = versions
-        report.print_facts(self.console, report.conditions_in_words(self.facts) | versions | self.absent)
-        cublas = machine.cublas(self.nvml)
-        self.facts["cublas_tflops"] = machine.cublas_tflops(cublas)
-        self.facts["cublas_watts"], self.facts["cublas_sm_mhz"] = cublas.watts, cublas.sm_mhz
-        report.print_facts(self.console, {"cuBLAS": report.rate(self.facts)})
-        return gpu_setup(
-            monitor=lambda: machine.Monitor(self.nvml.read),
-            rounds=self.rounds,
-            graph=self.args.graph,
-            cublas_tflops=self.facts["cublas_tflops"],
-        )
+    def _rows(self, problem: Problem, on: torch.device) -> list[frame.Row]:
+        return [row(problem, self.implementations, self.absent, on)]
 
     def keep(self, records: list[frame.Record]) -> None:
         super().keep(report.with_best(records, self.args.best_over_cudnn))

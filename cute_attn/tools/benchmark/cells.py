@@ -80,7 +80,7 @@ def measure(
     problem: Problem, implementations: Sequence[Implementation], absent: Mapping[str, str], setup: Setup
 ) -> list[dict[str, Any]]:
     """A record per implementation and mode of one problem."""
-    return frame.measure(lambda: [row(problem, implementations, absent, setup.device)], setup)
+    return frame.measure(lambda on: [row(problem, implementations, absent, on)], setup)
 
 
 def sweep(hidden: int = 2048, tokens: int = 16384) -> list[tuple[tuple[int, int, int, int], bool]]:

@@ -5,7 +5,7 @@ implementation of each row becomes a record; `Run` prints the records and writes
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,8 +16,8 @@ from rich.console import Console
 
 from ... import device
 from ...plan import plan
-from . import report
-from .implementations import OURS, Prepared, first_line, first_run
+from . import machine, report
+from .implementations import OURS, Implementation, Prepared, first_line, first_run
 from .progress import Progress
 from .timing import (
     EAGER,
@@ -40,7 +40,7 @@ SCHEMA = 2  # of a record's file; 1, without a number: `entries` or `cells` with
 ERROR_MAX = 2e-2  # relative; rounding to bf16 gives 2e-3 to 5e-3, a wrong tile far more
 
 Record = dict[str, Any]
-Maker = Callable[[], "Sequence[Row]"]  # of rows and their operands
+Maker = Callable[[torch.device], "Sequence[Row]"]  # of rows that are timed together, and of their operands
 Groups = Mapping[str, Maker]
 
 
@@ -104,7 +104,7 @@ class Attempt:
 
 def measure(make: Maker, setup: Setup) -> list[Record]:
     """A record for each row, implementation and mode, all timed in the same rounds. Frees what `make` allocated."""
-    records = _measure(make(), setup)
+    records = _measure(make(setup.device), setup)
     if setup.device.type == "cuda":
         torch.cuda.empty_cache()
     return with_ratios(records)
@@ -231,20 +231,24 @@ def with_ratios(records: list[Record]) -> list[Record]:
 
 
 class Run:
-    """A timed run: group after group, each printed and written as soon as it is finished."""
+    """A timed run: conditions, then group after group, each printed and written as soon as it is finished."""
 
-    def __init__(self, console: Console, facts: dict[str, Any], json: Path | None, rounds: int = ROUNDS):
-        self.console, self.facts, self.json, self.rounds = console, facts, json, rounds
-        self.ours = {OURS}  # whose failures are the run's
+    rounds, graph = ROUNDS, False
+    ours: Container[str] = (OURS,)  # whose failures are the run's
+
+    def __init__(self, groups: Groups, facts: dict[str, Any], console: Console, json: Path | None):
+        self.groups, self.facts, self.console, self.json = groups, facts, console, json
+        self.baselines: Sequence[Implementation] = ()  # whose versions are conditions
         self.absent: dict[str, str] = {}
+        self.steps = 0  # in a group, if known: who runs in how many rounds
         self.records: list[Record] = []
 
-    def run(self, groups: Groups, setup: Setup, steps: int = 0) -> int:
-        """0 when all went well, 1 where ours failed or was wrong, 130 when interrupted. steps: a group's, if known."""
+    def run(self) -> int:
+        """0 when all went well, 1 where ours failed or was wrong, 130 when interrupted."""
         try:
-            self._time(groups, setup, steps)
+            self._time(self.prepare())
         except KeyboardInterrupt:
-            print(f"interrupted: {self.cells_done()} of {len(groups)} cells are finished", file=sys.stderr)
+            print(f"interrupted: {self.cells_done()} of {len(self.groups)} cells are finished", file=sys.stderr)
             self.finish(complete=False)
             return 130
         self.finish(complete=True)
@@ -253,15 +257,29 @@ class Run:
             print(line, file=sys.stderr)
         return 1 if failures else 0
 
-    def _time(self, groups: Groups, setup: Setup, steps: int) -> None:
-        progress = Progress()
-        task = progress.add_task("", total=len(groups) * (steps or 1))
-        stepping = replace(setup, step=lambda name: progress.advance(task)) if steps else setup
-        for i, make in enumerate(groups.values()):
-            progress.update(task, completed=i * (steps or 1), description=f"cell {i + 1} of {len(groups)}")
+    def prepare(self) -> Setup:
+        """Prints the conditions, the steady cuBLAS rate among them, and who is absent."""
+        torch.set_float32_matmul_precision("highest")  # the reference's products in float32, not TF32
+        nvml = machine.Nvml()
+        versions = {one.name: one.version() for one in self.baselines if one.name not in self.absent}
+        self.facts = machine.conditions(nvml) | self.facts | {"peers": versions}
+        report.print_facts(self.console, report.conditions_in_words(self.facts) | versions | self.absent)
+        cublas = machine.cublas(nvml)
+        rate = self.facts["cublas_tflops"] = machine.cublas_tflops(cublas)
+        self.facts["cublas_watts"], self.facts["cublas_sm_mhz"] = cublas.watts, cublas.sm_mhz
+        report.print_facts(self.console, {"cuBLAS": report.rate(self.facts)})
+        how = dict(rounds=self.rounds, graph=self.graph, cublas_tflops=rate)
+        return gpu_setup(monitor=lambda: machine.Monitor(nvml.read), **how)
+
+    def _time(self, setup: Setup) -> None:
+        progress, count, steps = Progress(), len(self.groups), self.steps or 1
+        task = progress.add_task("", total=count * steps)
+        stepping = replace(setup, step=lambda name: progress.advance(task)) if self.steps else setup
+        for i, make in enumerate(self.groups.values()):
+            progress.update(task, completed=i * steps, description=f"cell {i + 1} of {count}")
             with progress:
                 records = measure(make, stepping)
-            if not steps:
+            if not self.steps:
                 progress.advance(task)
             self.keep(records)
             self.write(complete=False)

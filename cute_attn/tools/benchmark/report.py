@@ -154,7 +154,7 @@ def conditions_in_words(facts: dict[str, Any]) -> dict[str, str]:
         f"nvidia-cutlass-dsl {f['cutlass_dsl']}, cute_attn {f['cute_attn']}, Python {f['python']}",
         "kernels": f"sha256 {f['kernels_sha256']}",
         "date": f["date"],
-        "problem": f"{f['dtype']}, {f['layout']} in memory, "
+        "problem": (f"{f['dtype']}, {f['layout']} in memory, " if "layout" in facts else "")
         + ("; ".join(facts["shapes"]) if len(facts["shapes"]) <= 4 else f"{len(facts['shapes'])} cells"),
         "FLOP": f["flop"],
     }
