@@ -131,9 +131,9 @@ def errors(o: torch.Tensor, chosen: Sequence[tuple[int, int]], true: torch.Tenso
     return Errors(wrong.abs().mean().item(), wrong.abs().max().item(), (wrong.norm() / true.norm()).item())
 
 
-def output(contender: Implementation, x: Inputs) -> torch.Tensor:
+def output(implementation: Implementation, x: Inputs) -> torch.Tensor:
     """Its o (B, H, Sq, D), in memory that held NaN before: what a call leaves unwritten is seen."""
-    prepared = contender.prepare(x)
+    prepared = implementation.prepare(x)
     poison = torch.full_like(x.q, torch.nan)
     del poison  # torch's allocator hands this memory out again
     return prepared.bhsd(first_run(prepared))
@@ -162,13 +162,13 @@ def verdict(ours: Errors, limit: float) -> str:
     return "ok" if ours.max <= limit else "error too large"
 
 
-def measure(kind: str, problem: Problem, peer: Implementation, on: torch.device) -> list[Entry]:
-    """Ours' entry, with its verdict, and the peer's. None for errors that are not finite."""
+def measure(kind: str, problem: Problem, baseline: Implementation, on: torch.device) -> list[Entry]:
+    """Ours' entry, with its verdict, and the baseline's. None for errors that are not finite."""
     x = INPUTS[kind](make_inputs(problem, on))
     chosen = pairs(problem)
     true = truth(x, chosen)
     largest = true.abs().max().item()
-    ours, theirs = (errors(output(contender, x), chosen, true) for contender in (CuteAttn(), peer))
+    ours, theirs = (errors(output(one, x), chosen, true) for one in (CuteAttn(), baseline))
     limit = allowed(theirs, largest, x.q.dtype)
     cell = {
         "shape": shape_word(problem),
@@ -181,7 +181,7 @@ def measure(kind: str, problem: Problem, peer: Implementation, on: torch.device)
     judged = {"allowed": _finite(limit), "verdict": verdict(ours, limit)}
     return [
         {**cell, "contender": OURS, **_numbers(ours), **judged},
-        {**cell, "contender": peer.name, **_numbers(theirs), "allowed": None, "verdict": None},
+        {**cell, "contender": baseline.name, **_numbers(theirs), "allowed": None, "verdict": None},
     ]
 
 

@@ -284,7 +284,7 @@ def test_a_cell_on_the_cpu_has_every_field():
     who = [implementations.CuteAttn(), implementations.BASELINES["math"], implementations.BASELINES["fa3"]]
     ours, math_, fa3 = cells.measure(problem, who, {"fa3": "not installed (no module x)"}, setup)
     assert ours["shape"] == "2,4,24,16" and ours["contender"] == "cute_attn" and ours["mode"] == "eager"
-    assert ours["tflops"] == pytest.approx(problem.flops() / 100.0 / 1e6)
+    assert ours["tflops"] == pytest.approx(Spec(problem).workload().flops / 100.0 / 1e6)
     moved = 2 * 4 * 24 * (4 * 16 * 2 + 4)  # in 8 heads: q, k, v and o of 2 bytes, lse of 4
     assert (ours["bytes"], ours["gb_per_s"]) == (moved, pytest.approx(moved / 100.0 / 1e3))
     assert (ours["bound"], ours["roofline_us"]) == ("memory", pytest.approx(moved / 4.8e6))
@@ -735,7 +735,7 @@ def synthetic_sweep(contenders_=("cute_attn", "cudnn", "flash", "fa3", "fa4"), m
     """Plausible times for the whole grid."""
     records = []
     for (batch, heads, seqlen, head_dim), causal in cells.sweep():
-        flops = Problem(batch, heads, heads, seqlen, seqlen, head_dim, causal=causal).flops()
+        flops = Spec(Problem(batch, heads, heads, seqlen, seqlen, head_dim, causal=causal)).workload().flops
         cell = []
         for i, name in enumerate(contenders_):
             for mode in modes:

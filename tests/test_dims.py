@@ -319,9 +319,8 @@ def test_warmup_compiles_a_pairs_kernels(monkeypatch, caplog):
     assert {(c.head_dim, c.d_v) for c in large} == {(512, 512), (384, 384), (512, 64), (384, 64)}
 
 
-def test_flops_and_inputs_of_a_pair():
+def test_inputs_of_a_pair():
     p = problem((192, 128), seqlen_q=10, seqlen_k=20)
-    assert p.flops() == 2 * 4 * 8 * 10 * 20 * (192 + 128) == 2 * p._replace(causal=True).flops()
     q, k, v, _ = make_inputs(p, torch.device("cpu"))
     assert (q.shape, k.shape, v.shape) == ((4, 8, 10, 192), (4, 8, 20, 192), (4, 8, 20, 128))
 

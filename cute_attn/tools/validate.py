@@ -161,10 +161,10 @@ def steady(lab: Lab) -> Finding:
 
 def over_cudnn(lab: Lab) -> Finding:
     assert lab.setup is not None
-    ours, peer, cells, records = CuteAttn(), BASELINES[gates.PEER], lab.cells, []
-    absent = {gates.PEER: reason} if (reason := peer.absent()) else {}
+    ours, baseline, cells, records = CuteAttn(), BASELINES[gates.BASELINE], lab.cells, []
+    absent = {gates.BASELINE: reason} if (reason := baseline.absent()) else {}
     for problem in each([*cells.values()], "cells over cuDNN"):
-        records += measure(problem, [ours, peer], absent, lab.setup)
+        records += measure(problem, [ours, baseline], absent, lab.setup)
     found = gates.compare({name: lab.recorded["gates"][name] for name in cells}, records)
     least = min(found, key=lambda cell: (cell.ratio or 0.0) / cell.gate)
     words = f"{sum(cell.passed for cell in found)} of {len(found)} cells; least "

@@ -176,12 +176,13 @@ def _eager_errors(prepared: Prepared, truth: Truth | None) -> tuple:
     first = first_run(prepared)
     if truth is None:
         return None, None
-    o = torch.full_like(prepared.bhsd(first).fill_(torch.nan), torch.nan)
-    del first  # torch's allocator hands this memory out again: what a call leaves unwritten stays NaN
-    errors = [truth.errors(prepared.bhsd(first_run(prepared)))]
+    errors, o = [], prepared.bhsd(first).fill_(torch.nan)
     if prepared.into is not None:
         prepared.into(o)
         errors.append(truth.errors(o))
+        o.fill_(torch.nan)
+    del first, o  # torch's allocator hands this memory out again: what a call leaves unwritten stays NaN
+    errors.append(truth.errors(prepared.bhsd(first_run(prepared))))
     return max(e[0] for e in errors), max(e[1] for e in errors)
 
 

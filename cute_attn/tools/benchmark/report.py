@@ -302,7 +302,7 @@ def write_csv(path: Path, conditions: dict[str, Any], records: Sequence[Record])
     kept = {key: conditions.get(key) for key in ("gpu", "date", "kernels_sha256")}
     lines = []
     for record in records:
-        flat = {key: value for key, value in record.items() if key not in ("ratios", "rounds_us")}
+        flat = {key: value for key, value in record.items() if key not in ("features", "ratios", "rounds_us")}
         rounds = " ".join(f"{x:.3f}" for x in record["rounds_us"] or ())
         ratios = {f"over_{baseline}": record["ratios"].get(baseline) for baseline in baselines}
         lines.append({**flat, "rounds_us": rounds, **ratios, **kept})

@@ -15,6 +15,7 @@ from ...kernels.config import FwdConfig
 from ...tuned import Key, Row
 from ..benchmark.report import write_json
 from ..benchmark.timing import METHOD
+from ..benchmark.workload import Spec
 from .choose import MARGIN, Rows, serving
 from .trial import HIDDEN, SCREEN, Outcome, problem
 
@@ -167,4 +168,5 @@ def _finite(value: float | None) -> float | None:
 
 def _tflops(key: Key, outcomes: Outcomes, config: FwdConfig, tokens: int) -> dict[str, float]:
     times = {s: outcome.stats[config].p50_us for s, outcome in outcomes.items() if config in outcome.stats}
-    return {str(s): float(f"{problem(key, s, tokens).flops() / us / 1e6:.4g}") for s, us in times.items()}
+    flops = {s: Spec(problem(key, s, tokens)).workload().flops for s in times}
+    return {str(s): float(f"{flops[s] / us / 1e6:.4g}") for s, us in times.items()}
