@@ -393,7 +393,7 @@ def test_torch_is_not_comparable_where_its_mask_is_another():
 
 def test_graphs_add_rows_and_host_times(monkeypatch):
     who = [implementations.CuteAttn(), implementations.BASELINES["math"]]
-    monkeypatch.setattr(frame, "host_us", lambda call, us, timer: us / 10)
+    monkeypatch.setattr(timing, "host_us", lambda call, us, timer: us / 10)
     replayed = (1e-3, 2e-3)
     monkeypatch.setattr(frame, "_replay", lambda prepared, *_: (timing.Call(prepared.call.run, 20), replayed))
     records = cells.measure(SMALL, who, {}, fake_setup(rounds=1, graph=True))

@@ -18,7 +18,7 @@ from .implementations import DEFAULT_BASELINES, CuteAttn, Inputs, Prepared
 from .progress import each
 from .report import Column, Record
 from .timing import EAGER, Call
-from .workload import Spec
+from .workload import FIELDS, Spec
 
 NAMES = ("one tile per CTA", "multi-stage ring", "persistent", "GEMM/softmax overlap", "tuned plan")
 TUNED = NAMES[-1]
@@ -120,7 +120,7 @@ def with_stages(records: list[Record]) -> list[Record]:
         record |= dict(stage=None, adds=None, config=None, gain=None)
         stage = stages.get(record["contender"])
         if stage is not None:
-            problem = Problem(**{key: record[key] for key in Problem._fields if key in record})
+            problem = Problem(**{name: record[name] for name in FIELDS})
             config = stage.config(problem)
             before = NAMES[stage.number - 2] if stage.number > 1 else None
             record |= dict(stage=stage.number, adds=stage.adds(problem), kernel=config.name, config=repr(config))

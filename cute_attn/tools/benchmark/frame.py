@@ -16,24 +16,10 @@ from rich.console import Console
 
 from ... import device
 from ...plan import plan
-from . import machine, report
+from . import machine, report, timing
 from .implementations import OURS, Implementation, Prepared, first_line, first_run
 from .progress import Progress
-from .timing import (
-    EAGER,
-    GRAPH,
-    METHOD,
-    ROUNDS,
-    Call,
-    CudaTimer,
-    NoMonitor,
-    Stats,
-    Timer,
-    compare,
-    graph_calls,
-    graphed,
-    host_us,
-)
+from .timing import EAGER, GRAPH, METHOD, ROUNDS, Call, CudaTimer, NoMonitor, Stats, Timer
 from .workload import Spec
 
 SCHEMA = 2  # of a record's file; 1, without a number: `entries` or `cells` with fewer fields, a form for each script
@@ -119,11 +105,11 @@ def _measure(rows: Sequence[Row], setup: Setup) -> list[Record]:
     }
     calls = {name: attempt.call for name, (_, attempt) in attempts.items() if attempt.call is not None}
     with setup.monitor() as monitor:
-        stats = compare(calls, rounds=setup.rounds, timer=setup.timer, monitor=monitor, step=setup.step)
+        stats = timing.compare(calls, rounds=setup.rounds, timer=setup.timer, monitor=monitor, step=setup.step)
     for name, call in calls.items():
         row, attempt = attempts[name]
         if (setup.graph or row.host) and attempt.mode == EAGER:
-            attempt.host_us = host_us(call, stats[name].p50_us, setup.timer)
+            attempt.host_us = timing.host_us(call, stats[name].p50_us, setup.timer)
     return [record(row, attempt, stats.get(name), setup) for name, (row, attempt) in attempts.items()]
 
 
@@ -165,7 +151,7 @@ def _attempt(row: Row, new: Attempt, prepare: Callable[[], tuple[Call, tuple]]) 
 
 def _replay(prepared: Prepared, row: Row) -> tuple[Call, tuple]:
     """Its graph, and the errors of what a replay wrote over NaN."""
-    call, last = graphed(prepared.call, graph_calls(row.spec.workload().flops))
+    call, last = timing.graphed(prepared.call, timing.graph_calls(row.spec.workload().flops))
     prepared.bhsd(last).fill_(torch.nan)
     call.run()
     return call, row.truth.errors(prepared.bhsd(last)) if row.truth else (None, None)

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...problem import Problem
 from .implementations import OURS
 from .timing import EAGER, GRAPH, geomean
+from .workload import FIELDS
 
 Record = dict[str, Any]
 
@@ -235,7 +235,7 @@ def by_ratio(records: Sequence[Record], baselines: Record, name: str) -> list[Re
         ratio = ratios.get((record["shape"], record["causal"], False))
         cudnn = record["contender"] == "cudnn" and record["mode"] == EAGER and record["tflops"]
         if cudnn and ratio and baselines.get("dtype") == record["dtype"]:
-            problem = {key: record[key] for key in ("shape", *Problem._fields, "flops") if key in record}
+            problem = {key: record[key] for key in ("shape", *FIELDS, "flops") if key in record}
             found.append(problem | dict(contender=name, mode=BY_RATIO, tflops=record["tflops"] * ratio))
     return found
 

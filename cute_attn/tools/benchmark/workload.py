@@ -17,6 +17,7 @@ from ...problem import Problem
 FLOP_FORMULA = "2 (D + Dv) for each visible (query, key) pair of each head"
 BYTES_FORMULA = "q, k, v read once, o and lse written once; keys that no query sees are left out"
 LSE_BYTES = 4
+FIELDS = tuple(name for name in Problem._fields if name not in ("kinds", "features"))  # of a problem, in a record
 
 
 class Peak(NamedTuple):
@@ -100,7 +101,7 @@ class Spec:
 
     def facts(self) -> dict[str, Any]:
         """As a record has it."""
-        fields = {name: value for name, value in self.problem._asdict().items() if name != "kinds"}
+        fields = {name: getattr(self.problem, name) for name in FIELDS}
         ragged = {"sequences": len(self.lengths), "tokens": sum(q for q, _ in self.lengths)} if self.lengths else {}
         window = {} if self.window == (None, None) else {"window": list(self.window)}
         features = {**ragged, **window, **self.features} | ({"backward": True} if self.backward else {})
