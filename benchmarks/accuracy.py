@@ -27,11 +27,20 @@ from cute_attn import compile, device, reference
 from cute_attn.checks import TORCH_DTYPES
 from cute_attn.plan import Problem, plan
 from cute_attn.tools.bench import WIDTH, out_file
-from cute_attn.tools.benchmark.cells import shape_word, sweep
-from cute_attn.tools.benchmark.contenders import OURS, PEERS, Contender, CuteAttn, Inputs, first_run, make_inputs
+from cute_attn.tools.benchmark.cells import sweep
+from cute_attn.tools.benchmark.implementations import (
+    BASELINES,
+    OURS,
+    CuteAttn,
+    Implementation,
+    Inputs,
+    first_run,
+    make_inputs,
+)
 from cute_attn.tools.benchmark.machine import no_hopper
 from cute_attn.tools.benchmark.progress import each, steps
 from cute_attn.tools.benchmark.report import write_json
+from cute_attn.tools.benchmark.workload import shape_word
 
 ROOT = Path(__file__).parent.parent
 CUDNN = "cudnn"
@@ -46,7 +55,7 @@ METHOD = {
     "checked": f"2 (batch, head) pairs of a cell up to S {SEQLEN_OF_TWO}, 1 above; NaN and inf are looked for in all",
     "max_error, mean_error": "absolute, over the checked pairs",
     "relative_error": "norm of the difference / norm of the truth",
-    "normal": "random normal q, k, v, the same for both contenders",
+    "normal": "random normal q, k, v, the same for both",
     "growing to the first key, to the last key": f"logits rise by {GROWTH:g} from {GROUP} keys to the next {GROUP}",
     "logits of 1e4": "normal q, scaled so that the largest |logit| is 1e4",
     "allowed": f"{TOLERANCE:g} x cuDNN's max_error + half an ulp of the truth's largest magnitude",
@@ -122,9 +131,9 @@ def errors(o: torch.Tensor, chosen: Sequence[tuple[int, int]], true: torch.Tenso
     return Errors(wrong.abs().mean().item(), wrong.abs().max().item(), (wrong.norm() / true.norm()).item())
 
 
-def output(contender: Contender, x: Inputs) -> torch.Tensor:
+def output(implementation: Implementation, x: Inputs) -> torch.Tensor:
     """Its o (B, H, Sq, D), in memory that held NaN before: what a call leaves unwritten is seen."""
-    prepared = contender.prepare(x)
+    prepared = implementation.prepare(x)
     poison = torch.full_like(x.q, torch.nan)
     del poison  # torch's allocator hands this memory out again
     return prepared.bhsd(first_run(prepared))
@@ -153,13 +162,13 @@ def verdict(ours: Errors, limit: float) -> str:
     return "ok" if ours.max <= limit else "error too large"
 
 
-def measure(kind: str, problem: Problem, peer: Contender, on: torch.device) -> list[Entry]:
-    """Ours' entry, with its verdict, and the peer's. None for errors that are not finite."""
+def measure(kind: str, problem: Problem, baseline: Implementation, on: torch.device) -> list[Entry]:
+    """Ours' entry, with its verdict, and the baseline's. None for errors that are not finite."""
     x = INPUTS[kind](make_inputs(problem, on))
     chosen = pairs(problem)
     true = truth(x, chosen)
     largest = true.abs().max().item()
-    ours, theirs = (errors(output(contender, x), chosen, true) for contender in (CuteAttn(), peer))
+    ours, theirs = (errors(output(one, x), chosen, true) for one in (CuteAttn(), baseline))
     limit = allowed(theirs, largest, x.q.dtype)
     cell = {
         "shape": shape_word(problem),
@@ -172,7 +181,7 @@ def measure(kind: str, problem: Problem, peer: Contender, on: torch.device) -> l
     judged = {"allowed": _finite(limit), "verdict": verdict(ours, limit)}
     return [
         {**cell, "contender": OURS, **_numbers(ours), **judged},
-        {**cell, "contender": peer.name, **_numbers(theirs), "allowed": None, "verdict": None},
+        {**cell, "contender": baseline.name, **_numbers(theirs), "allowed": None, "verdict": None},
     ]
 
 
@@ -198,7 +207,7 @@ def compile_ahead(problems: Iterable[Problem]) -> None:
 
 
 def table(entries: Sequence[Entry]) -> Table:
-    """A row per cell: both contenders' errors, what is allowed, the verdict."""
+    """A row per cell: both implementations' errors, what is allowed, the verdict."""
     out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     out.add_column("cell")
     out.add_column("inputs")
@@ -250,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=out_file, default=ROOT / "benchmarks" / "results" / "accuracy.json")
     parser.add_argument("--dtype", type=_dtypes, default=list(TORCH_DTYPES), metavar="bf16,fp16", help="default both")
     arguments = parser.parse_args(argv)
-    cudnn = PEERS[CUDNN]
+    cudnn = BASELINES[CUDNN]
     reason = no_hopper() or cudnn.absent()
     if reason is not None:
         print(f"benchmarks/accuracy.py: a Hopper GPU and cuDNN are needed: {reason}", file=sys.stderr)

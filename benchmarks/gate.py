@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from statistics import geometric_mean
 
-from cute_attn.tools.benchmark.gates import PEER, PROBLEM, Cell, compare, ratios
+from cute_attn.tools.benchmark.gates import BASELINE, PROBLEM, Cell, compare, ratios
 
 ROOT = Path(__file__).parent.parent
 GATES = ROOT / "benchmarks" / "gates.json"
@@ -27,7 +27,7 @@ def gates(sweep: dict, source: str) -> dict:
         raise ValueError("gates come from a complete sweep, and this one is not")
     conditions = sweep["conditions"]
     facts = {key: conditions[key] for key in ("date", "kernels_sha256", *MACHINE, *PROBLEM)}
-    return {"source": source, **facts, "ratio": f"{PEER}'s time / ours, p50", "gates": ratios(sweep["records"])}
+    return {"source": source, **facts, "ratio": f"{BASELINE}'s time / ours, p50", "gates": ratios(sweep["records"])}
 
 
 def cells_of(recorded: dict, sweep: dict) -> list[Cell]:

@@ -1,82 +1,77 @@
 """Times what changes scores beside the plain kernel, and user functions and block masks beside compiled FlexAttention.
 
-python benchmarks/modifiers.py [--out FILE]
+python benchmarks/modifiers.py [--out FILE] [--only WORD]
 
-bf16. `over_plain` is the time over that of our plain kernel on the same shape; `times_ours` that of FlexAttention over
-ours. Exit status 1 where an output is wrong; 2 without a Hopper GPU.
+bf16. The baseline of softcap, alibi_slopes and sinks is our plain kernel on the same shape; that of the others is
+FlexAttention. Exit status 1 where an output is wrong; 2 without a Hopper GPU.
 """
 
 import sys
-from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
-from gpu_tests import where
-from script import record_of
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from script import main
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from cute_attn import flash_fwd
 from cute_attn.plan import Problem
-from cute_attn.tools.benchmark.contenders import OURS, make_inputs
-from cute_attn.tools.benchmark.report import write_json
-from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, compare
-
-ERROR_MAX = 1e-2  # of ours beside FlexAttention's, relative
-Entry = dict[str, Any]
+from cute_attn.tools.benchmark.cells import Truth
+from cute_attn.tools.benchmark.frame import Row
+from cute_attn.tools.benchmark.implementations import OURS, make_inputs, plain
+from cute_attn.tools.benchmark.workload import Spec, cell_word, mask_pairs, shape_word
 
 
-def changed(head_dim: int, seqlen: int, causal: bool, device: torch.device) -> list[Entry]:
+def changed(p: Problem, device: torch.device) -> list[Row]:
     """softcap, alibi_slopes and sinks beside the plain kernel."""
-    heads = 2048 // head_dim
-    problem = Problem(16384 // seqlen, heads, heads, seqlen, seqlen, head_dim, causal=causal)
-    q, k, v = make_inputs(problem, device)[:3]
-    slopes, sinks = torch.linspace(0.01, 0.5, heads, device=device), torch.zeros(heads, device=device)
-    asked: dict[str, dict] = {
+    x = make_inputs(p, device)
+    slopes = dict(alibi_slopes=torch.linspace(0.01, 0.5, p.heads, device=device))
+    softcap, sinks = dict(softcap=50.0), dict(sinks=torch.zeros(p.heads, device=device))
+    asked: dict[str, dict[str, Any]] = {
         "plain": {},
-        "softcap": dict(softcap=50.0),
-        "alibi_slopes": dict(alibi_slopes=slopes),
-        "sinks": dict(sinks=sinks),
-        "all": dict(softcap=50.0, alibi_slopes=slopes, sinks=sinks),
+        "softcap": softcap,
+        "alibi_slopes": slopes,
+        "sinks": sinks,
+        "all": softcap | slopes | sinks,
     }
-    calls = {name: lambda how=how: flash_fwd(q, k, v, causal=causal, **how) for name, how in asked.items()}
-    stats = compare(calls, timer=CudaTimer())
-    shape = dict(shape=f"{problem.batch},{heads},{seqlen},{head_dim}", causal=causal)
-    plain = stats["plain"].p50_us
     return [
-        shape | dict(contender=n, us=s.p50_us, spread=s.spread, over_plain=s.p50_us / plain) for n, s in stats.items()
+        Row(
+            Spec(p, features=dict.fromkeys(how, True)),
+            {OURS: plain(partial(flash_fwd, *x[:3], causal=p.causal, **how))},
+            Truth(x, **how),
+            case=case,
+            baseline="plain",
+        )
+        for case, how in asked.items()
     ]
 
 
-def beside_flex(name: str, head_dim: int, seqlen: int, ours: dict, flex: dict, device: torch.device) -> list[Entry]:
-    heads = 2048 // head_dim
-    problem = Problem(16384 // seqlen, heads, heads, seqlen, seqlen, head_dim)
-    q, k, v = make_inputs(problem, device)[:3]
+def beside_flex(p: Problem, case: str, device: torch.device) -> list[Row]:
+    """A score or mask function, by ours and by FlexAttention."""
+    x = make_inputs(p, device)
+    ours, flex, mask_mod = functions(p, device)[case]
     theirs = torch.compile(flex_attention)
-    calls = {OURS: lambda: flash_fwd(q, k, v, **ours), "flex": lambda: theirs(q, k, v, **flex)}
-    shape = dict(case=name, shape=f"{problem.batch},{heads},{seqlen},{head_dim}")
-    try:
-        found, want = (call().float() for call in calls.values())
-    except Exception as error:  # Inductor may find no configuration that fits
-        return [shape | dict(contender="flex", us=None, reason=f"{type(error).__name__}: {error}"[:200])]
-    stats = compare(calls, timer=CudaTimer())
-    entries = [
-        shape | dict(contender=n, us=s.p50_us, spread=s.spread, times_ours=s.p50_us / stats[OURS].p50_us)
-        for n, s in stats.items()
-    ]
-    return [*entries, shape | dict(contender="error", relative_error=((found - want).norm() / want.norm()).item())]
+    calls = {OURS: plain(partial(flash_fwd, *x[:3], **ours)), "flex": plain(partial(theirs, *x[:3], **flex))}
+    score = {name: mod for name, mod in ours.items() if name == "score_mod"}
+    truth = Truth(x, **score, **(dict(mask_mod=mask_mod) if mask_mod else {}))
+    pairs = mask_pairs(mask_mod, p, device) if mask_mod else None
+    return [Row(Spec(p, pairs=pairs, features={case: True}), calls, truth, case, "flex")]
 
 
-def cases(head_dim: int, seqlen: int, device: torch.device) -> dict[str, tuple[dict, dict]]:
-    """What ours and FlexAttention are called with, by name."""
-    heads = 2048 // head_dim
-    bias = torch.randn(heads, 2 * seqlen, device=device)
-    documents = torch.arange(seqlen, device=device, dtype=torch.int32) // 600
+CASES = ("relative bias", "relative bias, causal", "bias by table", "causal mask_mod", "document")
+
+
+def functions(p: Problem, device: torch.device) -> dict[str, tuple[dict, dict, Any]]:
+    """What ours and FlexAttention are called with, and the mask that both mean, by case."""
+    bias = torch.randn(p.heads, 2 * p.seqlen_k, device=device)
+    documents = torch.arange(p.seqlen_k, device=device, dtype=torch.int32) // 600
 
     def relative(score, b, h, q_idx, kv_idx):
         return score + (kv_idx - q_idx) * 0.01
 
     def table(score, b, h, q_idx, kv_idx):
-        return score + bias[h, kv_idx - q_idx + seqlen]
+        return score + bias[h, kv_idx - q_idx + p.seqlen_k]
 
     def causal(b, h, q_idx, kv_idx):
         return q_idx >= kv_idx
@@ -84,43 +79,29 @@ def cases(head_dim: int, seqlen: int, device: torch.device) -> dict[str, tuple[d
     def document(b, h, q_idx, kv_idx):
         return (documents[q_idx] == documents[kv_idx]) & (q_idx >= kv_idx)
 
-    def blocks(mod) -> BlockMask:
-        return create_block_mask(mod, 1, 1, seqlen, seqlen, device=device)
+    def blocks(mod) -> dict:
+        return dict(block_mask=create_block_mask(mod, 1, 1, p.seqlen_q, p.seqlen_k, device=device))
 
-    by_mask = {
-        name: dict(block_mask=blocks(mod)) for name, mod in (("causal mask_mod", causal), ("document", document))
-    }
-    return {
-        "relative bias": (dict(score_mod=relative), dict(score_mod=relative)),
-        "relative bias, causal": (
-            dict(score_mod=relative, causal=True),
-            dict(score_mod=relative, block_mask=blocks(causal)),
-        ),
-        "bias by table": (dict(score_mod=table), dict(score_mod=table)),
-        **{name: (how, how) for name, how in by_mask.items()},
-    }
+    by_relative, by_table = dict(score_mod=relative), dict(score_mod=table)
+    found = (
+        (by_relative, by_relative, None),
+        (by_relative | dict(causal=True), by_relative | blocks(causal), causal),
+        (by_table, by_table, None),
+        *((blocks(mod), blocks(mod), mod) for mod in (causal, document)),
+    )
+    return dict(zip(CASES, found, strict=True))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    out = record_of("modifiers", __doc__, argv)
-    device = torch.device("cuda")
-    found: list[Entry] = []
+def problem(head_dim: int, seqlen: int, causal: bool = False) -> Problem:
+    heads = 2048 // head_dim
+    return Problem(16384 // seqlen, heads, heads, seqlen, seqlen, head_dim, causal=causal)
 
-    def note(entries: list[Entry]) -> None:
-        found.extend(entries)
-        for entry in entries:
-            print(entry, flush=True)
-        write_json(out, {**where(), "method": METHOD, "entries": found})
 
-    for head_dim in (128, 64):
-        for seqlen in (2048, 8192):
-            for causal in (False, True):
-                note(changed(head_dim, seqlen, causal, device))
-    for head_dim in (128, 64):
-        for name, (ours, flex) in cases(head_dim, 4096, device).items():
-            note(beside_flex(name, head_dim, 4096, ours, flex, device))
-    return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0
-
+SHAPES = [problem(*sizes) for sizes in product((128, 64), (2048, 8192), (False, True))]
+GROUPS = {f"scores {cell_word(p)}": partial(changed, p) for p in SHAPES} | {
+    f"{case} {shape_word(p)}": partial(beside_flex, p, case)
+    for p, case in product((problem(128, 4096), problem(64, 4096)), CASES)
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("modifiers", __doc__, GROUPS))

@@ -18,11 +18,11 @@ def record(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    peers, ladder, timeline = (record(name) for name in ("peers_h200_bf16", "ladder", "timeline"))
+    baselines, ablation, timeline = (record(name) for name in ("peers_h200_bf16", "ladder", "timeline"))
     for name in ("sweep_bf16", "sweep_fp16"):
         sweep = record(name)
-        plot.draw(RESULTS / f"{name}.png", sweep["records"], sweep["conditions"], peers)
-    plot.draw_ladder(RESULTS / "ladder.png", ladder["records"], ladder["conditions"])
+        plot.draw(RESULTS / f"{name}.png", sweep["records"], sweep["conditions"], baselines)
+    plot.draw_ablation(RESULTS / "ladder.png", ablation["records"], ablation["conditions"])
     spans = [Span(**span) for span in timeline["spans"]]
     timeline_plot.draw(RESULTS / "timeline.png", spans, timeline_plot.title_of(timeline))
 

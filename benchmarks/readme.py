@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks/readme.py writes from here -->", "<!-- to here -->"
 SHAPES = ("shapes_full", "shapes_causal", "gqa_full", "gqa_causal")  # records of the shapes outside of the sweep
-PEERS = {"flash": "FlashAttention-2 (torch's)", "fa4": "FlashAttention-4", "torch varlen": "torch's varlen_attn"}
+BASELINES = {"flash": "FlashAttention-2 (torch's)", "fa4": "FlashAttention-4", "torch varlen": "torch's varlen_attn"}
 SCORES = {"softcap": "softcap", "alibi_slopes": "ALiBi", "sinks": "sinks", "all": "all three"}
-BESIDE = "peers_h200_bf16"  # the peers beside each other
-BEGIN_LADDER = "<!-- benchmarks/readme.py writes the ladder from here -->"
+BESIDE = "peers_h200_bf16"  # the baselines beside each other
+BEGIN_ABLATION = "<!-- benchmarks/readme.py writes the ladder from here -->"
 
 
 def rows(sweep: dict) -> list[str]:
@@ -61,7 +61,7 @@ def text(sweep: dict) -> str:
 
 
 def over_best(ours: list[dict]) -> list[str]:
-    """Ours over the best peer of the peers' record, cell by cell, through cuDNN; nothing without that record."""
+    """Ours over the best baseline of its record, cell by cell, through cuDNN; nothing without that record."""
     cells = {(c["shape"], c["causal"]): c for c in record(BESIDE)["cells"] if not c.get("graph")}
     both = [(r, cells[key]) for r in ours if (key := (r["shape"], r["causal"])) in cells]
     if not both:
@@ -86,7 +86,7 @@ def ours_in(name: str) -> list[dict]:
 
 
 def beside(peer: str, name: str, ours: list[dict], dtype: str = "bf16") -> list[str]:
-    """How much faster than a peer of the same run; nothing where it did not run."""
+    """How much faster than a baseline of the same run; nothing where it did not run."""
     ratios = [r["ratios"][peer] for r in ours if peer in r["ratios"]]
     if not ratios:
         return []
@@ -140,7 +140,7 @@ def features() -> list[str]:
 
 
 def stuck() -> list[str]:
-    """Times of peers that are no measure of ours."""
+    """Times of baselines that are no measure of ours."""
     slow = [e for e in recorded("modifiers") if e["contender"] == "flex" and (e["us"] or 0) > 1e4]
     words = [f"FlexAttention's own kernel of {e['shape']}, {e['case']}, takes {e['us'] / 1e3:.0f} ms." for e in slow]
     return ["", *words] if words else []
@@ -158,7 +158,17 @@ def record(name: str) -> dict:
 
 
 def recorded(name: str) -> list[dict]:
-    return record(name)["entries"]
+    """What a script timed; in files of schema 2 the records, by the names that schema 1 has for their fields."""
+    content = record(name)
+    return [entry_of(r) for r in content["records"]] if content.get("schema") == 2 else content["entries"]
+
+
+def entry_of(r: dict) -> dict:
+    """A case that ours alone runs has its name in place of ours."""
+    alone = r["contender"] == "cute_attn" and r["case"] in ("plain", *SCORES, "equal lengths")
+    x, ours = r["x_baseline"], r["ratios"].get("cute_attn")
+    times = dict(us=r["p50_us"], times_dense=x, over_plain=x and 1 / x, times_ours=ours and 1 / ours)
+    return r | r["features"] | times | dict(contender=r["case"] if alone else r["contender"])
 
 
 def head_dim_of(entry: dict) -> int:
@@ -167,21 +177,23 @@ def head_dim_of(entry: dict) -> int:
 
 def windows() -> Iterator[tuple[str, int, float]]:
     for e in recorded("window"):
-        if e["contender"] in PEERS and e["us"]:
-            name = f"causal windows of 256 and 1024 keys, 8k and 32k: times as fast as {PEERS[e['contender']]}"
+        if e["contender"] in BASELINES and e["us"]:
+            name = f"causal windows of 256 and 1024 keys, 8k and 32k: times as fast as {BASELINES[e['contender']]}"
             yield name, head_dim_of(e), e["times_ours"]
 
 
 def packed() -> Iterator[tuple[str, int, float]]:
     found = recorded("varlen")
     what = "64 packed sequences of 64 to 8192"
-    for e in found:
-        if e["contender"] == "of equal lengths":
-            yield f"{what}: TFLOPS over those of equal lengths", e["head_dim"], e["ratio"]
+    tflops = {(e["head_dim"], e["causal"], e["contender"]): e["tflops"] for e in found if e.get("tflops")}
+    for (head_dim, causal, contender), own in tflops.items():
+        if contender == "cute_attn":
+            even = tflops[head_dim, causal, "equal lengths"]
+            yield f"{what}: TFLOPS over those of equal lengths", head_dim, own / even
     ours = {(e["head_dim"], e["causal"]): e["us"] for e in found if e["contender"] == "cute_attn"}
     for e in found:
-        if e["contender"] in PEERS and e["us"]:
-            name = f"{what}: times as fast as {PEERS[e['contender']]}"
+        if e["contender"] in BASELINES and e["us"]:
+            name = f"{what}: times as fast as {BASELINES[e['contender']]}"
             yield name, e["head_dim"], e["us"] / ours[e["head_dim"], e["causal"]]
 
 
@@ -206,7 +218,7 @@ def lists() -> Iterator[tuple[str, int, float]]:
 
 
 def rungs(records: list[dict]) -> list[str]:
-    """A row per stage, then one per peer, of one cell."""
+    """A row per stage, then one per baseline, of one cell."""
     lines = ["| | what it adds | us | TFLOPS | gain | over cuDNN | rel. error |", "|---|---|---|---|---|---|---|"]
     for r in records:
         name = f"{r['stage']}. {r['contender']}" if r["stage"] else r["contender"]
@@ -217,10 +229,10 @@ def rungs(records: list[dict]) -> list[str]:
     return lines
 
 
-def ladder_text(ladder: dict) -> str:
+def ablation_text(ablation: dict) -> str:
     """A table per cell, eager calls only; then the plot."""
-    c, cells = ladder["conditions"], {}
-    for r in ladder["records"]:
+    c, cells = ablation["conditions"], {}
+    for r in ablation["records"]:
         if r["p50_us"] is not None and r["mode"] == "eager":
             cells.setdefault((r["shape"], "causal" if r["causal"] else "full", r["dtype"]), []).append(r)
     lines = [
@@ -242,12 +254,12 @@ def filled(readme: str, begin: str, content: str) -> str:
 
 
 def main() -> None:
-    readme, ladder, how = ROOT / "README.md", RESULTS / "ladder.json", ROOT / "docs" / "how_it_works.md"
+    readme, ablation, how = ROOT / "README.md", RESULTS / "ladder.json", ROOT / "docs" / "how_it_works.md"
     words = filled(readme.read_text(), BEGIN, text(json.loads((RESULTS / "sweep_bf16.json").read_text())))
-    if ladder.exists():
-        content = ladder_text(json.loads(ladder.read_text()))
-        words = filled(words, BEGIN_LADDER, content)
-        how.write_text(filled(how.read_text(), BEGIN_LADDER, content.replace("](", "](../")))
+    if ablation.exists():
+        content = ablation_text(json.loads(ablation.read_text()))
+        words = filled(words, BEGIN_ABLATION, content)
+        how.write_text(filled(how.read_text(), BEGIN_ABLATION, content.replace("](", "](../")))
     readme.write_text(words)
 
 

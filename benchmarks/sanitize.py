@@ -30,7 +30,7 @@ from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
 from cute_attn.operands import o_like
 from cute_attn.plan import HEAD_DIMS, MODIFIED, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
-from cute_attn.tools.benchmark.contenders import make_inputs
+from cute_attn.tools.benchmark.implementations import make_inputs
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("racecheck", "memcheck", "initcheck")

@@ -1,9 +1,9 @@
 """Times packed sequences of drawn lengths beside equal ones of the same work, and beside others' varlen.
 
-python benchmarks/varlen.py [--out FILE]
+python benchmarks/varlen.py [--out FILE] [--only WORD]
 
-64 sequences, lengths drawn from 64 to 8192 with a fixed seed, 16 heads, bf16, full and causal. TFLOPS are of the sum
-over the sequences. Exit status 1 where an output is wrong; 2 without a Hopper GPU.
+64 sequences, lengths drawn from 64 to 8192 with a fixed seed, 16 heads, bf16, full and causal; the baseline is torch's
+FlashAttention-2. Exit status 1 where an output is wrong; 2 without a Hopper GPU.
 """
 
 import inspect
@@ -11,21 +11,23 @@ import math
 import random
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from gpu_tests import where
-from script import record_of
+from script import absent, main
 
 from cute_attn import flash_fwd, flash_fwd_varlen
-from cute_attn.tools.benchmark.contenders import OURS
-from cute_attn.tools.benchmark.report import write_json
-from cute_attn.tools.benchmark.timing import METHOD, CudaTimer, Timer, compare
+from cute_attn.plan import Problem
+from cute_attn.tools.benchmark.cells import Truth
+from cute_attn.tools.benchmark.frame import Row
+from cute_attn.tools.benchmark.implementations import BASELINES, OURS, FlashAttention, Inputs, plain
+from cute_attn.tools.benchmark.workload import Spec
 
 BATCH, SHORTEST, LONGEST, HEADS, HEAD_DIMS, SEED = 64, 64, 8192, 16, (64, 128), 0
-ERROR_MAX = 1e-2  # of ours beside the first peer's, relative
-WANTED = 0.85  # of the TFLOPS of equal lengths
+CHECKED = 4  # sequences that are compared
+PACKAGES = FlashAttention("fa2", "flash_attn"), BASELINES["fa3"], BASELINES["fa4"]
 
 
 class Packing(NamedTuple):
@@ -37,10 +39,34 @@ class Packing(NamedTuple):
     lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor
 
-    def flops(self, causal: bool) -> float:
-        """4 H S S D of each sequence, halved for causal."""
+    def spec(self, causal: bool) -> Spec:
         _, heads, head_dim = self.q.shape
-        return 4.0 * heads * head_dim * sum(n * n for n in self.lengths) / (2 if causal else 1)
+        longest = max(self.lengths)
+        p = Problem(len(self.lengths), heads, heads, longest, longest, head_dim, "bf16", "bshd", causal)
+        return Spec(p, lengths=tuple((n, n) for n in self.lengths))
+
+
+class VarlenTruth:
+    """float32 attention of some heads of some sequences, the shortest and the longest among them."""
+
+    def __init__(self, p: Packing, causal: bool):
+        order = sorted(range(len(p.lengths)), key=lambda i: p.lengths[i])
+        count = min(CHECKED, len(order))
+        starts = [0, *accumulate(p.lengths)]
+        self._of = {}
+        for i in {order[n * (len(order) - 1) // max(count - 1, 1)] for n in range(count)}:
+            part = slice(starts[i], starts[i + 1])
+            q, k, v = (x[None, part].transpose(1, 2) for x in p[:3])
+            problem = Problem(1, q.shape[1], k.shape[1], p.lengths[i], p.lengths[i], q.shape[3], causal=causal)
+            self._of[i] = part, Truth(Inputs(q, k, v, problem))
+        self.pairs = [(i, h) for i, (_, truth) in self._of.items() for _, h in truth.pairs]
+
+    def errors(self, o: torch.Tensor) -> tuple[float, float]:
+        """Of o (total, H, D): the largest of the sequences'; inf where o is not finite."""
+        if not torch.isfinite(o).all():
+            return torch.inf, torch.inf
+        every = [truth.errors(o[None, part].transpose(1, 2)) for part, truth in self._of.values()]
+        return max(e[0] for e in every), max(e[1] for e in every)
 
 
 def drawn(seed: int = SEED) -> tuple[int, ...]:
@@ -68,7 +94,7 @@ def ours(p: Packing, causal: bool) -> torch.Tensor:
 def dense(p: Packing, causal: bool) -> torch.Tensor:
     """flash_fwd, for equal lengths."""
     q, k, v = (x.unflatten(0, (len(p.lengths), -1)) for x in p[:3])
-    return flash_fwd(q, k, v, causal=causal, layout="bshd")
+    return flash_fwd(q, k, v, causal=causal, layout="bshd").flatten(0, 1)
 
 
 def flash(p: Packing, causal: bool) -> torch.Tensor:
@@ -77,84 +103,43 @@ def flash(p: Packing, causal: bool) -> torch.Tensor:
     return torch.ops.aten._flash_attention_forward(p.q, p.k, p.v, *how)[0]
 
 
-def torch_varlen() -> Callable | None:
-    """torch.nn.attention.varlen, of whatever version; None where torch has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
+def torch_varlen(p: Packing, causal: bool) -> torch.Tensor:
+    """torch.nn.attention.varlen, of whatever version."""
+    from torch.nn.attention.varlen import varlen_attn
+
     old = "is_causal" in inspect.signature(varlen_attn).parameters
-
-    def call(p: Packing, causal: bool) -> torch.Tensor:
-        how = dict(is_causal=causal) if old else dict(window_size=(-1, 0 if causal else -1))
-        return varlen_attn(p.q, p.k, p.v, p.cu_seqlens, p.cu_seqlens, max(p.lengths), max(p.lengths), **how)
-
-    return call
+    how = dict(is_causal=causal) if old else dict(window_size=(-1, 0 if causal else -1))
+    return varlen_attn(p.q, p.k, p.v, p.cu_seqlens, p.cu_seqlens, max(p.lengths), max(p.lengths), **how)
 
 
-def fa(module: str) -> Callable | None:
-    """FlashAttention-2's, -3's or -4's own package, where it is installed."""
-    try:
-        call = __import__(module, fromlist=["flash_attn_varlen_func"]).flash_attn_varlen_func
-    except (ImportError, AttributeError):
-        return None
+def package(one: FlashAttention, p: Packing, causal: bool):
+    """FlashAttention-2's, -3's or -4's own package."""
+    call = one.function("flash_attn_varlen_func")
     known = inspect.signature(call).parameters
-
-    def run(p: Packing, causal: bool) -> torch.Tensor:
-        lengths = {f"cu_seqlens_{x}": p.cu_seqlens for x in "qk"}
-        hints = {name: max(p.lengths) for name in ("max_seqlen_q", "max_seqlen_k") if name in known}
-        found = call(p.q, p.k, p.v, **lengths, **hints, causal=causal)
-        return found[0] if isinstance(found, tuple) else found
-
-    return run
+    lengths = {f"cu_seqlens_{x}": p.cu_seqlens for x in "qk"}
+    hints = {name: max(p.lengths) for name in ("max_seqlen_q", "max_seqlen_k") if name in known}
+    return call(p.q, p.k, p.v, **lengths, **hints, causal=causal)
 
 
-def peers() -> dict[str, Callable]:
-    found = {
-        "flash": flash,
-        "torch varlen": torch_varlen(),
-        "fa2": fa("flash_attn"),
-        "fa3": fa("flash_attn_interface"),
-        "fa4": fa("flash_attn.cute"),
-    }
-    return {name: call for name, call in found.items() if call is not None}
+def row(case: str, p: Packing, causal: bool, calls: dict[str, Callable]) -> Row:
+    prepared = {name: plain(partial(call, p, causal)) for name, call in calls.items()}
+    return Row(p.spec(causal), prepared, VarlenTruth(p, causal), case, "flash", absent(PACKAGES))
 
 
-def entries(head_dim: int, causal: bool, others: dict[str, Callable], device: torch.device, timer: Timer):
-    """Times of ours, of equal lengths and of each peer; a peer that does not take it has none, and says why."""
+def rows(head_dim: int, causal: bool, device: torch.device) -> list[Row]:
     mixed = pack(drawn(), head_dim, device)
     even = pack(equal(mixed.lengths), head_dim, device)
-    calls = {OURS: (ours, mixed), "equal lengths": (ours, even), "equal, dense": (dense, even)}
-    calls |= {name: (call, mixed) for name, call in others.items()}
-    outputs, failed = {}, {}
-    for name, (call, packing) in calls.items():
-        try:
-            outputs[name] = call(packing, causal)
-        except Exception as error:  # a peer may refuse in any way
-            failed[name] = f"{type(error).__name__}: {error}"[:200]
-    stats = compare({name: lambda x=calls[name]: x[0](x[1], causal) for name in outputs}, timer=timer)
-    tflops = {name: calls[name][1].flops(causal) / s.p50_us / 1e6 for name, s in stats.items()}
-    first = next((outputs[name].float() for name in others if name in outputs), outputs[OURS].float())
-    error = ((outputs[OURS].float() - first).norm() / first.norm()).item()
-    shape: dict[str, Any] = dict(sequences=BATCH, heads=HEADS, head_dim=head_dim, causal=causal)
+    baselines = {"flash": flash, "torch varlen": torch_varlen, **{one.name: partial(package, one) for one in PACKAGES}}
     return [
-        *(shape | dict(contender=n, us=s.p50_us, spread=s.spread, tflops=tflops[n]) for n, s in stats.items()),
-        *(shape | dict(contender=name, us=None, reason=reason) for name, reason in failed.items()),
-        shape | dict(contender="of equal lengths", ratio=tflops[OURS] / tflops["equal lengths"], wanted=WANTED),
-        shape | dict(contender="error", relative_error=error),
+        row("drawn", mixed, causal, {OURS: ours, **baselines}),
+        row("equal lengths", even, causal, {OURS: ours, "dense": dense}),
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    out = record_of("varlen", __doc__, argv)
-    others, found = peers(), []
-    for head_dim, causal in product(HEAD_DIMS, (False, True)):
-        for entry in entries(head_dim, causal, others, torch.device("cuda"), CudaTimer()):
-            print(entry, flush=True)
-            found.append(entry)
-        write_json(out, {**where(), "method": METHOD, "lengths": drawn(), "entries": found})
-    return 1 if any(entry.get("relative_error", 0.0) > ERROR_MAX for entry in found) else 0
-
+GROUPS = {
+    f"d{head_dim} {'causal' if causal else 'full'}": partial(rows, head_dim, causal)
+    for head_dim, causal in product(HEAD_DIMS, (False, True))
+}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("varlen", __doc__, GROUPS, baselines=PACKAGES, lengths=drawn()))

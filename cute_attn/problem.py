@@ -68,8 +68,3 @@ class Problem(NamedTuple):
     @property
     def lse_shape(self) -> tuple[int, int, int]:
         return self.batch, self.heads, self.seqlen_q
-
-    def flops(self) -> float:
-        """2 B H Sq Sk (D + Dv): the products' multiplications and additions; halved for causal (FlashAttention's)."""
-        pairs = 2.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k / (2 if self.causal else 1)
-        return pairs * (self.head_dim + self.d_v)

@@ -1,8 +1,8 @@
-"""`python -m cute_attn.bench`: conditions first, then one row per contender. Without a Hopper GPU, the static report.
+"""`python -m cute_attn.bench`: conditions, then a row per implementation. Without a Hopper GPU, the static report.
 
     python -m cute_attn.bench --shape 16,16,2048,64 --causal --vs cudnn,fa3 --json out.json
     python -m cute_attn.bench --sweep --csv sweep.csv --plot sweep.png
-    python -m cute_attn.bench --ladder --json ladder.json --plot ladder.png
+    python -m cute_attn.bench --ablation --json ablation.json --plot ablation.png
 
 Times follow `benchmark/timing.py`'s method. Needs `pip install "cute_attn[bench]"`.
 """
@@ -11,7 +11,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ try:
 except ImportError:
     raise SystemExit('python -m cute_attn.bench: rich is missing; pip install "cute_attn[bench]"') from None
 
-from .benchmark import ladder, machine, report, static
-from .benchmark.cells import Setup, cell_word, gpu_setup, measure, sweep
-from .benchmark.contenders import DEFAULT_PEERS, PEERS, Contender, CuteAttn
-from .benchmark.progress import Progress
-from .benchmark.timing import METHOD, ROUNDS
+from .benchmark import ablation, frame, machine, report, static
+from .benchmark.cells import row, sweep
+from .benchmark.implementations import BASELINES, DEFAULT_BASELINES, CuteAttn, Implementation
+from .benchmark.timing import ROUNDS
+from .benchmark.workload import cell_word
 
 DEFAULT_SHAPE = (16, 16, 2048, 64)
 WIDTH = 160  # of tables in a file or pipe
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = machine.no_hopper()
     if reason is not None:
         return without_gpu(args, problems, console, reason)
-    return (LadderRun if args.ladder else Run)(args, problems, console, machine.Nvml()).run()
+    return (AblationRun if args.ablation else Run)(args, problems, console).run()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,15 +56,21 @@ def parser() -> argparse.ArgumentParser:
     add("--causal", action="store_true", help="with the causal mask; --sweep without it runs full and causal")
     add("--dtype", choices=tuple(DTYPES.values()), default="bf16", help="default bf16")
     add("--layout", choices=LAYOUTS, default="bshd", help="order of the inputs in memory; default bshd")
-    add("--vs", type=_peers, metavar="NAME,...", help=f"of {', '.join(PEERS)}; '' for none")
+    add("--vs", type=_names, metavar="NAME,...", help=f"of {', '.join(BASELINES)}; '' for none")
     add("--sweep", action="store_true", help="36 cells: 16k tokens, hidden 2048, D 64 to 256, S 512 to 16k")
-    add("--ladder", action="store_true", help="our own stages instead, each with one thing more than the one before")
+    add(
+        "--ablation",
+        "--ladder",
+        action="store_true",
+        help="our own stages, each with one thing more than the one before",
+    )
     add("--graph", action="store_true", help="also CUDA-graph replays, and the host time of an eager call")
     add("--rounds", type=positive, default=ROUNDS, metavar="N", help=f"default {ROUNDS}")
     add("--json", type=out_file, metavar="FILE", help="everything; complete after each cell")
-    add("--csv", type=out_file, metavar="FILE", help="a line per contender and cell")
+    add("--csv", type=out_file, metavar="FILE", help="a line per implementation and cell")
     add("--plot", type=png, metavar="FILE.png", help="TFLOPS over S, or bars for a few shapes")
     add(
+        "--baselines",
         "--peers",
         type=Path,
         metavar="FILE",
@@ -77,28 +83,28 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Problem]
     """The arguments and the problems that they name; exits with 2 on bad ones, naming the argument."""
     p = parser()
     args = p.parse_args(argv)
-    if args.ladder and (args.sweep or args.peers):
-        other, way_out = ("--sweep", "name shapes by --shape") if args.sweep else ("--peers", "name peers by --vs")
-        p.error(f"argument --ladder: not allowed with {other}; {way_out}")
-    if args.ladder and args.head_dim_v:
-        p.error("argument --head-dim-v: not allowed with --ladder, whose stages have one head dim")
+    if args.ablation and (args.sweep or args.baselines):
+        other, hint = ("--sweep", "name shapes by --shape") if args.sweep else ("--baselines", "name them by --vs")
+        p.error(f"argument --ablation: not allowed with {other}; {hint}")
+    if args.ablation and args.head_dim_v:
+        p.error("argument --head-dim-v: not allowed with --ablation, whose stages have one head dim")
     if args.vs is None:
-        args.vs = ladder.PEERS if args.ladder else DEFAULT_PEERS
+        args.vs = ablation.BASELINES if args.ablation else DEFAULT_BASELINES
     shapes = args.shape or ([] if args.sweep else [DEFAULT_SHAPE])
     cells = [(shape, args.causal) for shape in shapes]
     if args.sweep:
         cells += [cell for cell in sweep() if cell[1] or not args.causal]
     problems = [asked(p, args, shape, causal) for shape, causal in dict.fromkeys(cells)]
-    args.best_over_cudnn, args.peers_record = {}, None
-    if args.peers is not None:
+    args.best_over_cudnn, args.baselines_record = {}, None
+    if args.baselines is not None:
         if "cudnn" not in args.vs:
-            p.error("argument --peers: goes through this run's cudnn; put cudnn in --vs")
+            p.error("argument --baselines: goes through this run's cudnn; put cudnn in --vs")
         try:
-            args.peers_record = report.peers_file(args.peers, args.dtype)
-            args.best_over_cudnn = report.best_over_cudnn(args.peers_record)
-            report.over_cudnn(args.peers_record, "fa3")  # the plot's, asked before anything is timed
+            args.baselines_record = report.baselines_file(args.baselines, args.dtype)
+            args.best_over_cudnn = report.best_over_cudnn(args.baselines_record)
+            report.over_cudnn(args.baselines_record, "fa3")  # the plot's, asked before anything is timed
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            p.error(f"argument --peers: {args.peers} does not serve: {type(error).__name__}: {error}")
+            p.error(f"argument --baselines: {args.baselines} does not serve: {type(error).__name__}: {error}")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         p.error('argument --plot: matplotlib is missing; pip install "cute_attn[bench]"')
     return args, problems
@@ -145,11 +151,11 @@ def positive(word: str) -> int:
     return int(word)
 
 
-def _peers(word: str) -> tuple[str, ...]:
+def _names(word: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in word.split(",") if name.strip()))
-    unknown = [name for name in names if name not in PEERS]
+    unknown = [name for name in names if name not in BASELINES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not known; use {', '.join(PEERS)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not known; use {', '.join(BASELINES)}")
     return names
 
 
@@ -175,7 +181,7 @@ def without_gpu(args: argparse.Namespace, problems: list[Problem], console: Cons
     facts = machine.conditions(machine.Nvml()) | run_facts(args, problems)
     report.print_facts(console, report.conditions_in_words(facts))
     try:
-        kernels = (_ladders if args.ladder else _kernels)(problems, console)
+        kernels = (_stages if args.ablation else _kernels)(problems, console)
     except FileNotFoundError as error:  # nvdisasm; it says how to get it
         print(error, file=sys.stderr)
         return 1
@@ -198,124 +204,75 @@ def _kernels(problems: list[Problem], console: Console) -> list[dict[str, Any]]:
     return kernels
 
 
-def _ladders(problems: list[Problem], console: Console) -> list[dict[str, Any]]:
+def _stages(problems: list[Problem], console: Console) -> list[dict[str, Any]]:
     """The same of each problem's stages."""
     kernels = []
     for problem in problems:
-        stages = ladder.describe(problem)
-        ladder.print_static(console, problem, stages)
+        stages = ablation.describe(problem)
+        ablation.print_static(console, problem, stages)
         kernels += stages
     return kernels
 
 
-class Run:
-    """A timed run: cell after cell, each written as soon as it is finished."""
+class Run(frame.Run):
+    """The dense benchmark: a group per problem, with a summary, CSV and plot."""
 
-    def __init__(self, args: argparse.Namespace, problems: list[Problem], console: Console, nvml: machine.Nvml):
-        self.args, self.problems, self.console, self.nvml = args, problems, console, nvml
-        self.ours, self.peers = self._ours(), [PEERS[name] for name in args.vs]
-        self.contenders = [*self.ours, *self.peers]
-        reasons = {contender.name: contender.absent() for contender in self.contenders}
+    def __init__(self, args: argparse.Namespace, problems: list[Problem], console: Console):
+        groups = {cell_word(problem): partial(self._rows, problem) for problem in problems}
+        super().__init__(groups, run_facts(args, problems), console, args.json)
+        self.args, self.rounds, self.graph = args, args.rounds, args.graph
+        ours, self.baselines = self._ours(), [BASELINES[name] for name in args.vs]
+        self.ours = {one.name for one in ours}
+        self.implementations = [*ours, *self.baselines]
+        reasons = {one.name: one.absent() for one in self.implementations}
         self.absent = {name: reason for name, reason in reasons.items() if reason}
-        self.facts: dict[str, Any] = {}
-        self.records: list[dict[str, Any]] = []
+        self.steps = self.rounds * (len(self.implementations) - len(self.absent)) * (2 if self.graph else 1)
 
-    def run(self) -> int:
-        try:
-            setup = self._prepare()
-            self._cells(setup)
-        except KeyboardInterrupt:
-            print(f"interrupted: {self._cells_done()} of {len(self.problems)} cells are finished", file=sys.stderr)
-            self._finish(complete=False)
-            return 130
-        self._finish(complete=True)
-        ours = {contender.name for contender in self.ours}
-        return 1 if any(record["reason"] for record in self.records if record["contender"] in ours) else 0
-
-    def _ours(self) -> Sequence[Contender]:
+    def _ours(self) -> Sequence[Implementation]:
         return [CuteAttn()]
 
-    def _prepare(self) -> Setup:
-        """Prints the conditions, the steady cuBLAS rate among them, and who is absent."""
-        torch.set_float32_matmul_precision("highest")  # the reference's products in float32, not TF32
-        self.facts = machine.conditions(self.nvml) | run_facts(self.args, self.problems)
-        peers = {peer.name: peer.version() for peer in self.peers if peer.name not in self.absent}
-        self.facts["peers"] = peers
-        report.print_facts(self.console, report.conditions_in_words(self.facts) | peers | self.absent)
-        cublas = machine.cublas(self.nvml)
-        self.facts["cublas_tflops"] = machine.cublas_tflops(cublas)
-        self.facts["cublas_watts"], self.facts["cublas_sm_mhz"] = cublas.watts, cublas.sm_mhz
-        report.print_facts(self.console, {"cuBLAS": report.rate(self.facts)})
-        return gpu_setup(
-            monitor=lambda: machine.Monitor(self.nvml.read),
-            rounds=self.args.rounds,
-            graph=self.args.graph,
-            cublas_tflops=self.facts["cublas_tflops"],
-        )
+    def _rows(self, problem: Problem, on: torch.device) -> list[frame.Row]:
+        return [row(problem, self.implementations, self.absent, on)]
 
-    def _cells(self, setup: Setup) -> None:
-        steps = self.args.rounds * (len(self.contenders) - len(self.absent)) * (2 if self.args.graph else 1)
-        progress = Progress()
-        task = progress.add_task("", total=len(self.problems) * steps)
-        for i, problem in enumerate(self.problems):
-            progress.update(task, completed=i * steps, description=f"cell {i + 1} of {len(self.problems)}")
-            stepping = replace(setup, step=lambda name: progress.advance(task))
-            with progress:
-                records = measure(problem, self.contenders, self.absent, stepping)
-            self._keep(problem, records)
-            self._write(complete=False)
+    def keep(self, records: list[frame.Record]) -> None:
+        super().keep(report.with_best(records, self.args.best_over_cudnn))
 
-    def _keep(self, problem: Problem, records: list[dict[str, Any]]) -> None:
-        """A finished cell, to the records and to the console."""
-        self.records += report.with_best(records, self.args.best_over_cudnn)
-        report.print_cell(self.console, records, self.absent)
-
-    def _cells_done(self) -> int:
-        return len({(record["shape"], record["causal"]) for record in self.records})
-
-    def _finish(self, complete: bool) -> None:
+    def finish(self, complete: bool) -> None:
         """The summary and the plot of whatever is finished."""
-        self._write(complete)
-        if self._cells_done() > 1 or self.args.best_over_cudnn:
-            report.print_summary(self.console, self.records, with_peers=bool(self.args.best_over_cudnn))
+        super().finish(complete)
+        if self.cells_done() > 1 or self.args.best_over_cudnn:
+            report.print_summary(self.console, self.records, with_baselines=bool(self.args.best_over_cudnn))
         if self.args.plot is not None and any(record["tflops"] for record in self.records):
             self._draw(self.args.plot)
 
     def _draw(self, path: Path) -> None:
         from .benchmark import plot
 
-        plot.draw(path, self.records, self.facts, self.args.peers_record)
+        plot.draw(path, self.records, self.facts, self.args.baselines_record)
 
-    def _write(self, complete: bool) -> None:
-        if self.args.json is not None:
-            content = {
-                "timed": True,
-                "complete": complete,
-                "conditions": self.facts,
-                "method": METHOD | {"rounds": self.args.rounds},
-                "absent": self.absent,
-                "summary": report.summary(self.records),
-                "records": self.records,
-            }
-            report.write_json(self.args.json, content)
+    def content(self, complete: bool) -> dict[str, Any]:
+        return super().content(complete) | {"summary": report.summary(self.records)}
+
+    def write(self, complete: bool) -> None:
+        super().write(complete)
         if self.args.csv is not None:
             report.write_csv(self.args.csv, self.facts, self.records)
 
 
-class LadderRun(Run):
+class AblationRun(Run):
     """The same with our own stages in place of `flash_fwd`."""
 
     def _ours(self):
-        return ladder.STAGES
+        return ablation.STAGES
 
-    def _keep(self, problem, records):
-        self.records += ladder.with_stages(problem, records)
-        ladder.print_cell(self.console, records, self.absent)
+    def keep(self, records):
+        self.records += ablation.with_stages(records)
+        ablation.print_cell(self.console, records, self.absent)
 
     def _draw(self, path):
         from .benchmark import plot
 
-        plot.draw_ladder(path, self.records, self.facts)
+        plot.draw_ablation(path, self.records, self.facts)
 
 
 if __name__ == "__main__":

@@ -32,17 +32,19 @@ from ..problem import Problem
 from . import inspect
 from .bench import WIDTH, out_file
 from .benchmark import edges, gates, machine, report
-from .benchmark.cells import Setup, cell_word, gpu_setup, measure
-from .benchmark.contenders import OURS, PEERS, CuteAttn, first_line, make_inputs
+from .benchmark.cells import measure
+from .benchmark.frame import Setup, gpu_setup
+from .benchmark.implementations import BASELINES, OURS, CuteAttn, first_line, make_inputs
 from .benchmark.progress import each
 from .benchmark.timing import Call, compare
+from .benchmark.workload import cell_word
 
 HEADLINE = Problem(16, 16, 16, 2048, 2048, 64, "fp16")
 DIFFERENCE = 2e-3  # to torch SDPA
 STD = 0.02  # of the mean
 TOGETHER = 200  # calls to a sample: some 100 ms, over which clocks at the power limit, and the host's pauses, even out
 STEADY_MS = 2000.0
-SETTLE_MS = 400.0  # ours alone: the GPU may come from idle clocks
+WARMUP_MS = 400.0  # ours alone: the GPU may come from idle clocks
 SEQLEN = 2048  # of the cells whose gates are asked; benchmarks/gpu_ci asks all
 EDGE_HEAD_DIMS = (40, 64, 128, 256)
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -152,17 +154,17 @@ def steady(lab: Lab) -> Finding:
     call.run()
     many = Call(lambda: [call.run() for _ in range(TOGETHER)], count=TOGETHER)
     timer = lab.setup.timer
-    stats = compare({OURS: many}, rounds=1, settle_ms=SETTLE_MS, timed_ms=STEADY_MS, timer=timer)[OURS]
+    stats = compare({OURS: many}, rounds=1, warmup_ms=WARMUP_MS, timed_ms=STEADY_MS, timer=timer)[OURS]
     share = stats.std_us / stats.mean_us
     return Finding(share < STD, f"{share:.2%} of {stats.mean_us:.1f} us", asdict(stats))
 
 
 def over_cudnn(lab: Lab) -> Finding:
     assert lab.setup is not None
-    ours, peer, cells, records = CuteAttn(), PEERS[gates.PEER], lab.cells, []
-    absent = {gates.PEER: reason} if (reason := peer.absent()) else {}
+    ours, baseline, cells, records = CuteAttn(), BASELINES[gates.BASELINE], lab.cells, []
+    absent = {gates.BASELINE: reason} if (reason := baseline.absent()) else {}
     for problem in each([*cells.values()], "cells over cuDNN"):
-        records += measure(problem, [ours, peer], absent, lab.setup)
+        records += measure(problem, [ours, baseline], absent, lab.setup)
     found = gates.compare({name: lab.recorded["gates"][name] for name in cells}, records)
     least = min(found, key=lambda cell: (cell.ratio or 0.0) / cell.gate)
     words = f"{sum(cell.passed for cell in found)} of {len(found)} cells; least "

@@ -82,11 +82,6 @@ def test_few_tiles_reach_more_sms():
     assert plan(Problem(1, 265, 265, 64, 512, 64)).tile_m == 256
 
 
-def test_flops():
-    assert Problem(2, 3, 1, 5, 7, 64).flops() == 4 * 2 * 3 * 5 * 7 * 64
-    assert Problem(2, 3, 1, 5, 7, 64, causal=True).flops() == 2 * 2 * 3 * 5 * 7 * 64
-
-
 def test_the_config_is_the_compile_key():
     """Each field makes another key, and prints, since the disk cache's key is the printed config."""
     base = FwdConfig(128)

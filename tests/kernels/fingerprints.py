@@ -26,7 +26,7 @@ from cute_attn import compile
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.mods import prepare
 from cute_attn.plan import EQUAL_HEAD_DIMS, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
-from cute_attn.tools.benchmark.ladder import configs as stages
+from cute_attn.tools.benchmark.ablation import configs as stages
 
 GOLDEN = Path(__file__).parent / "fingerprints.json"
 SIZES = ((2, 12, 12, 3000, 3000), (1, 8, 8, 512, 512), (2, 32, 4, 8, 1000))  # many tiles, few, several heads to a tile

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,9 +22,9 @@ import torch
 
 from cute_attn.plan import Problem, plan
 from cute_attn.tools import bench
-from cute_attn.tools.benchmark import cells, contenders, machine, plot, progress, report, static, timing
-from cute_attn.tools.benchmark.cells import Setup
-from tests.support.bench import CONDITIONS, FakeMonitor, FakeTimer, right_output
+from cute_attn.tools.benchmark import cells, frame, implementations, machine, plot, progress, report, static, timing
+from cute_attn.tools.benchmark.workload import Spec, shape_word
+from tests.support.bench import CONDITIONS, EightHeads, FakeMonitor, FakeTimer, fake_setup, right_output
 from tests.support.figures import RESULTS, assert_words_lie_apart, colours, committed
 
 SMALL = Problem(2, 4, 2, 24, 24, 16, "bf16", "bshd", False)
@@ -41,15 +41,6 @@ class Slow:
 
     def __call__(self):
         raise AssertionError("the fake timer runs nothing")
-
-
-def fake_setup(**options):
-    """On the CPU: outputs are real, times are not. torch SDPA takes 20 % longer than flash_fwd."""
-
-    def us(function):
-        return 120.0 if "Sdpa" in function.__qualname__ else 100.0
-
-    return Setup(torch.device("cpu"), FakeTimer(us), lambda: nullcontext(FakeMonitor()), **options)
 
 
 # Statistics
@@ -253,10 +244,15 @@ def test_no_nvml_says_so(monkeypatch):
 def test_a_cell_on_the_cpu_has_every_field():
     setup = fake_setup(rounds=2, cublas_tflops=700.0)
     problem = SMALL._replace(heads_kv=4)
-    who = [contenders.CuteAttn(), contenders.PEERS["math"], contenders.PEERS["fa3"]]
+    who = [implementations.CuteAttn(), implementations.BASELINES["math"], implementations.BASELINES["fa3"]]
     ours, math_, fa3 = cells.measure(problem, who, {"fa3": "not installed (no module x)"}, setup)
     assert ours["shape"] == "2,4,24,16" and ours["contender"] == "cute_attn" and ours["mode"] == "eager"
-    assert ours["tflops"] == pytest.approx(problem.flops() / 100.0 / 1e6)
+    assert ours["tflops"] == pytest.approx(Spec(problem).workload().flops / 100.0 / 1e6)
+    moved = 2 * 4 * 24 * (4 * 16 * 2 + 4)  # in 8 heads: q, k, v and o of 2 bytes, lse of 4
+    assert (ours["bytes"], ours["gb_per_s"]) == (moved, pytest.approx(moved / 100.0 / 1e3))
+    assert (ours["bound"], ours["roofline_us"]) == ("memory", pytest.approx(moved / 4.8e6))
+    assert ours["of_roofline"] == pytest.approx(ours["roofline_us"] / 100.0)
+    assert (ours["baseline"], ours["x_baseline"], math_["x_baseline"]) == ("math", pytest.approx(1.2), 1.0)
     assert ours["of_cublas"] == pytest.approx(ours["tflops"] / 700)
     assert ours["us_per_head"] == pytest.approx(100 / 8)
     assert ours["tflops_per_watt"] == pytest.approx(ours["tflops"] / 500)
@@ -273,16 +269,18 @@ def test_a_cell_on_the_cpu_has_every_field():
 @pytest.mark.parametrize("causal", [False, True])
 def test_outputs_agree_whatever_the_layout_and_mask(layout, causal):
     problem = SMALL._replace(layout=layout, causal=causal, seqlen_k=31 if not causal else 24)
-    records = cells.measure(problem, [contenders.CuteAttn(), contenders.PEERS["math"]], {}, fake_setup(rounds=1))
+    records = cells.measure(
+        problem, [implementations.CuteAttn(), implementations.BASELINES["math"]], {}, fake_setup(rounds=1)
+    )
     assert [record["reason"] for record in records] == [None, None]
 
 
 def test_inputs_lie_in_the_layout_and_are_the_same_again():
     for layout in ("bhsd", "bshd"):
-        x = contenders.make_inputs(SMALL._replace(layout=layout), torch.device("cpu"))
+        x = implementations.make_inputs(SMALL._replace(layout=layout), torch.device("cpu"))
         assert x.q.shape == (2, 4, 24, 16) and x.k.shape == x.v.shape == (2, 2, 24, 16)
         assert x.q.is_contiguous() == (layout == "bhsd") and x.bshd()[0].is_contiguous() == (layout == "bshd")
-        assert torch.equal(x.q, contenders.make_inputs(x.problem, torch.device("cpu")).q)
+        assert torch.equal(x.q, implementations.make_inputs(x.problem, torch.device("cpu")).q)
 
 
 class Peer:
@@ -302,7 +300,7 @@ class Peer:
 
     def prepare(self, inputs):
         o = right_output(inputs)
-        return contenders.Prepared(timing.Call(lambda: self._make(o.clone())), lambda o: o)
+        return implementations.Prepared(timing.Call(lambda: self._make(o.clone())), lambda o: o)
 
 
 def _raise(error):
@@ -320,7 +318,7 @@ def _raise(error):
     ],
 )
 def test_a_contender_that_fails_or_is_wrong_is_not_timed(make, reason):
-    records = cells.measure(SMALL, [contenders.CuteAttn(), Peer(make)], {}, fake_setup(rounds=1))
+    records = cells.measure(SMALL, [implementations.CuteAttn(), Peer(make)], {}, fake_setup(rounds=1))
     assert records[0]["p50_us"] == 100.0 and records[0]["ratios"] == {}
     assert records[1]["reason"].startswith(reason) and records[1]["p50_us"] is None
 
@@ -332,7 +330,7 @@ def test_a_small_error_is_measured():
 
 def test_errors_of_many_heads_are_of_eight_spread_over_all():
     problem = Problem(4, 8, 4, 8, 8, 16)
-    x = contenders.make_inputs(problem, torch.device("cpu"))
+    x = implementations.make_inputs(problem, torch.device("cpu"))
     truth = cells.Truth(x)
     assert len(truth.pairs) == 8 and truth.pairs[0] == (0, 0) and truth.pairs[-1] == (3, 7)
     assert len({b for b, _ in truth.pairs}) == 4
@@ -344,15 +342,17 @@ def test_errors_of_many_heads_are_of_eight_spread_over_all():
 
 def test_torch_is_not_comparable_where_its_mask_is_another():
     causal = SMALL._replace(seqlen_k=48, causal=True)
-    records = cells.measure(causal, [contenders.CuteAttn(), contenders.PEERS["cudnn"]], {}, fake_setup(rounds=1))
+    records = cells.measure(
+        causal, [implementations.CuteAttn(), implementations.BASELINES["cudnn"]], {}, fake_setup(rounds=1)
+    )
     assert records[0]["p50_us"] and records[1]["reason"].startswith("not comparable")
 
 
 def test_graphs_add_rows_and_host_times(monkeypatch):
-    who = [contenders.CuteAttn(), contenders.PEERS["math"]]
-    monkeypatch.setattr(cells, "host_us", lambda call, us, timer: us / 10)
+    who = [implementations.CuteAttn(), implementations.BASELINES["math"]]
+    monkeypatch.setattr(timing, "host_us", lambda call, us, timer: us / 10)
     replayed = (1e-3, 2e-3)
-    monkeypatch.setattr(cells, "_replay", lambda prepared, *_: (timing.Call(prepared.call.run, 20), replayed))
+    monkeypatch.setattr(frame, "_replay", lambda prepared, *_: (timing.Call(prepared.call.run, 20), replayed))
     records = cells.measure(SMALL, who, {}, fake_setup(rounds=1, graph=True))
     assert [(r["contender"], r["mode"]) for r in records] == [
         (name, mode) for name in ("cute_attn", "math") for mode in ("eager", "graph")
@@ -367,7 +367,7 @@ def test_graphs_add_rows_and_host_times(monkeypatch):
 
 
 def test_absent_peers_are_named_with_the_module():
-    absent = contenders.FlashAttention("fa9", "no_such_module_9", "no_such_module_9.part").absent()
+    absent = implementations.FlashAttention("fa9", "no_such_module_9", "no_such_module_9.part").absent()
     assert absent == "not installed (no module no_such_module_9 or no_such_module_9.part)"
 
 
@@ -375,8 +375,8 @@ def test_a_peer_that_does_not_import_says_why(tmp_path, monkeypatch):
     (tmp_path / "broken_peer.py").write_text("import no_such_dependency")
     (tmp_path / "other_cuda_peer.py").write_text("raise OSError('libcudart.so.11.0: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "no_such_dependency" in contenders.FlashAttention("x", "broken_peer").absent()
-    assert "libcudart.so.11.0" in contenders.FlashAttention("x", "other_cuda_peer").absent()
+    assert "no_such_dependency" in implementations.FlashAttention("x", "broken_peer").absent()
+    assert "libcudart.so.11.0" in implementations.FlashAttention("x", "other_cuda_peer").absent()
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
@@ -389,7 +389,7 @@ def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
 """
     (tmp_path / f"some_fa_{with_lse}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    peer = contenders.FlashAttention("fa3", "no_such_module_9", f"some_fa_{with_lse}")
+    peer = implementations.FlashAttention("fa3", "no_such_module_9", f"some_fa_{with_lse}")
     assert peer.absent() is None and peer.version() == "3.1"
     record = cells.measure(SMALL._replace(causal=True, seqlen_k=40), [peer], {}, fake_setup(rounds=1))[0]
     assert record["reason"] is None and record["relative_error"] < 1e-2
@@ -406,14 +406,14 @@ def test_flash_attention_3_as_a_wheel(tmp_path, monkeypatch):
     (metadata / "RECORD").write_text("flash_attn_interface.py,,\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
-    peer = contenders.FlashAttention("fa3", *contenders.PEERS["fa3"]._modules)
+    peer = implementations.FlashAttention("fa3", *implementations.BASELINES["fa3"]._modules)
     assert peer.absent() is None and peer.version() == "some-fa3 3.0.0.post1"
     assert cells.measure(SMALL, [peer], {}, fake_setup(rounds=1))[0]["reason"] is None
     del sys.modules["flash_attn_interface"]
 
 
 def test_torch_says_which_backend_refuses():
-    record = cells.measure(SMALL, [contenders.PEERS["efficient"]], {}, fake_setup(rounds=1))[0]
+    record = cells.measure(SMALL, [implementations.BASELINES["efficient"]], {}, fake_setup(rounds=1))[0]
     assert record["reason"].startswith("not supported (")
 
 
@@ -485,7 +485,7 @@ def test_problems_of_the_command_line():
         ("--vs cudnn,fa5", "argument --vs: fa5 is not known; use cudnn, flash, efficient, math, fa3, fa4"),
         ("--plot x.pdf", "argument --plot: 'x.pdf' is not the name of a .png file"),
         ("--json /no/such/folder/x.json", "argument --json"),
-        ("--peers /no/such/file.json", "argument --peers"),
+        ("--peers /no/such/file.json", "argument --baselines"),
         ("--vs math --peers x.json", "put cudnn in --vs"),
     ],
 )
@@ -557,7 +557,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(machine, "no_hopper", lambda: None)
     monkeypatch.setattr(machine, "Nvml", Nvml)
     monkeypatch.setattr(machine, "cublas", lambda nvml: timing.summarise([[1600.0]], 1, 690.0, 1400.0))
-    monkeypatch.setattr(bench, "gpu_setup", lambda monitor, **options: fake_setup(**options))
+    monkeypatch.setattr(frame, "gpu_setup", lambda monitor, **options: fake_setup(**options))
 
 
 RUN = "--shape 1,2,16,16 --shape 1,2,32,16 --vs math,fa3 --rounds 3"
@@ -568,7 +568,13 @@ def test_a_run_writes_everything(fake_gpu, tmp_path, capsys):
     words = RUN.split() + [word for name, path in files.items() for word in (f"--{name}", str(path))]
     assert bench.main(words) == 0
     out = capsys.readouterr().out
-    for word in ("power limit   700.0 W", machine.kernel_hash(), "SM 1980 MHz now", "4 B H Sq Sk D", "687.2 TFLOPS"):
+    for word in (
+        "power limit   700.0 W",
+        machine.kernel_hash(),
+        "SM 1980 MHz now",
+        "2 (D + Dv) for each",
+        "687.2 TFLOPS",
+    ):
         assert word in out
     assert "fa3           not installed (no module flash_attn_interface" in out
     assert out.count("TFLOPS") > 3 and "ours over math: geometric mean 1.200, least 1.200, 2 cells" in out
@@ -590,21 +596,21 @@ def test_into_a_pipe_a_line_now_and_then(fake_gpu, monkeypatch, capsys):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     assert bench.main(RUN.split()) == 0
     lines = capsys.readouterr().err.splitlines()
-    steps = 3 * 2  # rounds, contenders that are there
+    steps = 3 * 2  # rounds, implementations that are there
     cells = [f"cell {1 + i // steps} of 2: {1 + i} of {2 * steps} after 0 s" for i in range(2 * steps)]
     assert lines == cells
 
 
 def test_an_interrupted_run_keeps_its_finished_cells(fake_gpu, tmp_path, monkeypatch, capsys):
-    measured = []
+    measured, right = [], frame.measure
 
-    def measure(problem, *args):
+    def measure(*args):
         if measured:
             raise KeyboardInterrupt
-        measured.append(problem)
-        return cells.measure(problem, *args)
+        measured.append(args)
+        return right(*args)
 
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(frame, "measure", measure)
     path, table = tmp_path / "x.json", tmp_path / "x.csv"
     files = ["--json", str(path), "--csv", str(table), "--plot", str(tmp_path / "x.png")]
     assert bench.main([*RUN.split(), *files]) == 130
@@ -616,12 +622,9 @@ def test_an_interrupted_run_keeps_its_finished_cells(fake_gpu, tmp_path, monkeyp
 
 
 def test_a_crash_keeps_its_finished_cells(fake_gpu, tmp_path, monkeypatch):
+    right = bench.row
     monkeypatch.setattr(
-        bench,
-        "measure",
-        lambda problem, *args: (
-            cells.measure(problem, *args) if problem.seqlen_q == 16 else _raise(RuntimeError("CUDA error"))
-        ),
+        bench, "row", lambda p, *args: right(p, *args) if p.seqlen_q == 16 else _raise(RuntimeError("CUDA error"))
     )
     path = tmp_path / "x.json"
     with pytest.raises(RuntimeError):
@@ -630,15 +633,15 @@ def test_a_crash_keeps_its_finished_cells(fake_gpu, tmp_path, monkeypatch):
 
 
 def test_a_wrong_kernel_fails_the_run(fake_gpu, monkeypatch, capsys):
-    right = contenders.cute_attn.flash_fwd
-    monkeypatch.setattr(contenders.cute_attn, "flash_fwd", lambda *a, **k: right(*a, **k).mul_(1.5))
+    right = implementations.cute_attn.flash_fwd
+    monkeypatch.setattr(implementations.cute_attn, "flash_fwd", lambda *a, **k: right(*a, **k).mul_(1.5))
     assert bench.main(RUN.split()) == 1
     assert "cute_attn: wrong (relative error" in capsys.readouterr().out
 
 
 def test_an_output_left_unwritten_is_wrong(fake_gpu, monkeypatch, capsys):
-    right = contenders.cute_attn.flash_fwd
-    monkeypatch.setattr(contenders.cute_attn, "flash_fwd", lambda *a, out=None, **k: right(*a, **k))
+    right = implementations.cute_attn.flash_fwd
+    monkeypatch.setattr(implementations.cute_attn, "flash_fwd", lambda *a, out=None, **k: right(*a, **k))
     assert bench.main(RUN.split()) == 1
     assert "cute_attn: wrong (NaN or inf in the output)" in capsys.readouterr().out
 
@@ -653,11 +656,11 @@ def test_ours_over_the_best_peer(fake_gpu, tmp_path, capsys):
     other = [{"shape": "1,2,16,16", **cell, "graph": True, "best_over_cudnn": 9.0}]
     peers = tmp_path / "peers.json"
     peers.write_text(json.dumps({"dtype": "bf16", "cells": cells_ + other}))
-    best = report.read_peers(peers, "bf16")
+    best = report.best_over_cudnn(report.baselines_file(peers, "bf16"))
     records = [synthetic("cute_attn", 100.0), synthetic("cudnn", 120.0)]
     records += [synthetic("cute_attn", 100.0, seqlen=32), synthetic("cudnn", 130.0, seqlen=32)]
     for i in (0, 2):
-        report.with_best(cells.with_ratios(records[i : i + 2]), best)
+        report.with_best(frame.with_ratios(records[i : i + 2]), best)
     assert [record["over_best_peer"] for record in records] == [
         pytest.approx(1.2 / 1.1),
         None,
@@ -674,37 +677,37 @@ def test_ours_over_the_best_peer(fake_gpu, tmp_path, capsys):
 
 def synthetic(contender, us, seqlen=16, head_dim=16, heads=2, causal=False, mode="eager", batch=1):
     problem = Problem(batch, heads, heads, seqlen, seqlen, head_dim, "bf16", "bshd", causal)
-    row = cells.Row(contender, mode, max_error=1.2e-3, relative_error=2.4e-3)
+    attempt = frame.Attempt(contender, mode, max_error=1.2e-3, relative_error=2.4e-3)
     stats = timing.summarise([[us * 0.99, us, us * 1.02], [us * 0.995, us * 1.001, us * 1.05]], 1, 650.0, 1500.0)
-    return cells.record(problem, row, stats, 8, 674.0)
+    return frame.record(frame.Row(Spec(problem), {}, EightHeads()), attempt, stats, fake_setup(cublas_tflops=674.0))
 
 
-def synthetic_sweep(contenders_=("cute_attn", "cudnn", "flash", "fa3", "fa4"), modes=("eager",)):
+def synthetic_sweep(names=("cute_attn", "cudnn", "flash", "fa3", "fa4"), modes=("eager",)):
     """Plausible times for the whole grid."""
     records = []
     for (batch, heads, seqlen, head_dim), causal in cells.sweep():
-        flops = Problem(batch, heads, heads, seqlen, seqlen, head_dim, causal=causal).flops()
+        flops = Spec(Problem(batch, heads, heads, seqlen, seqlen, head_dim, causal=causal)).workload().flops
         cell = []
-        for i, name in enumerate(contenders_):
+        for i, name in enumerate(names):
             for mode in modes:
                 tflops = (300 + 1.6 * head_dim) * (1 - 60 * (1 + causal) / (seqlen + 200)) * (1 - 0.06 * i)
                 us = flops / tflops / 1e6
                 cell.append(synthetic(name, us, seqlen, head_dim, heads, causal, mode, batch))
-        records += cells.with_ratios(cell)
+        records += frame.with_ratios(cell)
     return records
 
 
 def test_each_cell_of_the_peers_file_is_reported(fake_gpu, tmp_path, capsys, monkeypatch):
-    class Cudnn(contenders.Sdpa):
+    class Cudnn(implementations.Sdpa):
         def absent(self):
             return None
 
-    monkeypatch.setitem(contenders.PEERS, "cudnn", Cudnn("cudnn", "MATH"))
+    monkeypatch.setitem(implementations.BASELINES, "cudnn", Cudnn("cudnn", "MATH"))
     peers, path = tmp_path / "peers.json", tmp_path / "x.json"
     peers.write_text(json.dumps({"cells": [{"shape": "1,2,16,16", "causal": True, "best_over_cudnn": 1.25}]}))
     words = f"--shape 1,2,16,16 --causal --vs cudnn --peers {peers} --json {path}"
     assert bench.main(words.split()) == 0
-    assert "ours over the best peer of --peers, through cuDNN: geometric mean 0.960" in capsys.readouterr().out
+    assert "ours over the best baseline of --baselines, through cuDNN: geometric mean 0.960" in capsys.readouterr().out
     content = json.loads(path.read_text())
     assert content["records"][0]["over_best_peer"] == pytest.approx(1.2 / 1.25)
     assert content["summary"]["ours_over_best_peer"]["cells"] == 1
@@ -713,13 +716,13 @@ def test_each_cell_of_the_peers_file_is_reported(fake_gpu, tmp_path, capsys, mon
 
 
 def test_the_plot_has_the_peers_file(fake_gpu, tmp_path, monkeypatch):
-    class Cudnn(contenders.Sdpa):
+    class Cudnn(implementations.Sdpa):
         def absent(self):
             return None
 
     drawn = []
     monkeypatch.setattr(plot, "draw", lambda path, records, facts, peers=None: drawn.append(peers))
-    monkeypatch.setitem(contenders.PEERS, "cudnn", Cudnn("cudnn", "MATH"))
+    monkeypatch.setitem(implementations.BASELINES, "cudnn", Cudnn("cudnn", "MATH"))
     peers = tmp_path / "peers.json"
     peers.write_text(json.dumps(PEERS))
     words = f"--shape 1,2,16,16 --vs cudnn --plot {tmp_path / 'x.png'}"
@@ -751,7 +754,7 @@ def test_no_number_is_cut_at_any_width(width):
     ]
     for record in records[::2]:
         record["host_us"] = 12.62
-    report.print_cell(console, cells.with_ratios(records))
+    report.print_cell(console, frame.with_ratios(records))
     text = console.export_text()
     assert "…" not in text
     assert all(len(line) <= width for line in text.splitlines())
@@ -821,7 +824,7 @@ PEERS = {
     "dtype": "bf16",
     "peers": {"fa3": "some-fa3 3.0 (a wheel)"},
     "cells": [
-        {"shape": cells.shape_word(Problem(b, h, h, s, s, d)), "causal": causal, "best_over_cudnn": 1.25, "us": us}
+        {"shape": shape_word(Problem(b, h, h, s, s, d)), "causal": causal, "best_over_cudnn": 1.25, "us": us}
         for (b, h, s, d), causal in cells.sweep()
         for us in [{"cudnn": 100.0, "fa3": 80.0}]
     ],

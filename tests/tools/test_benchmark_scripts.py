@@ -8,14 +8,17 @@ import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from cute_attn import reference
 from cute_attn.plan import HEAD_DIMS, Problem, plan, prebuilt, prebuilt_varlen
-from cute_attn.tools.benchmark import cells, contenders, timing
+from cute_attn.tools.benchmark import cells, frame, implementations, timing
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -29,7 +32,7 @@ def scripts():
     """The scripts as modules; they import their neighbours in benchmarks/ by name, as when they are run."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        names = "accuracy", "gpu_tests", "lists", "odd_shapes", "sanitize", "varlen"
+        names = "accuracy", "gpu_tests", "lists", "modifiers", "odd_shapes", "sanitize", "script", "varlen", "window"
         return {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
@@ -80,18 +83,42 @@ def test_a_kernel_is_clean_where_a_run_of_each_tool_was(scripts, tmp_path):
 
 def test_lists_are_right_and_beside_dense(scripts):
     lists, p = scripts["lists"], Problem(2, 2, 2, 400, 300, 16)
-    dense, *others = lists.entries(p, CPU, FakeTimer(100.0, 20.0, 10.0, 25.0, 5.0))
-    assert dense["times_dense"] == 1.0 and [x["times_dense"] for x in others] == [5.0, 10.0, 4.0, 20.0]
-    assert [(x["block_size"], x["us_per_head"]) for x in others[:3]] == [
+    dense, *others = frame.measure(partial(lists.rows, p), setup(100.0, 20.0, 10.0, 25.0, 5.0))
+    assert dense["x_baseline"] == 1.0 and [x["x_baseline"] for x in others] == [5.0, 10.0, 4.0, 20.0]
+    assert [(x["features"]["block_size"], x["us_per_head"]) for x in others[:3]] == [
         *(([128, 128], 5.0), ([128, 128], 2.5)),
         ([192, 128], 6.25),
     ]
-    q, k, v = (torch.randn(n, 16) for n in (400, 300, 300))
-    chosen = torch.ones(4, 3, dtype=torch.bool)
-    whole = torch.softmax(q @ k.T / 4, dim=-1) @ v
-    assert lists.error(whole, q, k, v, chosen, (128, 128)) < 1e-6
-    chosen[0, 0] = False
-    assert lists.error(whole, q, k, v, chosen, (128, 128)) > 0.1
+    assert all(x["reason"] is None and x["relative_error"] < 1e-2 for x in others)
+    assert all(x["flops"] < 0.5 * dense["flops"] and x["bytes"] == dense["bytes"] for x in others)
+
+
+def test_scores_beside_the_plain_kernel(scripts):
+    p = Problem(1, 4, 4, 60, 60, 16, causal=True)
+    plain, *others = frame.measure(partial(scripts["modifiers"].changed, p), setup(80.0, 100.0, 160.0, 80.0, 160.0))
+    assert [x["case"] for x in others] == ["softcap", "alibi_slopes", "sinks", "all"]
+    assert [x["x_baseline"] for x in (plain, *others)] == [1.0, 0.8, 0.5, 1.0, 0.5]
+    assert all(x["reason"] is None and x["flops"] == plain["flops"] for x in others)
+
+
+def test_functions_and_masks_are_right(scripts):
+    """Those that both mean, beside a stand-in for FlexAttention."""
+    modifiers, p = scripts["modifiers"], Problem(1, 2, 2, 96, 96, 16)
+    for case in modifiers.CASES:
+        (row,) = modifiers.beside_flex(p, case, CPU)
+        alone = replace(row, implementations={"cute_attn": row.implementations["cute_attn"]})
+        (found,) = frame.measure(lambda on, alone=alone: [alone], setup(1.0))
+        assert found["reason"] is None and found["relative_error"] < 1e-2
+        half = "causal" in case or case == "document"
+        assert found["flops"] == 2 * 2 * 2 * 16 * (96 * 97 / 2 if half else 96 * 96)
+
+
+def test_a_window_is_right_and_a_baseline_that_fails_says_why(scripts):
+    p = Problem(1, 2, 2, 200, 200, 16, "bf16", "bshd", True)
+    ours, flash, fa4 = frame.measure(partial(scripts["window"].rows, p, 64), setup(1.0))
+    assert ours["reason"] is None and ours["relative_error"] < 1e-2 and ours["x_baseline"] is None
+    assert flash["reason"].startswith("not supported (Could not run") and fa4["reason"].startswith("not installed")
+    assert ours["features"] == {"window": [64, 0]} and ours["flops"] == 4 * 16 * 2 * (65 * 66 / 2 + 135 * 65)
 
 
 def case(seqlen_q, seqlen_k, causal=False, dtype="bf16", heads=2, head_dim=16, batch=2):
@@ -99,7 +126,7 @@ def case(seqlen_q, seqlen_k, causal=False, dtype="bf16", heads=2, head_dim=16, b
 
 
 def inputs(*sizes, **options):
-    return contenders.make_inputs(case(*sizes, **options), CPU)
+    return implementations.make_inputs(case(*sizes, **options), CPU)
 
 
 def logits(x):
@@ -274,7 +301,7 @@ def test_verdicts(accuracy, ours, cudnn, said):
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_cell_on_the_cpu(accuracy, kind, causal):
     """torch's math stands for cuDNN."""
-    ours, peer = accuracy.measure(kind, case(200, 200, causal), contenders.PEERS["math"], CPU)
+    ours, peer = accuracy.measure(kind, case(200, 200, causal), implementations.BASELINES["math"], CPU)
     assert (ours["contender"], peer["contender"]) == ("cute_attn", "math") and ours["verdict"] == "ok"
     assert ours["inputs"] == kind and ours["checked_pairs"] == 2 and ours["shape"] == "2,2,200,16"
     for entry in (ours, peer):
@@ -289,9 +316,9 @@ def test_a_cell_on_the_cpu(accuracy, kind, causal):
     ],
 )
 def test_a_wrong_kernel_fails_and_is_recorded(accuracy, monkeypatch, tmp_path, capsys, change, said):
-    right = contenders.cute_attn.flash_fwd
-    monkeypatch.setattr(contenders.cute_attn, "flash_fwd", lambda *a, **k: change(right(*a, **k)))
-    entries = accuracy.measure("normal", case(64, 64), contenders.PEERS["math"], CPU)
+    right = implementations.cute_attn.flash_fwd
+    monkeypatch.setattr(implementations.cute_attn, "flash_fwd", lambda *a, **k: change(right(*a, **k)))
+    entries = accuracy.measure("normal", case(64, 64), implementations.BASELINES["math"], CPU)
     assert accuracy.finish(entries, tmp_path / "x.json", {"math": "1"}) == 1
     record, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr()
     assert record["failed"] == [f"2,2,64,16 full bf16, normal: {said}"] == printed.err.splitlines()
@@ -300,7 +327,7 @@ def test_a_wrong_kernel_fails_and_is_recorded(accuracy, monkeypatch, tmp_path, c
 
 
 def test_a_good_run_is_recorded(accuracy, tmp_path, capsys):
-    entries = accuracy.measure("normal", case(64, 64), contenders.PEERS["math"], CPU)
+    entries = accuracy.measure("normal", case(64, 64), implementations.BASELINES["math"], CPU)
     assert accuracy.finish(entries, tmp_path / "x.json", {"math": "1"}) == 0
     record, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr()
     assert {"date", "gpu", "versions", "kernels_sha256", "method", "peers"} <= set(record)
@@ -359,38 +386,53 @@ class FakeTimer:
         return [self._us[function]] * samples
 
 
-def measured(odd_shapes, *us):
-    """A neighbour and two odd shapes beside it, with these times."""
+def setup(*us):
+    return frame.Setup(CPU, FakeTimer(*us), lambda: nullcontext(timing.NoMonitor()), rounds=2, gpu="NVIDIA H200")
+
+
+def groups(odd_shapes):
+    """A neighbour and two odd shapes beside it."""
     beside, odd = case(32, 32), [case(32, 32, head_dim=8), case(24, 24)]
-    setup = cells.Setup(CPU, FakeTimer(*us), lambda: nullcontext(timing.NoMonitor()), rounds=2)
-    return odd_shapes.measure(beside, odd, setup)
+    return {"all": partial(odd_shapes.rows, beside, odd)}
 
 
-def test_a_share_is_the_neighbours_time_over_its_own(odd_shapes):
-    first, second = measured(odd_shapes, 100.0, 80.0, 125.0)
-    assert (first["shape"], first["neighbour"]["shape"]) == ("2,2,32,8", "2,2,32,16")
-    assert (first["share"], second["share"]) == (1.25, 0.8)
-    assert (first["passed"], second["passed"]) == (True, False)
-    assert first["tflops"] == pytest.approx(case(32, 32, head_dim=8).flops() / 80 / 1e6)
-    assert second["neighbour"] == first["neighbour"] and second["rounds_us"] == [125.0] * 2
+def test_the_baseline_of_an_odd_shape_is_its_neighbour(odd_shapes):
+    neighbour, first, second = frame.measure(groups(odd_shapes)["all"], setup(100.0, 80.0, 125.0))
+    assert (first["shape"], first["baseline"], neighbour["shape"]) == ("2,2,32,8", "2,2,32,16 full", "2,2,32,16")
+    assert [one["x_baseline"] for one in (neighbour, first, second)] == [1.0, 1.25, 0.8]
+    assert first["tflops"] == pytest.approx(4 * 4 * 32 * 32 * 8 / 80 / 1e6)
+    assert second["rounds_us"] == [125.0] * 2
 
 
 @pytest.mark.parametrize(("us", "status"), [((85.0, 85.0, 100.0), 0), ((85.0, 85.0, 100.1), 1)])
-def test_one_share_below_the_bar_fails_the_run(odd_shapes, tmp_path, capsys, us, status):
-    entries = measured(odd_shapes, *us)
-    assert odd_shapes.finish(entries, tmp_path / "x.json") == status
-    record, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr()
-    assert {"date", "gpu", "versions", "kernels_sha256", "method", "bar"} <= set(record)
-    assert record["cells"] == entries and record["failed"] == printed.err.splitlines()
-    assert len(record["failed"]) == status and f"{2 - status} of 2 shapes reach" in printed.out
-    assert all("2,2,24,16 full: share 0.849" in line for line in record["failed"])
+def test_one_shape_below_the_bar_fails_the_run(odd_shapes, tmp_path, capsys, us, status):
+    run = odd_shapes.Run(groups(odd_shapes), {"bar": odd_shapes.BAR}, Console(), tmp_path / "x.json")
+    run.prepare = lambda: setup(*us)
+    assert run.run() == status
+    content, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr()
+    assert content["schema"] == 2 and content["complete"] and content["conditions"] == {"bar": 0.85}
+    assert content["records"] == run.records and len(printed.err.splitlines()) == status
+    assert all("2,2,24,16 full: 0.849 of 2,2,32,16 full" in line for line in printed.err.splitlines())
+    assert "2,2,24,16 full: cute_attn" in printed.out
 
 
-def test_a_wrong_kernel_is_not_timed(odd_shapes, monkeypatch):
-    right = contenders.cute_attn.flash_fwd
-    monkeypatch.setattr(contenders.cute_attn, "flash_fwd", lambda *a, **k: right(*a, **k).mul_(1.5))
-    with pytest.raises(RuntimeError, match=r"2,2,32,16 full: relative error 5\.0e-01"):
-        measured(odd_shapes, 1.0, 1.0, 1.0)
+def test_a_wrong_kernel_is_not_timed(odd_shapes, monkeypatch, capsys):
+    right = implementations.cute_attn.flash_fwd
+    monkeypatch.setattr(implementations.cute_attn, "flash_fwd", lambda *a, **k: right(*a, **k).mul_(1.5))
+    run = odd_shapes.Run(groups(odd_shapes), {}, Console(), None)
+    run.prepare = setup
+    assert run.run() == 1
+    assert "2,2,32,16 full: cute_attn: wrong (relative error 5.0e-01" in capsys.readouterr().err
+
+
+def test_only_takes_groups_by_a_word_and_names_them_all_where_none_has_it(scripts, capsys):
+    main, name = scripts["script"].main, "4,32,8192,64 256"
+    with pytest.raises(SystemExit) as stop:
+        main("window", None, scripts["window"].GROUPS, ["--only", "nothing"])
+    assert (
+        stop.value.code == 2
+        and f"argument --only: no group's name has it; there are {name}; " in capsys.readouterr().err
+    )
 
 
 def test_varlen_lengths_and_their_work(scripts, monkeypatch):
@@ -402,9 +444,42 @@ def test_varlen_lengths_and_their_work(scripts, monkeypatch):
     assert len(even) == 64 and sum(n * n for n in even) == pytest.approx(sum(n * n for n in lengths), rel=1e-3)
     monkeypatch.setattr(varlen, "HEADS", 2)
     packing = varlen.pack((33, 33), 16, CPU)
-    assert packing.flops(False) == 2 * packing.flops(True) == 4 * 2 * 2 * 33 * 33 * 16
-    assert torch.equal(varlen.dense(packing, True).flatten(0, 1), varlen.ours(packing, True))
-    assert "flash" in varlen.peers()
+    assert packing.spec(False).workload().flops == 4 * 2 * 2 * 33 * 33 * 16
+    assert torch.equal(varlen.dense(packing, True), varlen.ours(packing, True))
+
+
+def test_sequences_are_right_beside_their_own_truth(scripts, monkeypatch):
+    varlen = scripts["varlen"]
+    monkeypatch.setattr(varlen, "HEADS", 2)
+    monkeypatch.setattr(varlen, "drawn", lambda: (33, 100, 64, 7, 20))
+    found = frame.measure(partial(varlen.rows, 16, True), setup(10.0, 20.0, 20.0))
+    timed = {(r["case"], r["contender"]): r for r in found if r["reason"] is None}
+    assert list(timed) == [("drawn", "cute_attn"), ("equal lengths", "cute_attn"), ("equal lengths", "dense")]
+    assert all(r["relative_error"] < 1e-2 and r["checked_heads"] == 8 for r in timed.values())
+    drawn = timed["drawn", "cute_attn"]
+    assert drawn["features"] == {"sequences": 5, "tokens": 224} and drawn["shape"] == "5,2,7..100,16"
+    packing = varlen.pack((33, 7), 16, CPU)
+    o = varlen.ours(packing, True)
+    truth = varlen.VarlenTruth(packing, True)
+    assert truth.errors(o)[1] < 1e-2
+    o[33:] += 1
+    assert truth.errors(o)[0] == pytest.approx(1.0, rel=0.05)
+
+
+def test_readme_reads_records_of_both_schemas(scripts, readme, tmp_path, monkeypatch):
+    """The committed files are of the first; a run of today's scripts writes the second."""
+    before = readme.features()
+    assert any("times as fast as dense" in line for line in before)
+    p = Problem(1, 2, 2, 256, 256, 16)
+    for name, make in (("lists", scripts["lists"].rows), ("modifiers", scripts["modifiers"].changed)):
+        run = frame.Run({name: partial(make, p)}, {}, Console(), tmp_path / f"{name}.json")
+        run.prepare = lambda: setup(100.0, 20.0, 10.0, 25.0, 5.0)
+        assert run.run() == 0
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    lines = readme.features()
+    assert any("lists of 192x128 blocks" in line and " 4.00 " in line for line in lines)
+    assert "| ALiBi, 2k and 8k: time over the plain kernel's |  |  |  |" in lines
+    assert [x for name, _, x in readme.scores() if name.startswith("ALiBi")] == [0.1]
 
 
 def test_gpu_tests_in_parts(scripts):

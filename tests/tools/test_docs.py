@@ -204,8 +204,8 @@ def test_every_environment_variable_is_documented():
 
 def test_the_ladder_is_the_record(readme):
     text = (ROOT / "docs" / "how_it_works.md").read_text()
-    content = readme.ladder_text(json.loads((readme.RESULTS / "ladder.json").read_text()))
-    assert text.partition(readme.BEGIN_LADDER)[2].partition(readme.END)[0].strip() == content.replace("](", "](../")
+    content = readme.ablation_text(json.loads((readme.RESULTS / "ladder.json").read_text()))
+    assert text.partition(readme.BEGIN_ABLATION)[2].partition(readme.END)[0].strip() == content.replace("](", "](../")
 
 
 def test_the_readmes_numbers_are_the_records(readme):

@@ -13,7 +13,7 @@ import cute_attn
 from cute_attn import plan
 from cute_attn.plan import Problem
 from cute_attn.tools import inspect, validate
-from cute_attn.tools.benchmark import cells, contenders, gates, machine, progress
+from cute_attn.tools.benchmark import cells, gates, implementations, machine, progress
 from tests.support.bench import FakeMonitor, FakeTimer
 from tests.support.requirements import why_no_hopper
 
@@ -23,7 +23,7 @@ CELL = "1,1,2048,16 full"
 RIGHT = cute_attn.flash_fwd
 
 
-class Cudnn(contenders.Sdpa):
+class Cudnn(implementations.Sdpa):
     """torch's own attention in cuDNN's place."""
 
     def __init__(self):
@@ -69,7 +69,7 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setattr(validate, "EDGE_HEAD_DIMS", (16,))
     monkeypatch.setattr(inspect, "build", lambda config: inspect.Build("code", "", ""))
     monkeypatch.setattr(inspect, "report", lambda config: healthy)
-    monkeypatch.setitem(contenders.PEERS, "cudnn", Cudnn())
+    monkeypatch.setitem(implementations.BASELINES, "cudnn", Cudnn())
     return fake
 
 

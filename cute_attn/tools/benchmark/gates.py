@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...problem import Problem
-from .cells import EAGER
-from .contenders import OURS
+from .implementations import OURS
+from .timing import EAGER
 
 GATES = Path(__file__).parents[2] / "gates.json"  # in the repository a link to benchmarks/gates.json
 TOLERANCE = 0.05  # of the gate
-PEER = "cudnn"
+BASELINE = "cudnn"
 PROBLEM = ("dtype", "layout")  # what all cells of a sweep share
 
 
@@ -39,8 +39,8 @@ class Cell(NamedTuple):
 def ratios(records: list[dict]) -> dict[str, float]:
     """Cell -> how many times as fast as cuDNN ours is; without the cells that were not timed, or came out wrong."""
     ours = [r for r in records if (r["contender"], r["mode"], r["reason"]) == (OURS, EAGER, None)]
-    timed = [r for r in ours if PEER in r["ratios"]]
-    return {f"{r['shape']} {'causal' if r['causal'] else 'full'}": round(r["ratios"][PEER], 4) for r in timed}
+    timed = [r for r in ours if BASELINE in r["ratios"]]
+    return {f"{r['shape']} {'causal' if r['causal'] else 'full'}": round(r["ratios"][BASELINE], 4) for r in timed}
 
 
 def compare(recorded: dict[str, float], records: list[dict]) -> list[Cell]:

@@ -16,12 +16,12 @@ import torch
 import cute_attn
 
 from ...compile import KERNELS
-from .contenders import cudnn_version
+from .implementations import cudnn_version
 from .timing import Call, CudaTimer, Stats, compare
+from .workload import BYTES_FORMULA, FLOP_FORMULA
 
-FLOP_FORMULA = "4 B H Sq Sk D, halved for causal"
 CUBLAS_SIZE = 8192
-CUBLAS_SETTLE_MS = 400.0  # the first load of a run: the GPU may come from idle clocks
+CUBLAS_WARMUP_MS = 400.0  # the first load of a run: the GPU may come from idle clocks
 
 
 def no_hopper() -> str | None:
@@ -55,6 +55,7 @@ def conditions(nvml: "Nvml") -> dict[str, Any]:
         "kernels_sha256": kernel_hash(),
         "python": platform.python_version(),
         "flop": FLOP_FORMULA,
+        "bytes": BYTES_FORMULA,
     }
 
 
@@ -171,12 +172,12 @@ def _columns(readings):
 
 
 def cublas(nvml: Nvml) -> Stats:
-    """This machine's steady rate: a bf16 8192 x 8192 x 8192 product of random normal matrices, settled."""
+    """This machine's steady rate: a bf16 8192 x 8192 x 8192 product of random normal matrices, warmed up."""
     a, b, c = (torch.randn(CUBLAS_SIZE, CUBLAS_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     timer = CudaTimer()
     with Monitor(nvml.read) as monitor:
         call = Call(lambda: torch.mm(a, b, out=c))
-        return compare({"cublas": call}, settle_ms=CUBLAS_SETTLE_MS, timer=timer, monitor=monitor)["cublas"]
+        return compare({"cublas": call}, warmup_ms=CUBLAS_WARMUP_MS, timer=timer, monitor=monitor)["cublas"]
 
 
 def cublas_tflops(stats: Stats) -> float:

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import report
-from .cells import EAGER
-from .contenders import OURS
+from .implementations import OURS
+from .timing import EAGER
 
 Record = dict[str, Any]
 # Okabe and Ito's colours, which colour-blind readers tell apart too; each also has a marker of its own.
@@ -45,23 +45,25 @@ FONTS: Any = {"font.size": 10, "axes.labelsize": 9, "text.color": INK}
 CUBLAS_LINE: dict[str, Any] = {"color": FAINT, "linestyle": ":", "linewidth": 1.4}
 
 
-def draw(path: Path, records: Sequence[Record], conditions: dict[str, Any], peers: Record | None = None) -> None:
-    """Writes a PNG; records without a time are left out. peers: the content of a peers file, for a FlashAttention-3
-    that the run lacks."""
-    save(figure_of(records, conditions, peers), path)
+def draw(path: Path, records: Sequence[Record], conditions: dict[str, Any], baselines: Record | None = None) -> None:
+    """Writes a PNG; records without a time are left out.
+
+    baselines: the content of a baselines file, for a FlashAttention-3 that the run lacks.
+    """
+    save(figure_of(records, conditions, baselines), path)
 
 
-def figure_of(records: Sequence[Record], conditions: dict[str, Any], peers: Record | None = None) -> Figure:
+def figure_of(records: Sequence[Record], conditions: dict[str, Any], baselines: Record | None = None) -> Figure:
     """What `draw` writes: a panel per head dim and mask, or bars; the legend above, notes below."""
     timed = [record for record in records if record["tflops"] is not None]
-    scaled = report.by_ratio(timed, peers, "fa3") if peers is not None else []
+    scaled = report.by_ratio(timed, baselines, "fa3") if baselines is not None else []
     shown = [*timed, *scaled]
     panels: dict[tuple, list[Record]] = {}
     for record in shown:
         panels.setdefault(_panel(record), []).append(record)
     over_seqlen = any(len({record["seqlen_q"] for record in panel}) > 1 for panel in panels.values())
     cublas = conditions.get("cublas_tflops")
-    notes = [*_power(shown, conditions), *(_source(peers, "fa3") if peers is not None and scaled else [])]
+    notes = [*_power(shown, conditions), *(_source(baselines, "fa3") if baselines is not None and scaled else [])]
     with plt.rc_context(FONTS | {"axes.spines.top": False, "axes.spines.right": False}):
         handles = [*_handles(shown, bars=not over_seqlen), *_cublas_handle(cublas)]
         dtypes = ", ".join(sorted({record["dtype"] for record in shown}))
@@ -72,8 +74,8 @@ def figure_of(records: Sequence[Record], conditions: dict[str, Any], peers: Reco
     return figure
 
 
-LADDER = ("#FBDCC4", "#F6BC93", "#EE975F", "#E37A33", STYLE[OURS][0])  # from the first stage to the planned kernel
-PEER_WORDS = {
+ABLATION = ("#FBDCC4", "#F6BC93", "#EE975F", "#E37A33", STYLE[OURS][0])  # from the first stage to the planned kernel
+BASELINE_WORDS = {
     "math": "torch's unfused attention",
     "cudnn": "NVIDIA's, through torch",
     "flash": "FlashAttention-2, through torch",
@@ -85,13 +87,13 @@ CAPTIONS = 3.0  # inches left of the bars
 CAPTION_CHARACTERS = 50  # a line of what a stage adds
 
 
-def draw_ladder(path: Path, records: Sequence[Record], conditions: dict[str, Any]) -> None:
-    """A bar per stage, then one per peer; a panel per cell. Writes a PNG."""
-    save(ladder_figure(records, conditions), path)
+def draw_ablation(path: Path, records: Sequence[Record], conditions: dict[str, Any]) -> None:
+    """A bar per stage, then one per baseline; a panel per cell. Writes a PNG."""
+    save(ablation_figure(records, conditions), path)
 
 
-def ladder_figure(records: Sequence[Record], conditions: dict[str, Any]) -> Figure:
-    """What `draw_ladder` writes."""
+def ablation_figure(records: Sequence[Record], conditions: dict[str, Any]) -> Figure:
+    """What `draw_ablation` writes."""
     cells: dict[str, list[Record]] = {}
     for record in records:
         if record["tflops"] is not None and record["mode"] == EAGER:
@@ -112,20 +114,20 @@ def ladder_figure(records: Sequence[Record], conditions: dict[str, Any]) -> Figu
 
 
 def _places(cell: Sequence[Record]) -> list[float]:
-    """Of its bars, from the top: the stages, a gap, the peers."""
+    """Of its bars, from the top: the stages, a gap, the baselines."""
     stages = sum(1 for record in cell if record["stage"])
     return [*range(stages), *(stages + 0.45 * bool(stages) + i for i in range(len(cell) - stages))]
 
 
 def _rungs(axes: Axes, cell: Sequence[Record], cublas: float | None) -> None:
-    """Stages from top to bottom, a gap, peers by speed; each bar with its TFLOPS and gain."""
+    """Stages from top to bottom, a gap, baselines by speed; each bar with its TFLOPS and gain."""
     stages = [record for record in cell if record["stage"]]
-    peers = sorted((record for record in cell if not record["stage"]), key=lambda record: record["tflops"])
+    baselines = sorted((record for record in cell if not record["stage"]), key=lambda record: record["tflops"])
     places = _places(cell)
     most = max(cublas or 0, *(record["tflops"] for record in cell))
     axes.set_ylim(max(places) + 0.5, -0.5)
     axes.set_xlim(0, 1.08 * most)
-    for y, record in zip(places, [*stages, *peers], strict=True):
+    for y, record in zip(places, [*stages, *baselines], strict=True):
         _rung(axes, y, record)
     if cublas:
         axes.axvline(cublas, **CUBLAS_LINE, zorder=1)
@@ -143,14 +145,14 @@ NAME_POINTS, LINE_POINTS = 13.0, 10.5  # heights of a caption's lines
 def _caption(record: Record) -> tuple[str, list[str]]:
     """Who a bar is, and what it adds, in lines."""
     contender, stage = record["contender"], record["stage"]
-    name, words = (f"{stage}. {contender}", record["adds"]) if stage else (contender, PEER_WORDS.get(contender, ""))
+    name, words = (f"{stage}. {contender}", record["adds"]) if stage else (contender, BASELINE_WORDS.get(contender, ""))
     return name, textwrap.wrap(words, CAPTION_CHARACTERS)
 
 
 def _rung(axes: Axes, y: float, record: Record) -> None:
     """A bar, who it is on the left, what it reaches in it, or beside it where it is short."""
     contender, stage, tflops = record["contender"], record["stage"], record["tflops"]
-    colour = LADDER[stage - 1] if stage else _colour(contender)
+    colour = ABLATION[stage - 1] if stage else _colour(contender)
     axes.barh(y, tflops, 0.74, color=colour, zorder=2)
     name, words = _caption(record)
     top = (NAME_POINTS + LINE_POINTS * len(words)) / 2
@@ -256,10 +258,12 @@ def _power(records: Sequence[Record], conditions: dict[str, Any]) -> list[str]:
     return [words + "."]
 
 
-def _source(peers: Record, name: str) -> list[str]:
+def _source(baselines: Record, name: str) -> list[str]:
     """Where a line comes from that this run did not measure."""
-    what, gpu = (str(text or "?").split(" (")[0] for text in (peers.get("peers", {}).get(name), peers.get("gpu")))
-    date = _date(peers)
+    what, gpu = (
+        str(text or "?").split(" (")[0] for text in (baselines.get("peers", {}).get(name), baselines.get("gpu"))
+    )
+    date = _date(baselines)
     return [
         f"{NAMES[name]} ({what}) is not of this run: its line is this run's cuDNN times their ratio in a run of {date} "
         f"on one {gpu}."

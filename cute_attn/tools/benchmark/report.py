@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...problem import Problem
-from .cells import EAGER, GRAPH
-from .contenders import OURS
-from .timing import geomean
+from .implementations import OURS
+from .timing import EAGER, GRAPH, geomean
+from .workload import FIELDS
 
 Record = dict[str, Any]
 
@@ -52,31 +51,24 @@ def _error(key: str) -> Callable[[Record], str]:
 
 
 def name(record: Record) -> str:
-    return record["contender"] + ("" if record["mode"] == EAGER else f" {record['mode']}")
-
-
-def _over_ours(record: Record) -> str:
-    ratio = record["ratios"].get(OURS)
-    return f"{1 / ratio:.3f}" if ratio else ("1" if record["contender"] == OURS and record["p50_us"] else "-")
+    case = f"{record['case']}: " if record.get("case") else ""
+    return case + record["contender"] + ("" if record["mode"] == EAGER else f" {record['mode']}")
 
 
 COLUMNS = (
     Column("", name, "left"),
-    Column("p50\nus", _us("p50_us")),
-    Column("p95\nus", _us("p95_us")),
-    Column("p99\nus", _us("p99_us")),
-    Column("mean\nus", _us("mean_us")),
-    Column("std\nus", _us("std_us")),
+    Column("us", _us("p50_us")),
     Column("spread", _number("spread", ".1%")),
     Column("TFLOPS", _number("tflops", ".1f")),
+    Column("GB/s", _number("gb_per_s", ".0f")),
+    Column("of\nroofline", _number("of_roofline", ".1%")),
+    Column("bound", lambda record: record["bound"] or "-"),
+    Column("x\nbaseline", _number("x_baseline", ".3f")),
     Column("of\ncuBLAS", _number("of_cublas", ".1%")),
-    Column("us per\nhead", _number("us_per_head", ".3g")),
     Column("W", _number("watts", ".0f")),
-    Column("TFLOPS\nper W", _number("tflops_per_watt", ".2f")),
     Column("SM\nMHz", _number("sm_mhz", ".0f")),
     Column("max\nerror", _error("max_error")),
     Column("rel.\nerror", _error("relative_error")),
-    Column("time /\nours", _over_ours),
     Column("host\nus", _us("host_us")),
 )
 
@@ -87,7 +79,8 @@ def title(record: Record) -> str:
     seqlen = f"S {r['seqlen_q']}" + (f" (K/V {r['seqlen_k']})" if r["seqlen_k"] != r["seqlen_q"] else "")
     mask = "causal" if r["causal"] else "full"
     dims = f"D {r['head_dim']}" + (f" (V {r['head_dim_v']})" if r.get("head_dim_v") else "")
-    return f"B {r['batch']}, {heads}, {seqlen}, {dims}, {mask}, {r['dtype']}: {r['flops'] / 1e9:.4g} GFLOP"
+    features = "".join(f", {key}" + ("" if x is True else f" {x}") for key, x in r.get("features", {}).items())
+    return f"B {r['batch']}, {heads}, {seqlen}, {dims}, {mask}, {r['dtype']}{features}: {r['flops'] / 1e9:.4g} GFLOP"
 
 
 def print_cell(
@@ -97,7 +90,7 @@ def print_cell(
     columns: Sequence[Column] = COLUMNS,
     bold: str = OURS,
 ) -> None:
-    """A row per contender, in as many tables as the width takes; then why some, other than the absent, have none."""
+    """A row per implementation, in as many tables as the width takes; then why some, not the absent, have none."""
     timed = [record for record in records if record["p50_us"] is not None]
     console.print(Text(f"\n{title(records[0])}", style="bold"))
     if timed:
@@ -107,6 +100,9 @@ def print_cell(
     for record in records:
         if record["reason"] and record["contender"] not in absent:
             console.print(Text(f"  {name(record)}: {record['reason']}"), soft_wrap=True)
+    baselines = ", ".join(dict.fromkeys(r["baseline"] for r in timed if r["x_baseline"] is not None))
+    if baselines:
+        console.print(Text(f"  x baseline: the time of {baselines} over a row's own", style="dim"))
     heads = records[0]["batch"] * records[0]["heads"]
     checked = max((record["checked_heads"] or 0 for record in records), default=0)
     if checked:
@@ -158,7 +154,7 @@ def conditions_in_words(facts: dict[str, Any]) -> dict[str, str]:
         f"nvidia-cutlass-dsl {f['cutlass_dsl']}, cute_attn {f['cute_attn']}, Python {f['python']}",
         "kernels": f"sha256 {f['kernels_sha256']}",
         "date": f["date"],
-        "problem": f"{f['dtype']}, {f['layout']} in memory, "
+        "problem": (f"{f['dtype']}, {f['layout']} in memory, " if "layout" in facts else "")
         + ("; ".join(facts["shapes"]) if len(facts["shapes"]) <= 4 else f"{len(facts['shapes'])} cells"),
         "FLOP": f["flop"],
     }
@@ -167,21 +163,21 @@ def conditions_in_words(facts: dict[str, Any]) -> dict[str, str]:
 def rate(facts: dict[str, Any]) -> str:
     """The cuBLAS rate of a run, and the power and clock it was reached at."""
     sensors = (facts["cublas_watts"], "W"), (facts["cublas_sm_mhz"], "MHz")
-    return "bf16 8192^3, settled: " + ", ".join(
+    return "bf16 8192^3, warmed up: " + ", ".join(
         [f"{facts['cublas_tflops']:.1f} TFLOPS", *(f"{x:.0f} {unit}" for x, unit in sensors if x)]
     )
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:
-    """Over all cells: the geometric mean of each peer's time over ours; and ours over the best of the peers' file."""
+    """Over all cells: geometric means of each baseline's time over ours, and of ours over the best of --baselines."""
     ours = [record for record in records if record["contender"] == OURS and record["p50_us"] is not None]
     out: dict[str, Any] = {}
     for mode in (EAGER, GRAPH):
         ratios: dict[str, list[float]] = {}
         for record in ours:
             if record["mode"] == mode:
-                for peer, ratio in record["ratios"].items():
-                    ratios.setdefault(peer, []).append(ratio)
+                for baseline, ratio in record["ratios"].items():
+                    ratios.setdefault(baseline, []).append(ratio)
         over = {p: {"geomean": geomean(x), "min": min(x), "cells": len(x)} for p, x in ratios.items()}
         if over:
             out[mode] = {"ours_over": over}
@@ -192,7 +188,7 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def with_best(records: list[Record], best_over_cudnn: dict[tuple, float]) -> list[Record]:
-    """Sets ours' `over_best_peer`, (cuDNN's time / ours) / (cuDNN's / the best peer's): 1 where it is as fast."""
+    """Sets ours' `over_best_peer`, (cuDNN's time / ours) / (cuDNN's / the best baseline's): 1 where it is as fast."""
     for record in records:
         best = best_over_cudnn.get((record["shape"], record["causal"], record["mode"] == GRAPH))
         cudnn = record["ratios"].get("cudnn")
@@ -201,76 +197,71 @@ def with_best(records: list[Record], best_over_cudnn: dict[tuple, float]) -> lis
     return records
 
 
-def read_peers(path: Path, dtype: str) -> dict[tuple, float]:
-    """(shape, causal, graph) -> best_over_cudnn of a peers file, whose cells are of one dtype."""
-    return best_over_cudnn(peers_file(path, dtype))
-
-
-def peers_file(path: Path, dtype: str) -> Record:
+def baselines_file(path: Path, dtype: str) -> Record:
     """Its content; ValueError where its cells are of another dtype."""
-    peers = json.loads(path.read_text())
-    if peers.get("dtype", dtype) != dtype:
-        raise ValueError(f"its numbers are for {peers['dtype']}, this run is {dtype}")
-    return peers
+    baselines = json.loads(path.read_text())
+    if baselines.get("dtype", dtype) != dtype:
+        raise ValueError(f"its numbers are for {baselines['dtype']}, this run is {dtype}")
+    return baselines
 
 
-def best_over_cudnn(peers: Record) -> dict[tuple, float]:
-    """(shape, causal, graph) -> how many times as fast as cuDNN the best peer was."""
-    return {_peers_cell(cell): float(cell["best_over_cudnn"]) for cell in peers["cells"]}
+def best_over_cudnn(baselines: Record) -> dict[tuple, float]:
+    """(shape, causal, graph) -> how many times as fast as cuDNN the best baseline was."""
+    return {_baselines_cell(cell): float(cell["best_over_cudnn"]) for cell in baselines["cells"]}
 
 
-def over_cudnn(peers: Record, name: str) -> dict[tuple, float]:
-    """The same of one peer, in the cells where it was timed."""
-    timed = [cell for cell in peers["cells"] if {"cudnn", name} <= cell.get("us", {}).keys()]
-    return {_peers_cell(cell): cell["us"]["cudnn"] / cell["us"][name] for cell in timed}
+def over_cudnn(baselines: Record, name: str) -> dict[tuple, float]:
+    """The same of one baseline, in the cells where it was timed."""
+    timed = [cell for cell in baselines["cells"] if {"cudnn", name} <= cell.get("us", {}).keys()]
+    return {_baselines_cell(cell): cell["us"]["cudnn"] / cell["us"][name] for cell in timed}
 
 
-def _peers_cell(cell: Record) -> tuple:
+def _baselines_cell(cell: Record) -> tuple:
     return cell["shape"], cell["causal"], cell.get("graph", False)
 
 
 BY_RATIO = "by its ratio to cuDNN"  # the mode of a record that was not timed in its run
 
 
-def by_ratio(records: Sequence[Record], peers: Record, name: str) -> list[Record]:
-    """What a run without a peer says of it: cuDNN's TFLOPS of the run times the peer's ratio to cuDNN in a peers file.
+def by_ratio(records: Sequence[Record], baselines: Record, name: str) -> list[Record]:
+    """What a run without a baseline says of it: its own cuDNN's TFLOPS times the ratio to cuDNN in a baselines file.
 
-    None where the run has the peer, and none of another dtype than the file's.
+    None where the run has the baseline, and none of another dtype than the file's.
     """
     if any(record["contender"] == name and record["tflops"] for record in records):
         return []
-    ratios, found = over_cudnn(peers, name), []
+    ratios, found = over_cudnn(baselines, name), []
     for record in records:
         ratio = ratios.get((record["shape"], record["causal"], False))
         cudnn = record["contender"] == "cudnn" and record["mode"] == EAGER and record["tflops"]
-        if cudnn and ratio and peers.get("dtype") == record["dtype"]:
-            problem = {key: record[key] for key in ("shape", *Problem._fields, "flops") if key in record}
+        if cudnn and ratio and baselines.get("dtype") == record["dtype"]:
+            problem = {key: record[key] for key in ("shape", *FIELDS, "flops") if key in record}
             found.append(problem | dict(contender=name, mode=BY_RATIO, tflops=record["tflops"] * ratio))
     return found
 
 
-def print_summary(console: Console, records: Sequence[Record], with_peers: bool) -> None:
-    """A row per cell, ours against each peer; then the means."""
+def print_summary(console: Console, records: Sequence[Record], with_baselines: bool) -> None:
+    """A row per cell, ours against each baseline; then the means."""
     ours = [record for record in records if record["contender"] == OURS and record["p50_us"] is not None]
     if not ours:
         return
-    peers = list(dict.fromkeys(peer for record in ours for peer in record["ratios"]))
+    baselines = list(dict.fromkeys(baseline for record in ours for baseline in record["ratios"]))
     columns = [
         Column("", _cell, "left"),
         Column("TFLOPS", _number("tflops", ".1f")),
         Column("of\ncuBLAS", _number("of_cublas", ".1%")),
-        *(Column(f"over\n{peer}", _ratio_to(peer)) for peer in peers),
+        *(Column(f"over\n{baseline}", _ratio_to(baseline)) for baseline in baselines),
     ]
-    if with_peers:
-        columns.append(Column("over\nbest peer", lambda r: ratio(r["over_best_peer"])))
+    if with_baselines:
+        columns.append(Column("over\nbest baseline", lambda r: ratio(r["over_best_peer"])))
     console.print(Text("\ncute_attn in each cell: how many times as fast as the others", style="bold"))
     for table in fitting(console, columns, ours):
         console.print(table)
     found = summary(records)
     for line in summary_lines(found):
         console.print(Text(line), soft_wrap=True)
-    if with_peers and "ours_over_best_peer" not in found:
-        console.print(Text("ours over the best peer of --peers: no cell of this run is in that file"))
+    if with_baselines and "ours_over_best_peer" not in found:
+        console.print(Text("ours over the best baseline of --baselines: no cell of this run is in that file"))
 
 
 def _cell(record: Record) -> str:
@@ -281,13 +272,13 @@ def _cell(record: Record) -> str:
 def summary_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     for mode in (EAGER, GRAPH):
-        for peer, x in found.get(mode, {}).get("ours_over", {}).items():
-            what = f"ours over {peer}" + ("" if mode == EAGER else f", {mode}")
+        for baseline, x in found.get(mode, {}).get("ours_over", {}).items():
+            what = f"ours over {baseline}" + ("" if mode == EAGER else f", {mode}")
             lines.append(f"{what}: geometric mean {x['geomean']:.3f}, least {x['min']:.3f}, {x['cells']} cells")
     if "ours_over_best_peer" in found:
         x = found["ours_over_best_peer"]
         lines.append(
-            f"ours over the best peer of --peers, through cuDNN: geometric mean {x['geomean']:.3f}, "
+            f"ours over the best baseline of --baselines, through cuDNN: geometric mean {x['geomean']:.3f}, "
             f"least {x['min']:.3f}, {x['cells']} cells"
         )
     return lines
@@ -297,8 +288,8 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _ratio_to(peer: str) -> Callable[[Record], str]:
-    return lambda record: ratio(record["ratios"].get(peer))
+def _ratio_to(baseline: str) -> Callable[[Record], str]:
+    return lambda record: ratio(record["ratios"].get(baseline))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -307,13 +298,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_csv(path: Path, conditions: dict[str, Any], records: Sequence[Record]) -> None:
     """A line per record; each ratio in a column of its own, the rounds joined by spaces."""
-    peers = list(dict.fromkeys(peer for record in records for peer in record["ratios"]))
+    baselines = list(dict.fromkeys(baseline for record in records for baseline in record["ratios"]))
     kept = {key: conditions.get(key) for key in ("gpu", "date", "kernels_sha256")}
     lines = []
     for record in records:
-        flat = {key: value for key, value in record.items() if key not in ("ratios", "rounds_us")}
+        flat = {key: value for key, value in record.items() if key not in ("features", "ratios", "rounds_us")}
         rounds = " ".join(f"{x:.3f}" for x in record["rounds_us"] or ())
-        ratios = {f"over_{peer}": record["ratios"].get(peer) for peer in peers}
+        ratios = {f"over_{baseline}": record["ratios"].get(baseline) for baseline in baselines}
         lines.append({**flat, "rounds_us": rounds, **ratios, **kept})
     text = io.StringIO()
     if lines:

@@ -12,7 +12,7 @@ from ...kernels.trace import EVENTS, HEAD, SAMPLES
 from ...operands import o_like
 from ...plan import config, kernel_dims, plan
 from ...problem import Problem
-from .contenders import make_inputs
+from .implementations import make_inputs
 
 PRODUCER = 0
 ENDS = {  # the softmax: with P's conversion, until the next step, or the last PV

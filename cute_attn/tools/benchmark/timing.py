@@ -1,7 +1,7 @@
-"""Times callables beside each other, each in the settled state of its own load.
+"""Times callables beside each other, each warmed up under its own load.
 
 The GPU is limited by power, so a time depends on what ran just before. The method: rounds, each in a freshly shuffled
-order; every contender first runs 60 ms untimed, so that power and clocks settle to its own load, then about 40 ms
+order; every implementation first runs 60 ms untimed, so that power and clocks settle to its own load, then about 40 ms
 timed. A sample is the time between two CUDA events, around one call, or around as many calls as fill 20 us where one
 call is shorter; the host waits only after the last one. No L2 flush.
 """
@@ -18,20 +18,21 @@ from typing import Any, Protocol
 
 import torch
 
+EAGER, GRAPH = "eager", "graph"  # modes: a call at a time, replays of a CUDA graph
 ROUNDS = 5
-SETTLE_MS, TIMED_MS = 60.0, 40.0
+WARMUP_MS, TIMED_MS = 60.0, 40.0
 SAMPLE_US = 20.0  # a sample is at least this long: events resolve about 0.5 us (CUDA runtime, cudaEventElapsedTime)
 GRAPH_CALLS, GRAPH_FLOP = 20, 2e12  # in a graph: so many calls, fewer where they would make more FLOP
 AWAKE_S = 0.02  # of work for the processor before host times
 METHOD = {
-    "order": "rounds of all contenders, freshly shuffled in each",
-    "settle_ms": SETTLE_MS,
+    "order": "rounds of all implementations, freshly shuffled in each",
+    "settle_ms": WARMUP_MS,
     "timed_ms": TIMED_MS,
     "sample": f"CUDA events around each call, or around as many calls as fill {SAMPLE_US:g} us; no wait between calls",
     "p50_us": "median over rounds of each round's median; TFLOPS, ratios and us per head come from it",
     "p95_us, p99_us, mean_us, std_us": "of the samples of all rounds",
     "spread": "(max - min) / median of the rounds' medians",
-    "inputs": "random normal, the same for every contender; no L2 flush",
+    "inputs": "random normal, the same for every implementation; no L2 flush",
     "graph": f"CUDA-graph replays of {GRAPH_CALLS} calls, or of as many as make {GRAPH_FLOP:g} FLOP; per call",
     "host_us": f"host time per eager call: queue never full, processor busy for {1000 * AWAKE_S:g} ms before; "
     "median of 5 repeats",
@@ -127,7 +128,7 @@ def compare(
     calls: Mapping[str, Call | Callable[[], Any]],
     *,
     rounds: int = ROUNDS,
-    settle_ms: float = SETTLE_MS,
+    warmup_ms: float = WARMUP_MS,
     timed_ms: float = TIMED_MS,
     timer: Timer | None = None,
     monitor: Monitor | None = None,
@@ -138,9 +139,9 @@ def compare(
 
     Args:
         calls: name -> `Call`, or any callable without arguments that queues its work on torch's current stream.
-        rounds, settle_ms, timed_ms: how often, and for how long each time, a contender runs untimed and timed.
+        rounds, warmup_ms, timed_ms: how often, and for how long each time, an implementation runs untimed and timed.
         timer, monitor, rng: clock, sensors and order; default CUDA events, no sensors, a fresh random order.
-        step: called with the name after each contender's part of a round.
+        step: called with the name after each implementation's part of a round.
     """
     timer, monitor, rng = timer or CudaTimer(), monitor or NoMonitor(), rng or random.Random()
     all_calls = {name: call if isinstance(call, Call) else Call(call) for name, call in calls.items()}
@@ -151,7 +152,7 @@ def compare(
             call, us = all_calls[name], run_us[name]
             runs = _runs_per_sample(us)
             with call.context():
-                timer.run(call.run, ceil(1000 * settle_ms / us))
+                timer.run(call.run, ceil(1000 * warmup_ms / us))
                 with monitor.watch(name):
                     samples = timer.sample(call.run, max(3, round(1000 * timed_ms / (us * runs))), runs)
             taken[name].append([sample / call.count for sample in samples])

@@ -15,6 +15,7 @@ from ...kernels.config import FwdConfig
 from ...tuned import Key, Row
 from ..benchmark.report import write_json
 from ..benchmark.timing import METHOD
+from ..benchmark.workload import Spec
 from .choose import MARGIN, Rows, serving
 from .trial import HIDDEN, SCREEN, Outcome, problem
 
@@ -26,7 +27,7 @@ VERSIONS = ("driver", "cuda", "torch", "cutlass_dsl", "cute_attn", "python")
 def method() -> dict[str, Any]:
     """How a tune times and chooses, for people."""
     kept = {name: METHOD[name] for name in ("order", "settle_ms", "timed_ms", "sample", "inputs")}
-    screening = f"{SCREEN.rounds} round, {SCREEN.settle_ms:g} ms settling, {SCREEN.timed_ms:g} ms timed"
+    screening = f"{SCREEN.rounds} round, {SCREEN.warmup_ms:g} ms settling, {SCREEN.timed_ms:g} ms timed"
     return kept | {
         "tflops": "S -> median of the rounds; heads x head_dim about " + str(HIDDEN),
         "spread": "(max - min) / median of the rounds' medians",
@@ -167,4 +168,5 @@ def _finite(value: float | None) -> float | None:
 
 def _tflops(key: Key, outcomes: Outcomes, config: FwdConfig, tokens: int) -> dict[str, float]:
     times = {s: outcome.stats[config].p50_us for s, outcome in outcomes.items() if config in outcome.stats}
-    return {str(s): float(f"{problem(key, s, tokens).flops() / us / 1e6:.4g}") for s, us in times.items()}
+    flops = {s: Spec(problem(key, s, tokens)).workload().flops for s in times}
+    return {str(s): float(f"{flops[s] / us / 1e6:.4g}") for s, us in times.items()}

@@ -11,9 +11,10 @@ from ... import compile, device
 from ...kernels.config import FwdConfig
 from ...problem import Problem
 from ...tuned import Key
-from ..benchmark.cells import ERROR_MAX, Truth
-from ..benchmark.contenders import Inputs, first_line, make_inputs
-from ..benchmark.timing import SETTLE_MS, TIMED_MS, CudaTimer, Stats, Timer, compare, geomean
+from ..benchmark.cells import Truth
+from ..benchmark.frame import ERROR_MAX
+from ..benchmark.implementations import Inputs, first_line, make_inputs
+from ..benchmark.timing import TIMED_MS, WARMUP_MS, CudaTimer, Stats, Timer, compare, geomean
 from .candidates import LAYOUT, of_type
 
 HIDDEN = 2048  # heads x head_dim of a timed problem, about
@@ -33,11 +34,11 @@ class Effort(NamedTuple):
     """How often and how long each candidate runs; see `benchmark/timing.py`."""
 
     rounds: int
-    settle_ms: float = SETTLE_MS
+    warmup_ms: float = WARMUP_MS
     timed_ms: float = TIMED_MS
 
 
-SCREEN = Effort(rounds=1, settle_ms=30.0, timed_ms=20.0)
+SCREEN = Effort(rounds=1, warmup_ms=30.0, timed_ms=20.0)
 
 
 @dataclass

@@ -50,7 +50,7 @@ class Prepared(NamedTuple):
     into: Callable[[torch.Tensor], Any] | None = None  # a run that writes into o (B, H, Sq, D), where there is one
 
 
-class Contender(Protocol):
+class Implementation(Protocol):
     name: str
 
     def absent(self) -> str | None:
@@ -152,6 +152,12 @@ class FlashAttention:
     def refuses(self, problem):
         return None
 
+    def function(self, name):
+        """Another function of its module; NotImplementedError where it has none."""
+        if not hasattr(self._module, name):
+            raise NotImplementedError(f"no {name} in {self.version()}")
+        return getattr(self._module, name)
+
     def version(self):
         package = self._module.__name__.partition(".")[0]
         version = getattr(self._module, "__version__", None) or getattr(
@@ -162,7 +168,7 @@ class FlashAttention:
     def prepare(self, inputs):
         q, k, v = inputs.bshd()
         function, causal = self._module.flash_attn_func, inputs.problem.causal
-        return Prepared(Call(lambda: function(q, k, v, causal=causal)), _bhsd_of_first)
+        return from_bshd(lambda: function(q, k, v, causal=causal))()
 
 
 def _distribution(package: str) -> str | None:
@@ -171,14 +177,24 @@ def _distribution(package: str) -> str | None:
     return f"{names[0]} {importlib.metadata.version(names[0])}" if names else None
 
 
-def _bhsd_of_first(returned):
-    o = returned[0] if isinstance(returned, (tuple, list)) else returned
-    return o.transpose(1, 2)
+def first_of(returned):
+    """o, of what returns o or (o, lse, ...)."""
+    return returned[0] if isinstance(returned, (tuple, list)) else returned
 
 
-PEERS: dict[str, Contender] = {
-    peer.name: peer
-    for peer in (
+def plain(run: Callable[[], Any]) -> Callable[[], Prepared]:
+    """A row's implementation: a call that returns o as the row's truth has it, or (o, ...)."""
+    return lambda: Prepared(Call(run), first_of)
+
+
+def from_bshd(run: Callable[[], Any]) -> Callable[[], Prepared]:
+    """The same of a call whose o is (B, S, H, D)."""
+    return lambda: Prepared(Call(run), lambda returned: first_of(returned).transpose(1, 2))
+
+
+BASELINES: dict[str, Implementation] = {
+    baseline.name: baseline
+    for baseline in (
         Sdpa("cudnn", "CUDNN_ATTENTION"),
         Sdpa("flash", "FLASH_ATTENTION"),
         Sdpa("efficient", "EFFICIENT_ATTENTION"),
@@ -187,7 +203,7 @@ PEERS: dict[str, Contender] = {
         FlashAttention("fa4", "flash_attn.cute", "flash_attn.cute.interface"),
     )
 }
-DEFAULT_PEERS = ("cudnn", "flash", "fa3", "fa4")
+DEFAULT_BASELINES = ("cudnn", "flash", "fa3", "fa4")
 
 
 def cudnn_version() -> str | None:

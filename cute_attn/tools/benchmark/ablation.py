@@ -1,4 +1,4 @@
-"""The ladder: one problem by our own kernels, each with one thing more than the one before, up to the planned one."""
+"""The ablation: one problem by our own kernels, each with one thing more than the one before, up to the planned one."""
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import fields, replace
@@ -14,14 +14,15 @@ from ...kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 from ...plan import plan
 from ...problem import Problem
 from . import report, static
-from .contenders import DEFAULT_PEERS, CuteAttn, Inputs, Prepared
+from .implementations import DEFAULT_BASELINES, CuteAttn, Inputs, Prepared
 from .progress import each
 from .report import Column, Record
-from .timing import Call
+from .timing import EAGER, Call
+from .workload import FIELDS, Spec
 
 NAMES = ("one tile per CTA", "multi-stage ring", "persistent", "GEMM/softmax overlap", "tuned plan")
 TUNED = NAMES[-1]
-PEERS = ("math", *DEFAULT_PEERS)
+BASELINES = ("math", *DEFAULT_BASELINES)
 
 
 def configs(problem: Problem) -> tuple[FwdConfig, ...]:
@@ -39,7 +40,7 @@ def configs(problem: Problem) -> tuple[FwdConfig, ...]:
 
 
 class Stage(CuteAttn):
-    """A contender: the kernel of one stage, from 1 on."""
+    """An implementation: the kernel of one stage, from 1 on."""
 
     def __init__(self, number: int):
         self.number, self.name = number, NAMES[number - 1]
@@ -112,13 +113,14 @@ def difference(before: FwdConfig, config: FwdConfig) -> str:
     return ", ".join(tile + rest) or "the same kernel"
 
 
-def with_stages(problem: Problem, records: list[Record]) -> list[Record]:
+def with_stages(records: list[Record]) -> list[Record]:
     """Adds to a cell's records which stage each is of, and its gain: the time of the stage before over its own."""
     stages = {stage.name: stage for stage in STAGES}
     for record in records:
         record |= dict(stage=None, adds=None, config=None, gain=None)
         stage = stages.get(record["contender"])
         if stage is not None:
+            problem = Problem(**{name: record[name] for name in FIELDS})
             config = stage.config(problem)
             before = NAMES[stage.number - 2] if stage.number > 1 else None
             record |= dict(stage=stage.number, adds=stage.adds(problem), kernel=config.name, config=repr(config))
@@ -131,24 +133,20 @@ def name(record: Record) -> str:
     return (f"{record['stage']}. " if record["stage"] else "") + report.name(record)
 
 
-def _over_cudnn(record: Record) -> str:
-    return "1" if record["contender"] == "cudnn" else report.ratio(record["ratios"].get("cudnn"))
-
-
 COLUMNS = (
     Column("", name, "left"),
     Column("what it adds", lambda r: r["adds"] or "", "left"),
     Column("p50\nus", lambda r: report.us(r["p50_us"])),
     Column("TFLOPS", lambda r: f"{r['tflops']:.1f}"),
     Column("gain", lambda r: f"{r['gain']:.2f}x" if r["gain"] else "-"),
-    Column("over\ncudnn", _over_cudnn),
+    Column("x\nbaseline", lambda r: report.ratio(r["x_baseline"])),
     Column("max\nerror", lambda r: report.error(r["max_error"])),
     Column("rel.\nerror", lambda r: report.error(r["relative_error"])),
 )
 
 
 def print_cell(console: Console, records: Sequence[Record], absent: Container[str] = ()) -> None:
-    """A row per stage and peer; then why some have none."""
+    """A row per stage and baseline; then why some have none."""
     report.print_cell(console, records, absent, COLUMNS, bold=TUNED)
 
 
@@ -156,7 +154,7 @@ def describe(problem: Problem) -> list[Record]:
     """The static report of each stage's kernel; compiles them, for about 3 s each."""
     return [
         static.describe(stage.config(problem))
-        | dict(stage=stage.number, contender=stage.name, mode=report.EAGER, adds=stage.adds(problem))
+        | dict(stage=stage.number, contender=stage.name, mode=EAGER, adds=stage.adds(problem))
         for stage in each(STAGES, "stages")
     ]
 
@@ -175,7 +173,7 @@ STATIC_COLUMNS = (
 
 def print_static(console: Console, problem: Problem, kernels: Sequence[Record]) -> None:
     """A row per stage; then what is wrong with some."""
-    console.print(Text(f"\n{report.title(problem._asdict() | {'flops': problem.flops()})}", style="bold"))
+    console.print(Text(f"\n{report.title(Spec(problem).facts())}", style="bold"))
     for table in report.fitting(console, STATIC_COLUMNS, kernels, bold=TUNED):
         console.print(table)
     for kernel in kernels:
