@@ -335,7 +335,7 @@ def test_readme_has_the_ladder_once_it_was_measured(readme, tmp_path, monkeypatc
     readme.main()
     without = (tmp_path / "README.md").read_text()
     versions = {"torch": "2.11", "cudnn": "9.19"}
-    (tmp_path / "ablation.json").write_text(json.dumps({"conditions": CONDITIONS | versions, "records": made_up()}))
+    (tmp_path / "ladder.json").write_text(json.dumps({"conditions": CONDITIONS | versions, "records": made_up()}))
     readme.main()
     with_ladder = (tmp_path / "README.md").read_text()
     assert "| 2. multi-stage ring | K/V ring of 2 stages | 800.0 | 344 | 1.25x | 0.75 | 2.4e-03 |" in with_ladder
@@ -343,7 +343,7 @@ def test_readme_has_the_ladder_once_it_was_measured(readme, tmp_path, monkeypatc
     assert with_ladder.split(readme.BEGIN_ABLATION)[0] == without.split(readme.BEGIN_ABLATION)[0]
     assert with_ladder.split(readme.END)[-1] == without.split(readme.END)[-1] == before.split(readme.END)[-1]
     how = (tmp_path / "docs" / "how_it_works.md").read_text()
-    assert "| 800.0 | 344 | 1.25x |" in how and "](../benchmarks/results/ablation.png)" in how
+    assert "| 800.0 | 344 | 1.25x |" in how and "](../benchmarks/results/ladder.png)" in how
     readme.main()
     assert (tmp_path / "README.md").read_text() == with_ladder
 
