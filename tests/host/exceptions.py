@@ -62,8 +62,8 @@ class Case(NamedTuple):
 def kinds() -> Iterator[FeatureKey]:
     """Every set of up to three features, the functions with and without a tensor that they read."""
     asked: dict[str, list] = {name: [True] for name in ("window", "softcap", "alibi", "sinks", "row_max", "dropout")}
-    asked |= dict(score_mod=[prepare("score_mod", f, ()).kernel for f in (distance, biased)])
-    asked |= dict(mask_mod=[prepare("mask_mod", f, ()).kernel for f in (nearby, documents)])
+    asked |= dict(score_mod=[prepare("score_mod", f, ()).kernel for f in (biased, distance)])
+    asked |= dict(mask_mod=[prepare("mask_mod", f, ()).kernel for f in (documents, nearby)])
     asked |= dict(sparse=[SparseBlocks(192, 128, True)])
     for some in chain.from_iterable(combinations(asked, n) for n in range(4)):
         for values in product(*(asked[name] for name in some)):

@@ -200,3 +200,11 @@ def test_varlen_is_a_problem_of_its_own_layout():
     kinds = FeatureKey(softcap=True)
     found = plan(Problem(1, 8, 1, 3, 1, 64, layout="thd", causal=True, features=kinds))
     assert found == room.varlen(64, "bf16", True, kinds, ratio=8, max_seqlen_q=3) and found.pack == 8
+
+
+@pytest.mark.parametrize("dims", [(128, 0), (64, 128), (96, 128)], ids=str)
+def test_lists_of_192_rows_with_window_and_softcap(dims):
+    """Their blocks of 64 keys are no whole number of blocks of 48."""
+    kinds = Kinds(window=True, softcap=True, sparse=SparseBlocks(192, 128, True))
+    found = plan(Problem(2, 12, 12, 3000, 3000, dims[0], kinds=kinds, head_dim_v=dims[1]))
+    assert (found.tile_m, found.tile_n, found.sparse) == (192, 64, kinds.sparse)
