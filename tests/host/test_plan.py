@@ -205,6 +205,6 @@ def test_varlen_is_a_problem_of_its_own_layout():
 @pytest.mark.parametrize("dims", [(128, 0), (64, 128), (96, 128)], ids=str)
 def test_lists_of_192_rows_with_window_and_softcap(dims):
     """Their blocks of 64 keys are no whole number of blocks of 48."""
-    kinds = Kinds(window=True, softcap=True, sparse=SparseBlocks(192, 128, True))
-    found = plan(Problem(2, 12, 12, 3000, 3000, dims[0], kinds=kinds, head_dim_v=dims[1]))
-    assert (found.tile_m, found.tile_n, found.sparse) == (192, 64, kinds.sparse)
+    key = FeatureKey(window=True, softcap=True, sparse=SparseBlocks(192, 128, True))
+    found = plan(Problem(2, 12, 12, 3000, 3000, dims[0], features=key, head_dim_v=dims[1]))
+    assert (found.tile_m, found.tile_n, found.sparse) == (192, 64, key.sparse)
