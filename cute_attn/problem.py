@@ -20,11 +20,11 @@ class FeatureKey(tuple):
         return next((value for feature, value in self if feature == name), False)
 
     def __reduce__(self) -> tuple:
-        return _feature_key, (dict(self),)
+        return _feature_key, (tuple(self),)
 
 
-def _feature_key(features: dict[str, Any]) -> FeatureKey:
-    return FeatureKey(**features)
+def _feature_key(features: tuple) -> FeatureKey:
+    return FeatureKey(**dict(features))
 
 
 PLAIN = FeatureKey()

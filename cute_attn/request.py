@@ -155,7 +155,7 @@ class Request(NamedTuple):
     def _on_cpu(self, scale: float, asked: Any) -> tuple:
         """o, lse and row_max, in float32 and rounded once."""
         notices.once(f"{self.operands.function}: {notices.CPU}")
-        how = dict(causal=self.causal, scale=scale, dtype=torch.float32, **features.reference(asked))
+        how = dict(causal=self.causal, scale=scale, dtype=torch.float32) | features.reference(asked)
         with torch.autocast("cpu", enabled=False):
             return self.operands.compute(self.operands.out, how)
 

@@ -68,7 +68,7 @@ def missing_names(text):
 
 
 def test_there_is_a_page_for_each_thing():
-    wanted = {"adding_a_mask.md", "api.md", "features.md", "how_it_works.md", "numerics.md"}
+    wanted = {"adding_a_feature.md", "api.md", "features.md", "how_it_works.md", "numerics.md"}
     assert wanted <= {page.name for page in DOCS}
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in DOCS if f"(docs/{page.name})" not in readme] == []
@@ -148,7 +148,7 @@ def run(page, monkeypatch, gpu):
     torch.manual_seed(0)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("docs_page", None))
     monkeypatch.setitem(importlib.import_module("sys").modules, "docs_page", module)  # dataclasses look it up
-    for word, code in blocks(page):
+    for word, code in blocks(page) if page.name != "adding_a_feature.md" else ():  # test_adding_a_feature does
         assert word in ("", "gpu")
         if gpu or word != "gpu":
             exec(compile(code, page.name, "exec"), module.__dict__)
