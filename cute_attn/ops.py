@@ -5,6 +5,7 @@ torch differentiates no operator that writes to an argument, so there are two. T
 The names of before are aliases: an exported program that has them runs.
 """
 
+import warnings
 from collections import namedtuple
 from typing import Any
 
@@ -136,12 +137,13 @@ _OUT = f"{TENSORS}, Tensor(a!) out"
 
 def _alias(name: str, schema: str, first: int | None, row_max: bool = False) -> None:
     """Of so many outputs, or of the first alone, with `first` None."""
-    arguments, mutates = _named(schema), "(a!)" in schema
-    operator = torch.ops.cute_attn.attention_out if mutates else torch.ops.cute_attn.attention
+    arguments, base = _named(schema), "attention_out" if "(a!)" in schema else "attention"
+    text = f"torch.ops.cute_attn.{name} is for programs of version 0.1; use torch.ops.cute_attn.{base}"
 
     def call(*args):
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
         named = arguments(*args)._asdict() | (dict(return_row_max=True) if row_max else {})
-        found = operator(**dict(layout="thd") | named)
+        found = getattr(torch.ops.cute_attn, base)(**dict(layout="thd") | named)
         return found[0] if first is None else found[:first]
 
     alias(name, schema, call)
