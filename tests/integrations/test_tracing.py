@@ -298,7 +298,7 @@ def test_a_program_exported_before_runs():
     how = dict(softcap=5.0, window=(9, 3), return_lse=True, return_row_max=True)
     want = flash_fwd(q, k, v, causal=True), *flash_fwd(q, k, v, **how), flash_fwd(q, k, v)
     want = *want, *flash_fwd_varlen(packed, packed, packed, cu, cu, causal=True, return_lse=True)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="for programs of version 0.1"):
         found = program.module()(q, k, v, packed, cu)
     assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
