@@ -20,7 +20,7 @@ def attention(request: Any) -> tuple:
     if learns:
         check_gradients(request)
     features.traceable(request.features)
-    asked = _drawn(request.features, q, is_proxy)
+    asked = features.started(request.features, q)
     return_lse = request.outputs.lse or learns or (is_proxy and out is None)  # of a proxy nobody knows if it learns
     how = request.causal, request.scale, return_lse, *request.operands.operator_arguments()
     how = *how, request.constant_time, *features.operator_arguments(asked)
@@ -43,12 +43,3 @@ def check_gradients(request: Any) -> None:
     request.operands.lacks_gradient()
     if out is not None:
         raise ValueError("out: given with inputs that require grad; omit it, or call under torch.no_grad()")
-
-
-def _drawn(asked: Any, q: Any, is_proxy: bool) -> Any:
-    """With dropout's random state, which no operator draws."""
-    if asked.dropout is None or asked.dropout.rng_state is not None:
-        return asked
-    if is_proxy:
-        raise TypeError("dropout_p: torch.fx's proxies have no device to draw on; pass rng_state")
-    return asked._replace(dropout=asked.dropout.drawn(q))

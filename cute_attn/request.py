@@ -79,8 +79,7 @@ class Request(NamedTuple):
         asked = features.fitted(self.features, found.problem, q.device)
         if out is not None:
             checks.out_memory(out, q, k, v, found.nbytes)
-        if asked.dropout is not None:
-            asked = asked._replace(dropout=asked.dropout.drawn(q))
+        asked = features.started(asked, q)
         rng_state = None if asked.dropout is None else asked.dropout.rng_state
         if found.gpu is None:
             o, lse, row_max = self._on_cpu(scale, asked)
@@ -143,13 +142,15 @@ class Request(NamedTuple):
         elif isinstance(self.operands, Dense):
             o.zero_()
             if lse is not None:
-                lse.fill_(-torch.inf) if asked.sinks is None else lse.copy_(asked.sinks[:, None])
+                lse.fill_(-torch.inf)
+                for feature, value in features.present(asked):
+                    feature.without_keys(value, lse)
         return o, lse, row_max
 
     def refused(self, o: Tensor) -> None:
         """Raises what the compiled call's own check, before the launch, has refused without a way to mend it."""
         self.made()
-        q, k, v, _ = self.operands.tensors
+        q, k, v, _ = self.operands[:4]
         checks.addresses(q, k, v, o)
 
     def _on_cpu(self, scale: float, asked: Any) -> tuple:

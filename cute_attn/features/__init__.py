@@ -76,6 +76,14 @@ def fitted(features: Any, problem: Problem, device: torch.device) -> Any:
     return Features(*[None if value is None else f.fitted(value, problem, device) for f, value in pairs])
 
 
+def started(features: Any, q: Any) -> Any:
+    """With what each call makes anew: q may be a tracer's."""
+    if features is NONE:
+        return NONE
+    pairs = zip(FEATURES, features, strict=True)
+    return Features(*[None if value is None else feature.started(value, q) for feature, value in pairs])
+
+
 def arguments(features: Any) -> tuple:
     """What the compiled call takes behind the stream, in the order of `kernels.state.Arguments`."""
     found: tuple = ()

@@ -19,13 +19,6 @@ class Dropout(NamedTuple):
     generator: torch.Generator | None
     rng_state: Tensor | None  # (2,) int64, seed and offset; None: to be drawn
 
-    def drawn(self, q: Tensor) -> "Dropout":
-        """With its random state, drawn on q's device: nothing is read back, and a CUDA graph draws anew."""
-        if self.rng_state is not None:
-            return self
-        state = torch.randint(SEEDS, (2,), dtype=torch.int64, device=q.device, generator=self.generator)
-        return self._replace(rng_state=state)
-
 
 class DropoutFeature(Feature):
     """The value is a Dropout."""
@@ -40,6 +33,15 @@ class DropoutFeature(Feature):
     def fitted(self, value, problem, device):
         _random_state(value, device)
         return value
+
+    def started(self, value, q):
+        """With its random state, drawn on q's device: nothing is read back, and a CUDA graph draws anew."""
+        if value.rng_state is not None:
+            return value
+        if isinstance(q, torch.fx.Proxy):
+            raise TypeError("dropout_p: torch.fx's proxies have no device to draw on; pass rng_state")
+        state = torch.randint(SEEDS, (2,), dtype=torch.int64, device=q.device, generator=value.generator)
+        return value._replace(rng_state=state)
 
     def arguments(self, value):
         kept = levels_kept(value.p)

@@ -40,6 +40,13 @@ class Feature:
         """The value, held against q, k and v: TypeError or ValueError where it does not fit them."""
         return value
 
+    def started(self, value: Any, q: Any) -> Any:
+        """The value, with what each call makes anew on q's device before it is launched or traced."""
+        return value
+
+    def without_keys(self, value: Any, lse: torch.Tensor) -> None:
+        """Writes what it adds to lse (B, H, Sq), which is -inf, of a call that has no keys."""
+
     def arguments(self, value: Any) -> tuple:
         """What the compiled kernel takes for it, in the order of the part's signature."""
         return ()

@@ -30,6 +30,9 @@ class SinksFeature(Feature):
         per_head("sinks", value, ((problem.heads,),), device)
         return value
 
+    def without_keys(self, value, lse):
+        lse.copy_(value[:, None])
+
     def arguments(self, value):
         return (value.data_ptr(),)
 
