@@ -122,7 +122,7 @@ def shapes() -> list[str]:
 
 
 def features() -> list[str]:
-    """Windows, packed sequences, lists, scores and functions: what was measured, from least to most, by head dim."""
+    """Windows, varlen, block sparsity, scores and user functions: the range of what was measured, by head dim."""
     table: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, head_dim, value in (*windows(), *packed(), *scores(), *functions(), *lists()):
         table[name][head_dim].append(value)
@@ -130,8 +130,8 @@ def features() -> list[str]:
     lines = [f"| {name} | " + " | ".join(span(row.get(d, ())) for d in head_dims) + " |" for name, row in table.items()]
     heading = [
         "",
-        "With masks, lengths and scores, over lengths and masks, from least to most (`window.json`, `varlen.json`,",
-        "`modifiers.json`, `lists.json`):",
+        "Features: the range over sequence lengths and masks (`window.json`, `varlen.json`, `modifiers.json`,",
+        "`lists.json`):",
         "",
         "| bf16 | d64 | d128 | d256 |",
         "|---|---|---|---|",
@@ -184,7 +184,7 @@ def windows() -> Iterator[tuple[str, int, float]]:
 
 def packed() -> Iterator[tuple[str, int, float]]:
     found = recorded("varlen")
-    what = "64 packed sequences of 64 to 8192"
+    what = "varlen, 64 sequences of 64 to 8192"
     tflops = {(e["head_dim"], e["causal"], e["contender"]): e["tflops"] for e in found if e.get("tflops")}
     for (head_dim, causal, contender), own in tflops.items():
         if contender == "cute_attn":

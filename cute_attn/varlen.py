@@ -47,11 +47,12 @@ def flash_fwd_varlen(
             one's beginning.
         causal, scale, window: as of `flash_fwd`; aligned to the last key of each sequence.
         softcap, alibi_slopes, sinks, score_mod, mask_mod, aux: as of `flash_fwd`, with places counted within a
-            sequence; b, and the first dimension of alibi_slopes (B, H), say which. Eager calls without gradients only.
+            sequence; b, and the first dimension of alibi_slopes (B, H), say which. Without gradients; score_mod and
+            mask_mod in eager calls only.
         return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (H, total_q).
         out: written in place and returned as o; like q, with v's columns, sharing no memory with q, k, v.
         return_row_max, return_max_logit: as of `flash_fwd`, float32 (H, total_q), -inf in the rows of no sequence too,
-            and (H,). Eager calls without gradients only.
+            and (H,).
 
     Returns:
         o (total_q, H, Dv), or a tuple of o[, lse][, row_max][, max_logit]. A row that sees no key gives o = 0,
