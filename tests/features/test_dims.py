@@ -26,8 +26,8 @@ from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
 from cute_attn.operands import Dense
 from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem
 from cute_attn.tools import bench, inspect
-from cute_attn.tools.benchmark import cells
 from cute_attn.tools.benchmark.implementations import make_inputs
+from cute_attn.tools.benchmark.workload import shape_word
 from tests.support import varlen
 from tests.support.attention import DTYPES, EDGES, check, inputs
 from tests.support.nightly import sample
@@ -541,7 +541,7 @@ def test_bench_says_what_it_does_not_take(options, words, capsys):
 
 def test_bench_takes_vs_head_dim():
     _, (found,) = bench.parse(["--shape", "1,2,128,192", "--head-dim-v", "128"])
-    assert (found.head_dim, found.d_v, cells.shape_word(found)) == (192, 128, "1,2,128,192/128")
+    assert (found.head_dim, found.d_v, shape_word(found)) == (192, 128, "1,2,128,192/128")
     _, (equal,) = bench.parse(["--shape", "1,2,128,128", "--head-dim-v", "128"])
     assert equal == Problem(1, 2, 2, 128, 128, 128, "bf16", "bshd")
 

@@ -1,14 +1,14 @@
 """Small random models of Hugging Face transformers, with our attention and with their own."""
 
 import inspect
-from functools import partial
 
 import pytest
 import torch
 import transformers
 
-from cute_attn import block_mask, checks, reference
+from cute_attn import features, reference
 from cute_attn.integrations import transformers as room
+from cute_attn.problem import Problem
 
 SIZES = dict(
     hidden_size=64,
@@ -109,11 +109,12 @@ def by_definition(q, k, v, *, out=None, **how):
 def with_lists(how, q, k):
     """flash_fwd's options, with lists of blocks as part of mask_mod."""
     how = dict(how)
-    _, mod, lists = checks.mods(None, how.get("mask_mod"), (), how.pop("block_mask", None))
-    if lists is None:
+    given = dict(mask_mod=how.get("mask_mod"), block_mask=how.pop("block_mask", None))
+    _, asked = features.collect(False, given)
+    if asked.sparse is None:
         return how
-    lists = block_mask.fit(lists, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
-    return how | dict(mask_mod=partial(lists.visible, mod))
+    problem = Problem(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    return how | features.reference(features.fitted(asked, problem, q.device))
 
 
 def needs_lengths():
