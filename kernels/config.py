@@ -57,7 +57,7 @@ class FwdConfig:
     cluster: int = 1  # or 2: CTAs along the query that share each K/V load, and so the blocks of a tile
     q_stages: int = 1  # Q tiles in shared memory: with 2, the next one is loaded while this one is used
     split: int = 1  # CTAs of a cluster that share a tile's keys
-    redo: bool = False  # speculative softmax: P unchecked, its sums tested afterwards, the block recomputed on overflow
+    speculative: bool = False  # softmax: P unchecked, its row sums tested afterwards, the block recomputed on overflow
     constant_time: bool = False  # no branch depends on a score
     timeline: bool = False  # the first CTA writes down when it does what
     overlap: bool = True  # PV runs beside the next block's QK and softmax; without: for the ladder
@@ -79,13 +79,14 @@ class FwdConfig:
         assert self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
         assert self.cluster in (1, 2), "HandOver goes from the first CTA to one other"
         assert self.split == 1 or (self.tile_m, self.cluster, self.scheduler) == (64, 1, OneTile), "one merge per CTA"
-        assert not self.redo or (self.overlap and self.split == 1 and not self.q_in_regs), "Q and K are read once more"
-        assert not self.constant_time or (self.overlap and not self.redo), "one softmax per kernel"
+        again = self.overlap and self.split == 1 and not self.q_in_regs
+        assert again or not self.speculative, "a recomputed block reads Q and K once more"
+        assert not self.constant_time or (self.overlap and not self.speculative), "one softmax per kernel"
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "not with a window"
-        assert not self.redo or self.score.quick, "ptxas spills"
-        assert not (self.row_max and (self.redo or self.split > 1)), "RowMax sees each S once, and all of a row's"
+        assert not self.speculative or self.score.quick, "ptxas spills"
+        assert not (self.row_max and (self.speculative or self.split > 1)), "RowMax sees each S once, and whole rows"
         assert not self.dropout or self.tile_n % 32 == 0, "a call of Philox is for 32 keys of a row"
-        plain = self.cluster == 1 and not self.redo and not self.constant_time
+        plain = self.cluster == 1 and not self.speculative and not self.constant_time
         assert self.sparse is None or plain, "with lists any step may mask"
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
@@ -118,7 +119,7 @@ class FwdConfig:
     @property
     def plain_rows(self) -> bool:
         """A CTA has one block of 64 rows, for itself, and nothing asks for a second look at it."""
-        return (self.tile_m, self.cluster, self.split, self.pack, self.redo) == (64, 1, 1, 1, False)
+        return (self.tile_m, self.cluster, self.split, self.pack, self.speculative) == (64, 1, 1, 1, False)
 
     @property
     def row_blocks(self) -> int:
@@ -238,7 +239,7 @@ class FwdConfig:
     def name(self) -> str:
         tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}" + (f"_split{self.split}" if self.split > 1 else "")
         tile += f"_cluster{self.cluster}" if self.cluster > 1 else ""
-        tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
+        tile += ("_redo" if self.speculative else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
         features = [name for name in ("sinks", "dropout", "row_max", "sparse") if getattr(self, name)]

@@ -62,7 +62,7 @@ def _softmax(c: FwdConfig) -> type[Lazy]:
         return ConstantTime
     if c.split > 1:
         return LazyWithScores
-    return Speculative if c.redo else Lazy
+    return Speculative if c.speculative else Lazy
 
 
 def _outputs(c: FwdConfig) -> list[type[Output]]:

@@ -26,7 +26,7 @@ class Score:
     """What holds where a way does not say otherwise. `args` are the run-time arguments of `signature`."""
 
     name = ""
-    quick = True  # leaves registers for a step that is redone
+    quick = True  # leaves registers for a step that is recomputed
     peaked = False  # falls with the distance from the diagonal, on both of its sides
 
     def signature(self) -> tuple:
@@ -186,7 +186,7 @@ class UserScore(Score):
 
 
 class Capped(Exponents):
-    """Softcap's, of products s whose scaled score is below NEAR of the cap; larger ones are in doubt.
+    """Softcap's, of products s whose scaled score is below NEAR of the cap; a block with a larger one is recomputed.
 
     s times a polynomial of s^2 less its largest, whose sign then tells; softcap and scale are in the coefficients.
     """
@@ -194,7 +194,7 @@ class Capped(Exponents):
     def __init__(self, scale_log2, softcap):
         x = scale_log2 * LN2 / softcap  # of a product of 1
         largest = (NEAR * NEAR) / (x * x)
-        usual = (x > 2.0**-20) & (x < 2.0**20)  # else the powers' factors may be no normal numbers: all in doubt
+        usual = (x > 2.0**-20) & (x < 2.0**20)  # else a factor may be subnormal or inf: all recomputed
         self.largest = Float32(select_(usual, largest, Float32(-1.0)))
         self.powers = [scale_log2 * NEAR_TANH[0], scale_log2 * NEAR_TANH[1] * x * x]
         self.powers += [scale_log2 * NEAR_TANH[2] * (x * x) * (x * x)]
@@ -207,8 +207,8 @@ class Capped(Exponents):
             row[c] = row[c] * horner(self.powers, u) - offset
         return row.load()
 
-    def doubtful(self, doubt):
-        return doubt | (self.below >= 0)
+    def must_recompute(self, overflow):
+        return overflow | (self.below >= 0)
 
 
 class Sloped(Exponents):

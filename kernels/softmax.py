@@ -37,9 +37,9 @@ class Exponents:
         less(row, self.scale_log2, offset)
         return row.load()
 
-    def doubtful(self, doubt):
-        """Whether any is, or there was a doubt before."""
-        return doubt
+    def must_recompute(self, overflow):
+        """Whether the block must be recomputed: on overflow, or where some scores are not for this way."""
+        return overflow
 
 
 class Line(NamedTuple):
@@ -184,10 +184,10 @@ class Softmax(NamedTuple):
 
     @cute.jit
     def quick_step(self, S: cute.Tensor, largest: cutlass.Constexpr, exponents: cutlass.Constexpr):
-        """S (rows, cols) becomes P by the offsets as they are; its sums, and True for a warp that must `step` instead.
+        """S (rows, cols) becomes P by the offsets as they are; its sums, and True for a warp that must recompute.
 
-        That is where a sum is above `largest`, or NaN; a row that has seen no key has an offset of -inf, and so either.
-        And where `exponents`, which turn a row of S into exponents, are not sure of them.
+        Overflow check: a sum is above `largest` or NaN, as that of a row that has seen no key, whose offset is -inf.
+        `exponents` turn a row of S into exponents, and may ask for a recomputation too.
         """
         sums, fits = cute.make_rmem_tensor_like(self.row_sum, Float32), Boolean(True)
         for r in cutlass.range_constexpr(cute.size(self.offset)):
@@ -197,7 +197,7 @@ class Softmax(NamedTuple):
                 total = total + S[r, c]
             sums[r] = total
             fits = fits & (total <= largest)
-        return sums, cute.arch.vote_any_sync(exponents.doubtful(not fits))
+        return sums, cute.arch.vote_any_sync(exponents.must_recompute(not fits))
 
     def add(self, sums: cute.Tensor):
         self.row_sum.store(self.row_sum.load() + sums.load())

@@ -160,7 +160,7 @@ class Speculative(Lazy):
 
 
 class ConstantTime(Lazy):
-    """The same instructions whatever the data: for inputs that are secret, and for whoever doubts the shorter ways.
+    """The same instructions whatever the data: for inputs that are secret, and for whoever mistrusts the shorter ways.
 
     Every step looks for its rows' maxima and rescales O (FlashAttention-2's softmax, arXiv:2307.08691); no branch
     depends on a score. Only the polling of barriers varies, with time.

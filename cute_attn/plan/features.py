@@ -25,7 +25,7 @@ def modified(config: FwdConfig, key: FeatureKey) -> FwdConfig:
 def constant_time(config: FwdConfig) -> FwdConfig:
     """The same tiles and schedule, with a softmax of which no branch depends on a score."""
     score = replace(config.score, exact=True) if isinstance(config.score, Softcap) else config.score
-    return replace(config, redo=False, constant_time=True, score=score)
+    return replace(config, speculative=False, constant_time=True, score=score)
 
 
 def rows_of_lists(problem: Problem, config: FwdConfig) -> FwdConfig:
@@ -79,23 +79,23 @@ def fewer_keys(problem: Problem, config: FwdConfig) -> bool:
 
 def with_score(problem: Problem, config: FwdConfig) -> FwdConfig:
     score = score_of(problem.features, config)
-    return replace(config, score=score, redo=not problem.features.mask_mod and speculates(config, score))
+    return replace(config, score=score, speculative=not problem.features.mask_mod and speculates(config, score))
 
 
 def speculates(config: FwdConfig, score: Plain | Softcap | Alibi | UserScore) -> bool:
     """Whether the softmax is speculative with this score: three warpgroups gain by it, 5 to 20 % at d128."""
     if config.sparse:
         return False
-    return score.quick and (config.registers_held <= 112 if config.warpgroups == 3 else config.redo)
+    return score.quick and (config.registers_held <= 112 if config.warpgroups == 3 else config.speculative)
 
 
 def with_mask_mod(problem: Problem, config: FwdConfig) -> FwdConfig:
     assert problem.features.mask_mod is not None and not isinstance(config.mask, UserMask)
-    return replace(config, mask=UserMask(problem.features.mask_mod, config.mask), redo=False)
+    return replace(config, mask=UserMask(problem.features.mask_mod, config.mask), speculative=False)
 
 
 def with_dropout(problem: Problem, config: FwdConfig) -> FwdConfig:
-    return replace(config, dropout=True, redo=False, tile_n=config.tile_n // 32 * 32)
+    return replace(config, dropout=True, speculative=False, tile_n=config.tile_n // 32 * 32)
 
 
 def full(config: FwdConfig) -> bool:
@@ -161,7 +161,7 @@ SCORES = (
     Rule(
         "scores: three stages",
         "a speculative softmax holds a block of K until its step is certain",
-        lambda problem, config: config.score.name and config.redo,
+        lambda problem, config: config.score.name and config.speculative,
         lambda problem, config: replace(config, stages=max(config.stages, 3)),
     ),
     Rule(
@@ -182,7 +182,7 @@ ROW_MAX = (
         "row_max",
         "each score is looked at once, before its exponential: no speculative softmax",
         lambda problem, config: problem.features.row_max,
-        lambda problem, config: replace(config, row_max=True, redo=False),
+        lambda problem, config: replace(config, row_max=True, speculative=False),
     ),
     Rule(
         "row_max: fit registers",

@@ -59,7 +59,7 @@ def splits(config: FwdConfig) -> list[FwdConfig]:
     """Of a kernel of one block those that share its keys, the most CTAs first."""
     if config.mask.windowed or config.row_max or config.packed:
         return []
-    return [replace(config, redo=False, split=n) for n in SPLITS if n <= config.split_max]
+    return [replace(config, speculative=False, split=n) for n in SPLITS if n <= config.split_max]
 
 
 def split_keys(rows: Problem, config: FwdConfig) -> FwdConfig:

@@ -1,9 +1,10 @@
 """What decides each conditional branch of a kernel's main loop, read from the machine code. Needs no GPU.
 
-For a prebuilt kernel: barriers, the trip count, the thread's index in some clusters, and one vote: on the exponents,
-where it skips rescaling O, or on sums of P, where it skips redoing the step. Beside the former there is another, made
-where offsets change: whether they still serve, or steps are slow ones, which look for their maxima. A split kernel has
-one branch for both. A softcap may have a vote of its own: on the scores, where a polynomial serves for its tanh.
+For a prebuilt kernel: barriers, the trip count, the thread's index in some clusters, and one vote. Lazy rescaling votes
+on the exponents, and skips the rescaling of O; the speculative softmax votes on the row sums of P (its overflow check),
+and skips the recomputation of the block. Lazy rescaling has a second vote where the running max changes: whether it
+still serves, or the next steps are slow ones, which compute their maxima. A split kernel has one branch for both. A
+softcap may have a vote of its own: on the scores, where a polynomial serves for its tanh.
 """
 
 import re
@@ -15,7 +16,7 @@ from ..kernels.softmax import LARGEST_OFFSET, LARGEST_SUM, LEAST_OFFSET
 from .inspect import _LINE, Instruction, LoopReport, _shortest, loops, parse, sass
 
 BARRIER, TRIP_COUNT, THREAD, UNKNOWN = "barrier", "trip count", "thread index", "unknown"
-LAZY_RESCALE, REDO, SLOW_STEP = "data: lazy rescale", "data: redo", "data: slow step"
+LAZY_RESCALE, OVERFLOW_CHECK, SLOW_STEP = "data: lazy rescale", "data: overflow check", "data: slow step"
 SOFTCAP = "data: softcap"
 _RESCALES = {LAZY_RESCALE, SLOW_STEP}  # what a split kernel's one branch reads
 
@@ -53,7 +54,7 @@ class Branch(NamedTuple):
 
     address: int  # of the instruction in the machine code
     text: str
-    depends: str  # BARRIER, TRIP_COUNT, THREAD, LAZY_RESCALE, REDO, SLOW_STEP, SOFTCAP or UNKNOWN
+    depends: str  # BARRIER, TRIP_COUNT, THREAD, LAZY_RESCALE, OVERFLOW_CHECK, SLOW_STEP, SOFTCAP or UNKNOWN
     writers: tuple[str, ...]  # of its predicate: the instructions that may have written it last
 
 
@@ -190,7 +191,7 @@ class _Flow:
         if kind == "VOTE" and self._votes_on_signs(i):
             return LAZY_RESCALE
         if kind == "VOTE" and self._tests_sums(i):
-            return REDO
+            return OVERFLOW_CHECK
         if kind == "VOTE" and self._tests_magnitude(i):
             return SOFTCAP
         if kind in ("ISETP", "UISETP"):

@@ -47,7 +47,7 @@ torch.cuda.profiler.stop()
 def test_one_of_each_class_is_prebuilt():
     usual = {plan.kernel_class(c) for c in plan.prebuilt() if not (c.constant_time or c.score.name or c.sinks)}
     assert {plan.kernel_class(c) for c in CONSTANT} == {one._replace(constant_time=True) for one in usual}
-    assert not any(c.redo for c in CONSTANT) and any(c.split > 1 for c in CONSTANT)
+    assert not any(c.speculative for c in CONSTANT) and any(c.split > 1 for c in CONSTANT)
 
 
 @pytest.mark.machine_code

@@ -183,7 +183,7 @@ def test_wrong():
         with pytest.raises(TypeError, match=f"{name}: a bool is needed, 1 came"):
             flash_fwd(q, k, v, **{name: 1})
     with pytest.raises(AssertionError, match="RowMax sees each S once"):
-        FwdConfig(64, redo=True, row_max=True)
+        FwdConfig(64, speculative=True, row_max=True)
 
 
 @DEVICES

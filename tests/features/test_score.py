@@ -128,9 +128,9 @@ def test_which_scored_kernels_question_their_steps_afterwards():
         return plan.modified(plan.config(head_dim, "bf16", "bhsd", causal), FeatureKey(**kinds))
 
     for causal in (False, True):
-        assert all(of(d, causal, **{kind: True}).redo for d in (96, 128) for kind in ("softcap", "alibi"))
-        assert of(64, causal, softcap=True).redo and not of(64, causal, alibi=True).redo
-        assert not any(of(d, causal, softcap=True, alibi=True).redo for d in plan.HEAD_DIMS)
+        assert all(of(d, causal, **{kind: True}).speculative for d in (96, 128) for kind in ("softcap", "alibi"))
+        assert of(64, causal, softcap=True).speculative and not of(64, causal, alibi=True).speculative
+        assert not any(of(d, causal, softcap=True, alibi=True).speculative for d in plan.HEAD_DIMS)
         assert of(64, causal, softcap=True).tile_n == (48 if causal else 64)
         assert of(128, causal, softcap=True).stages >= 3
         assert of(96, causal, softcap=True).tile_n == plan.config(96, "bf16", "bhsd", causal).tile_n - 16

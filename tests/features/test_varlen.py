@@ -177,7 +177,7 @@ def test_planned():
     for d, causal in product((64, 100, 256), (False, True)):
         config = plan.varlen(d, "fp16", causal)
         base = plan.config(-(-d // 32) * 32, "fp16", "bhsd", causal)
-        assert (config.tile_m, config.tile_n, config.redo) == (base.tile_m, base.tile_n, base.redo)
+        assert (config.tile_m, config.tile_n, config.speculative) == (base.tile_m, base.tile_n, base.speculative)
         assert config.scheduler is (PackedLongest if causal else Packed)
         assert config.packed and config.cluster == 1 and config.dtype == "fp16"
     assert plan.varlen(64, "bf16", True, FeatureKey(window=True)).mask.windowed

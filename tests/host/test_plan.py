@@ -86,7 +86,7 @@ def test_the_config_is_the_compile_key():
     """Each field makes another key, and prints, since the disk cache's key is the printed config."""
     base = FwdConfig(128)
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
-    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, redo=True)
+    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, speculative=True)
     others |= dict(constant_time=True, timeline=True, overlap=False)
     others |= dict(score=Softcap(), sinks=True, dropout=True, row_max=True, sparse=SparseBlocks(128, 128, True), pack=8)
     others |= dict(head_dim_v=64)
@@ -107,14 +107,14 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=64, tile_m=64, split=2),
         dict(head_dim=64, tile_m=128, split=2, scheduler=OneTile),
         dict(head_dim=256, tile_m=64, tile_n=64, split=8, scheduler=OneTile),
-        dict(head_dim=64, redo=True, q_in_regs=True),
-        dict(head_dim=64, redo=True, overlap=False),
-        dict(head_dim=64, redo=True, tile_m=64, split=2, scheduler=OneTile),
+        dict(head_dim=64, speculative=True, q_in_regs=True),
+        dict(head_dim=64, speculative=True, overlap=False),
+        dict(head_dim=64, speculative=True, tile_m=64, split=2, scheduler=OneTile),
         dict(head_dim=64, tile_n=24),
         dict(head_dim=64, dtype="fp8"),
         dict(head_dim=256, tile_n=128),
         dict(head_dim=64, cluster=4),
-        dict(head_dim=64, constant_time=True, redo=True),
+        dict(head_dim=64, constant_time=True, speculative=True),
         dict(head_dim=64, mask=Window(), overlap=False),
         dict(head_dim=64, mask=Window(), tile_m=64, scheduler=OneTile, split=2),
         dict(head_dim=64, tile_m=64, scheduler=OneTile, split=2, timeline=True),
@@ -127,7 +127,7 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=64, head_dim_v=288, tile_m=64),
         dict(head_dim=64, head_dim_v=512),
         dict(head_dim=64, head_dim_v=512, tile_m=64, scheduler=OneTile, split=2),
-        dict(head_dim=64, head_dim_v=512, tile_m=64, redo=True),
+        dict(head_dim=64, head_dim_v=512, tile_m=64, speculative=True),
         dict(head_dim=64, head_dim_v=512, tile_m=64, pack=8),
     ],
     ids=str,

@@ -95,7 +95,7 @@ def schedule(c: FwdConfig) -> str:
         return "split"
     if not c.overlap:
         return "serial"
-    return "constant" if c.constant_time else "redo" if c.redo else "lazy"
+    return "constant" if c.constant_time else "speculative" if c.speculative else "lazy"
 
 
 def values(c: FwdConfig) -> tuple:

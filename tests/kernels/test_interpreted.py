@@ -46,7 +46,7 @@ def planned(head_dim, causal=False, batch=4, heads=16, seqlen_q=LONG, seqlen_k=L
 
 
 KINDS = {
-    "d64 full, redo": planned(64),
+    "d64 full, speculative softmax": planned(64),
     "d64 causal, drawn": planned(64, True),
     "d64 fp16": planned(64, dtype="fp16"),
     "d96 causal": planned(96, True),
@@ -96,7 +96,7 @@ def test_every_choice_of_a_schedule_is_there():
     assert any(c.cluster > 1 and c.scheduler.draws for c in configs)
     assert any(c.cluster > 1 and not c.scheduler.draws for c in configs)
     assert {c.warpgroups for c in configs} == {1, 2, 3, 4}
-    for choice in ("redo", "q_in_regs", "constant_time", "stages_o", "overlap", "pingpong"):
+    for choice in ("speculative", "q_in_regs", "constant_time", "stages_o", "overlap", "pingpong"):
         assert {bool(getattr(c, choice)) for c in configs} == {False, True}, choice
     for choice in ("q_stages", "split"):
         assert {getattr(c, choice) > 1 for c in configs} == {False, True}, choice
@@ -125,7 +125,7 @@ def relative(score, b, h, q_idx, kv_idx):
     return score + (kv_idx - q_idx) * 0.05
 
 
-QUESTIONED = {
+SCORED = {
     "softcap, causal": (64, dict(softcap=20.0, causal=True)),
     "softcap": (128, dict(softcap=20.0)),
     "softcap far below every score": (64, dict(softcap=1e-6)),
@@ -137,16 +137,16 @@ QUESTIONED = {
 }
 
 
-@pytest.mark.parametrize(("name", "factor"), sample(6, QUESTIONED, [1, 8]))
+@pytest.mark.parametrize(("name", "factor"), sample(6, SCORED, [1, 8]))
 def test_scores_of_the_speculative_softmax(name, factor):
     """With scores that all lie near 0; and with some that softcap's short polynomial is not for, or that overtake."""
-    head_dim, how = QUESTIONED[name]
+    head_dim, how = SCORED[name]
     for seqlen_q, seqlen_k in ((113, 203), (70, 330)):
         q, k, v = inputs(1, 2, 2, seqlen_q, seqlen_k, head_dim, device="cpu")
         with interpreted() as asked:
             (held_to_the_bound if "score_mod" in how else check)(q * factor, k, v, **how)
         (config,) = set(asked)
-        assert config.redo and config.score.name
+        assert config.speculative and config.score.name
 
 
 @pytest.mark.parametrize(("seqlen_q", "heads"), [(1, 8), (3, 6)])
@@ -348,7 +348,7 @@ def test_maxima(beside):
         assert asked[0].row_max
 
 
-SCALED = pytest.mark.parametrize("kind", ["d64 full, redo", "d128 full, long, cluster, Q in registers"])
+SCALED = pytest.mark.parametrize("kind", ["d64 full, speculative softmax", "d128 full, long, cluster, Q in registers"])
 
 
 @SCALED
@@ -368,7 +368,7 @@ def test_many_tiles_for_each_cta(num_sms):
 
 
 def test_without_lse_and_with_strides():
-    config = KINDS["d64 full, redo"]
+    config = KINDS["d64 full, speculative softmax"]
     q, k, v = inputs(2, 3, 1, 70, 260, config.head_dim, device="cpu")
     with interpreted(config):
         check(q[:, :, 3:], k.expand(2, 3, 260, 64)[:, :, ::2], v.expand(2, 3, 260, 64)[:, :, 130:], lse=False)

@@ -125,7 +125,7 @@ def test_additive_masks(head_dim):
     """Kernels that ask before the exponentials, and after them."""
     with interpreted() as asked:
         check_masks(head_dim, "cpu", 40, 260)
-    assert all(config.redo == (head_dim == 128 and not config.score.mod.arrays) for config in asked)
+    assert all(config.speculative == (head_dim == 128 and not config.score.mod.arrays) for config in asked)
 
 
 SCORED = {

@@ -75,14 +75,14 @@ def many_tiles(head_dim, causal, seqlen_q):
         tiles = -(-seqlen_q // 256)
         uneven = 1 < tiles <= 18 and tiles * 256 - seqlen_q >= 64
         scheduler = DynamicLongest if causal or uneven else StaticTiles
-        return dict(tile_m=256, tile_n=64, stages=4, q_stages=2, scheduler=scheduler, redo=True)
+        return dict(tile_m=256, tile_n=64, stages=4, q_stages=2, scheduler=scheduler, speculative=True)
     if head_dim == 96 and (causal or seqlen_q > 1024):
         scheduler = DynamicLongest if causal else StaticTiles
-        return dict(tile_m=192, tile_n=96, q_stages=2, scheduler=scheduler, redo=True)
+        return dict(tile_m=192, tile_n=96, q_stages=2, scheduler=scheduler, speculative=True)
     cluster = 2 if causal and head_dim != 160 and seqlen_q > (2896 if head_dim in (128, 224) else 1448) else 1
     if causal and head_dim == 128:
         stages = 5 - cluster
-        return dict(tile_m=192, tile_n=64, stages=stages, scheduler=DynamicLongest, cluster=cluster, redo=True)
+        return dict(tile_m=192, tile_n=64, stages=stages, scheduler=DynamicLongest, cluster=cluster, speculative=True)
     if causal:
         tile_m, tile_n = {160: (192, 64), 192: (128, 96), 224: (128, 96), 256: (128, 64)}[head_dim]
         return dict(tile_m=tile_m, tile_n=tile_n, scheduler=DynamicLongest, cluster=cluster)
@@ -108,7 +108,7 @@ def few_tiles(head_dim, causal, blocks, seqlen_k):
     if blocks <= 264 and (head_dim, causal) == (128, True):
         return one | dict(stages=4, scheduler=DynamicLongest)
     if blocks <= 264:
-        return dict(tile_m=128, tile_n=64, stages=4, scheduler=OneTile, redo=True, pingpong=head_dim == 64)
+        return dict(tile_m=128, tile_n=64, stages=4, scheduler=OneTile, speculative=True, pingpong=head_dim == 64)
     return None
 
 
@@ -363,7 +363,7 @@ def test_rows_in_words():
     large = Row(FwdConfig(64, tile_m=256, tile_n=64, stages=4, q_stages=2, cluster=2), None, 512, 64)
     said = "256x64, 4 stages, static, cluster of 2, 2 Q tiles; S <= 512; free rows >= 64"
     assert row_word(large) == said
-    assert row_word(Row(replace(A, redo=True))) == "128x128, 2 stages, static, redo"
+    assert row_word(Row(replace(A, speculative=True))) == "128x128, 2 stages, static, speculative softmax"
 
 
 # Candidates

@@ -90,7 +90,7 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "q_in_regs": lambda yes: "Q in registers" if yes else "Q in shared memory",
     "cluster": lambda n: f"clusters of {n} share K/V" if n > 1 else "no clusters",
     "q_stages": lambda n: "next Q loaded ahead" if n > 1 else "one Q tile",
-    "redo": lambda yes: "speculative softmax" if yes else "lazy rescaling",
+    "speculative": lambda yes: "speculative softmax" if yes else "lazy rescaling",
     "split": lambda n: f"keys split over {n} CTAs" if n > 1 else "keys not split",
 }
 
