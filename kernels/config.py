@@ -77,7 +77,7 @@ class FwdConfig:
         assert self.tile_m % 64 == 0 and self.warpgroups in REGISTERS
         assert self.parts_v == 1 or self.plain_rows, "a split head dim has no other"
         assert self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
-        assert self.cluster in (1, 2), "HandOver goes from the first CTA to one other"
+        assert self.cluster in (1, 2), "ClusterBroadcast goes from the first CTA to one other"
         assert self.split == 1 or (self.tile_m, self.cluster, self.scheduler) == (64, 1, OneTile), "one merge per CTA"
         again = self.overlap and self.split == 1 and not self.q_in_regs
         assert again or not self.speculative, "a recomputed block reads Q and K once more"

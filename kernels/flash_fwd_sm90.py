@@ -33,7 +33,7 @@ from .state import (
     consume,
     nth,
 )
-from .tile_scheduler import HandOver
+from .tile_scheduler import ClusterBroadcast
 
 TINY = 1.401298464324817e-45  # the least float32: times a hidden score's -inf it is still -inf, not NaN
 
@@ -55,7 +55,7 @@ class FlashFwdSm90:
         mV: cute.Tensor,
         mO: cute.Tensor,
         lse: Int64,  # address of (b, h, s_q) float32, row-major; 0: not asked for
-        ticket: Int64,  # address of an int32, zeroed once by the host
+        tile_counter: Int64,  # address of an int32, zeroed once by the host
         scale: Float32,
         num_sms: Int32,
         stream: cuda.CUstream,
@@ -69,8 +69,8 @@ class FlashFwdSm90:
         tiling = self._tiling()
         lse_rows = mQ.shape[0] if lse != 0 else 0
         lse_layout = self.parts.sequences.lse_layout(mQ, lse_rows)
-        mLSE, counter = cute.make_tensor(address(Float32, lse), lse_layout), cute.make_tensor(address(Int32, ticket), 1)
-        gmem = Gmem(*self._tma(mQ, mK, mV, mO, tiling), mLSE, counter)
+        mLSE = cute.make_tensor(address(Float32, lse), lse_layout)
+        gmem = Gmem(*self._tma(mQ, mK, mV, mO, tiling), mLSE, cute.make_tensor(address(Int32, tile_counter), 1))
         counts = self.parts.rows.counts(mQ, mK)
         grid = self.parts.sequences.grid(counts, mQ, mK, args.sequences)
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
@@ -168,8 +168,8 @@ class FlashFwdSm90:
         o = alloc.allocate_tensor(self.dtype, tiling.sO.outer, 1024, tiling.sO.inner) if c.stages_o else None
         partials, counts = self.parts.split.allocate(alloc), self.parts.trace.allocate(alloc)
         tile = alloc.allocate_tensor(Int32, cute.make_layout((len(self.parts.blocks.kind_of_tile._fields), 2)), 16)
-        hand_over = HandOver.create(alloc) if c.cluster > 1 and c.scheduler.draws else None
-        return Smem(q, k, v, o, partials, counts, tile, hand_over), self._pipes(alloc)
+        broadcast = ClusterBroadcast.create(alloc) if c.cluster > 1 and c.scheduler.dynamic else None
+        return Smem(q, k, v, o, partials, counts, tile, broadcast), self._pipes(alloc)
 
     def _pipes(self, alloc: SmemAllocator) -> Pipes:
         c = self.config

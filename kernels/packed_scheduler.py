@@ -1,8 +1,8 @@
-"""Tiles of packed sequences, whose lengths only the device knows: drawn, those of the longest sequences first.
+"""Dynamic persistent scheduler for varlen: only the device knows the lengths; the longest sequences come first (LPT).
 
 The order: sequences by the highest bit of their number of keys, from the highest down; among equals as they are
-packed; within one as `within` says. A warp looks at 32 sequences at a time, one a lane. A CTA's draws only grow, so it
-goes on from where it was: in all it sees every sequence once for each of the bits that occur.
+packed; within one as `within` says. A warp looks at 32 sequences at a time, one a lane. A CTA's tile numbers only grow,
+so it goes on from where it was: in all it sees every sequence once for each of the bits that occur.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Boolean, Int32, cute
 
 from .seqlen import Packing, Part, part
-from .tile_scheduler import Dynamic, Grid, HeadByHead, LongestFirst, draw
+from .tile_scheduler import Dynamic, Grid, HeadByHead, LongestFirst, next_tile
 
 LANES = 32
 
@@ -103,8 +103,10 @@ class Packed(Dynamic):
 
     @staticmethod
     @cute.jit
-    def upcoming(place: Place, g: PackedGrid, ticket: cute.Tensor, ctas: Int32, tile_m: cutlass.Constexpr) -> Place:
-        return seek(place._replace(number=draw(ticket, place.tiles) + ctas), g, tile_m)
+    def upcoming(
+        place: Place, g: PackedGrid, tile_counter: cute.Tensor, ctas: Int32, tile_m: cutlass.Constexpr
+    ) -> Place:
+        return seek(place._replace(number=next_tile(tile_counter, place.tiles) + ctas), g, tile_m)
 
     @classmethod
     def decode(cls, place: Place, g: PackedGrid, tile_m: int) -> PackedTile:

@@ -64,7 +64,7 @@ class Dense(Part):
 
     def upcoming(self, index, gmem: Gmem, problem: Problem):
         clusters = cute.arch.grid_dim()[0] // self.config.cluster_size
-        return self.config.scheduler.upcoming(index, problem.grid, gmem.ticket, clusters)
+        return self.config.scheduler.upcoming(index, problem.grid, gmem.tile_counter, clusters)
 
     def of_tile(self, tile: Tile):
         """What says to `head` where the tile's queries are, and where its keys."""
@@ -138,7 +138,7 @@ class Varlen(Dense):
 
     def upcoming(self, place, gmem: Gmem, problem: Problem):
         ctas = cute.arch.grid_dim()[0]
-        return self.config.scheduler.upcoming(place, problem.grid, gmem.ticket, ctas, self._queries)
+        return self.config.scheduler.upcoming(place, problem.grid, gmem.tile_counter, ctas, self._queries)
 
     def of_tile(self, tile: PackedTile):
         return Sequence(tile.start_q, tile.seqlen_q), Sequence(tile.start_k, tile.seqlen_k)

@@ -41,9 +41,10 @@ def rows_of_lists(problem: Problem, config: FwdConfig) -> FwdConfig:
 
 
 def keys_of_lists(problem: Problem, config: FwdConfig) -> FwdConfig:
-    """Blocks as wide as the lists' where 128 rows or fewer leave registers for it. Tiles are drawn: their work differs.
+    """Blocks as wide as the lists' where 128 rows or fewer leave registers for it.
 
-    A second tile of Q is loaded ahead where it fits, since tiles are short.
+    The scheduler is dynamic, since tiles differ in work. A second tile of Q is loaded ahead where it fits, since they
+    are short.
     """
     assert config.sparse is not None
     wide = config.widest <= 128 and config.tile_m <= 128 and config.sparse.block_n % 128 == 0
@@ -122,7 +123,7 @@ LISTS = (
     ),
     Rule(
         "block-sparse indices: keys and schedule",
-        "blocks as wide as the lists' where registers allow it, drawn since their tiles' work differs",
+        "blocks as wide as the lists' where registers allow it; a dynamic scheduler, since tiles differ in work",
         lambda problem, config: problem.features.sparse,
         keys_of_lists,
     ),
@@ -142,8 +143,8 @@ OWN_MASK = Rule(
 SCORES = (
     Rule(
         "scores: no cluster",
-        "with slower softmaxes the CTAs of a cluster that draws wait for each other too long",
-        lambda problem, config: scores(problem) and not config.sparse and config.scheduler.draws,
+        "with slower softmaxes the CTAs of a cluster with a dynamic scheduler wait for each other too long",
+        lambda problem, config: scores(problem) and not config.sparse and config.scheduler.dynamic,
         lambda problem, config: replace(config, cluster=1),
     ),
     Rule(

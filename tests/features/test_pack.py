@@ -458,7 +458,7 @@ def test_gradients(packs):
 
 @pytest.mark.gpu
 def test_compiled_and_in_a_graph(packs):
-    """In turn with an unpacked call, whose tiles are drawn from the same counter."""
+    """In turn with a call without PackGQA, by the same tile counter."""
     q, k, v = inputs(2, 12, 2, 5, 900, 64)
     want = flash_fwd(q, k, v, causal=True, return_lse=True)
     step = torch.compile(lambda *x: flash_fwd(*x, causal=True, return_lse=True), fullgraph=True, backend="aot_eager")

@@ -63,7 +63,7 @@ def test_at_the_edges(asked, head_dim, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_long_and_constant_time(head_dim):
-    """Clusters and drawn tiles; no branch on a score."""
+    """Clusters and dynamic schedulers; no branch on a score."""
     for causal, constant_time in product((False, True), repeat=2):
         q, k, v = inputs(2, 4, 2, 4100, 4100, head_dim)
         check(q, k, v, causal=causal, constant_time=constant_time, **modifiers(2, 4, "cuda"))

@@ -99,23 +99,23 @@ def grid(sizes, heads, ratio, l2_rows):
     return PackedGrid(Packing(q, 0, q[-1]), Packing(k, 0, k[-1]), heads, len(sizes), ratio, l2_rows)
 
 
-def order(scheduler, g, tile_m, ctas=1, draws=None):
-    """The tiles in the order of their numbers; CTAs take turns in drawing, as `draws` says."""
+def order(scheduler, g, tile_m, ctas=1, turns=None):
+    """The tiles in the order of their numbers; CTAs take them in the order that `turns` says."""
     first = as_written(Packed.first)
     places = [first(i, g, tile_m) for i in range(ctas)]
-    found, drawn = {}, ctas
+    found, taken = {}, ctas
     tiles = places[0].tiles
     while any(place.number < tiles for place in places):
-        i = next(draws) % ctas if draws else 0
+        i = next(turns) % ctas if turns else 0
         place = places[i]
         if place.number < tiles:
             tile = scheduler.decode(place, g, tile_m)
             assert tile.valid
             found[place.number] = tile
-            places[i] = packed_scheduler.seek(place._replace(number=drawn), g, tile_m)
-            drawn += 1
+            places[i] = packed_scheduler.seek(place._replace(number=taken), g, tile_m)
+            taken += 1
     assert not any(scheduler.decode(place, g, tile_m).valid for place in places)
-    assert drawn - ctas == tiles, "so many draws, or the counter would not be 0 for the next launch"
+    assert taken - ctas == tiles, "so many increments, or the counter would not be 0 for the next launch"
     return [found[i] for i in sorted(found)]
 
 
@@ -128,9 +128,9 @@ def test_every_tile_once_and_long_sequences_first(warp, sizes, heads_kv, ratio, 
     heads = heads_kv * ratio
     g = grid(sizes, heads, ratio, l2_rows)
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    draws = iter(lambda: int(rng.integers(ctas)), None)
+    turns = iter(lambda: int(rng.integers(ctas)), None)
     for scheduler, tile_m in ((Packed, 128), (PackedLongest, 192)):
-        tiles = order(scheduler, g, tile_m, ctas, draws)
+        tiles = order(scheduler, g, tile_m, ctas, turns)
         want = [
             (b, h, m) for b, (n, _) in enumerate(sizes) for h in range(heads) for m in range((n + tile_m - 1) // tile_m)
         ]
@@ -319,7 +319,7 @@ def test_wrong_with_gradients(case):
 def test_a_like_call_is_looked_up(monkeypatch):
     """Its kernel gets the addresses of this call's lengths, behind a window's sides; q's look-alike plans nothing."""
     launched, prepared = [], []
-    gpu = SimpleNamespace(index=0, num_sms=132, ticket=lambda: 7)
+    gpu = SimpleNamespace(index=0, num_sms=132, tile_counter=lambda: 7)
 
     def made(asked):
         prepared.append(asked)
@@ -540,7 +540,7 @@ def test_wild_lengths_touch_nothing_else():
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_counter_is_left_at_0(head_dim):
-    """No tiles, fewer than CTAs, more: a launch that draws from the same counter afterwards is right."""
+    """No tiles, fewer than CTAs, more: a launch by the same tile counter afterwards is right."""
     q, k, v = inputs(2, 8, 8, 1000, 1000, head_dim)
     want = flash_fwd(q, k, v, causal=True)
     for sizes in ([(0, 0)] * 40, [(0, 9)], [(5, 9), (0, 0)], [(3000, 3000), (1, 1)]):
@@ -624,7 +624,7 @@ def test_lengths_may_come_from_the_stream():
 
 @pytest.mark.gpu
 def test_streams_at_once():
-    """Each draws from a counter of its own."""
+    """Each has a tile counter of its own."""
     cases = [packed([(900, 900), (33, 70), (400, 4)], 8, 2, 64) for _ in range(4)]
     want = [flash_fwd_varlen(q, k, v, **how, causal=True) for q, k, v, how in cases]
     streams = [torch.cuda.Stream() for _ in cases]

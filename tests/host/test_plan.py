@@ -65,7 +65,7 @@ def test_prebuilt_kernels_are_distinct_by_name_dtype_and_layout():
     assert all(c.dtype in c.name and f"d{c.head_dim}" in c.name and c.mask.name in c.name for c in configs)
 
 
-def test_uneven_tiles_are_drawn():
+def test_uneven_tiles_have_a_dynamic_scheduler():
     """256 rows a tile: 600 queries leave warpgroups of the third tile without rows, 760 do not."""
     assert plan(Problem(16, 16, 16, 600, 512, 64)).scheduler is DynamicLongest
     assert plan(Problem(16, 16, 16, 760, 512, 64)).scheduler is StaticTiles

@@ -335,7 +335,7 @@ def current_stream(stream):
 
 @pytest.mark.parametrize("own", [False, True], ids=["the first current in both", "each its own"])
 def test_two_threads_at_once(own, cache):
-    """First calls and many more, of kernels that draw tiles, split keys and do neither."""
+    """First calls and many more, of kernels with a dynamic scheduler, with split keys and with neither."""
     problems = [((4, 16, 4, 1024, 1024, 64), True), (SPLIT, False), ((1, 3, 3, 200, 300, 64), False)]
     every = [[given(gpu, *shape) for shape, _ in problems] for gpu in (0, 1)]
     found, failures, start = [[], []], [], threading.Barrier(2, timeout=100)
@@ -405,10 +405,10 @@ def test_counters_are_of_each_gpu(monkeypatch):
     for gpu in (1, 0):
         flash_fwd(*given(gpu, *many), causal=True)
         assert device.get(gpu)._memory and all(x.get_device() == gpu for x in device.get(gpu)._memory)
-    tickets = [device.get(gpu).ticket() for gpu in (0, 1)]
+    tile_counters = [device.get(gpu).tile_counter() for gpu in (0, 1)]
     with current_stream(torch.cuda.Stream(1)):
-        tickets.append(device.get(1).ticket())
-    assert len(set(tickets)) == 3 and torch.cuda.current_device() == 0
+        tile_counters.append(device.get(1).tile_counter())
+    assert len(set(tile_counters)) == 3 and torch.cuda.current_device() == 0
     for gpu in (0, 1):
         torch.cuda.synchronize(gpu)
         assert not any(counters.any() for counters in device.get(gpu)._memory)

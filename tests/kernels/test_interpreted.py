@@ -47,11 +47,11 @@ def planned(head_dim, causal=False, batch=4, heads=16, seqlen_q=LONG, seqlen_k=L
 
 KINDS = {
     "d64 full, speculative softmax": planned(64),
-    "d64 causal, drawn": planned(64, True),
+    "d64 causal, dynamic": planned(64, True),
     "d64 fp16": planned(64, dtype="fp16"),
     "d96 causal": planned(96, True),
     "d128 full, long, cluster, Q in registers": planned(128, batch=16, heads=32),
-    "d128 causal, drawn by a cluster": planned(128, True),
+    "d128 causal, dynamic, cluster": planned(128, True),
     "d128 fp16, asked before the exponentials": planned(128, batch=16, heads=32, dtype="fp16"),
     "d128 bshd": planned(128, seqlen_q=1024, seqlen_k=1024, layout="bshd"),
     "d256 full, O from registers": planned(256),
@@ -93,8 +93,8 @@ def test_right(kind):
 
 def test_every_choice_of_a_schedule_is_there():
     configs = KINDS.values()
-    assert any(c.cluster > 1 and c.scheduler.draws for c in configs)
-    assert any(c.cluster > 1 and not c.scheduler.draws for c in configs)
+    assert any(c.cluster > 1 and c.scheduler.dynamic for c in configs)
+    assert any(c.cluster > 1 and not c.scheduler.dynamic for c in configs)
     assert {c.warpgroups for c in configs} == {1, 2, 3, 4}
     for choice in ("speculative", "q_in_regs", "constant_time", "stages_o", "overlap", "pingpong"):
         assert {bool(getattr(c, choice)) for c in configs} == {False, True}, choice
@@ -359,8 +359,8 @@ def test_scales(kind, scale):
 
 @pytest.mark.parametrize("num_sms", [1, 2])
 def test_many_tiles_for_each_cta(num_sms):
-    """Rings, tickets and phases go round."""
-    for seed, kind in enumerate(["d64 causal, drawn", "d128 causal, drawn by a cluster"]):
+    """Rings, tile counters and phases go round."""
+    for seed, kind in enumerate(["d64 causal, dynamic", "d128 causal, dynamic, cluster"]):
         config = KINDS[kind]
         q, k, v = inputs(2, 2, 1, 260, 70, config.head_dim, device="cpu")
         with interpreted(config, num_sms=max(num_sms, config.cluster), seed=seed):
@@ -445,7 +445,7 @@ def test_the_host_code_checks_its_arguments(plain):
 
 def test_the_order_of_the_warps_does_not_matter():
     """To the last bit."""
-    config = KINDS["d64 causal, drawn"]
+    config = KINDS["d64 causal, dynamic"]
     q, k, v = inputs(1, 2, 1, 130, 203, 64, device="cpu")
     found = []
     for seed in range(3):

@@ -20,7 +20,7 @@ PREBUILT = [c for c in dict.fromkeys(plan.prebuilt()) if c.layout == "bhsd"]
 
 
 def case(config):
-    return f"{config.name.removeprefix('flash_fwd_sm90_')}_{'drawn' if config.scheduler.draws else 'static'}"
+    return f"{config.name.removeprefix('flash_fwd_sm90_')}_{'dynamic' if config.scheduler.dynamic else 'static'}"
 
 
 def parts(config):

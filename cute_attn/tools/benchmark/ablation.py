@@ -70,7 +70,7 @@ def launch(config: FwdConfig, inputs: Inputs) -> Prepared:
 
     def run():
         o = torch.empty_like(q)
-        kernel(q, k, v, o, 0, gpu.ticket() if config.scheduler.draws else 0, scale, gpu.num_sms)
+        kernel(q, k, v, o, 0, gpu.tile_counter() if config.scheduler.dynamic else 0, scale, gpu.num_sms)
         return o
 
     return Prepared(Call(run), lambda o: o.transpose(1, 2) if bshd else o)
@@ -79,7 +79,7 @@ def launch(config: FwdConfig, inputs: Inputs) -> Prepared:
 SCHEDULES = {
     OneTile.name: "a CTA per tile",
     StaticTiles.name: "a CTA per SM, tiles in turn",
-    DynamicLongest.name: "a CTA per SM draws tiles, longest first",
+    DynamicLongest.name: "a CTA per SM takes tiles by a counter, longest first",
 }
 # What a choice means, where a stage makes it.
 WORDS: dict[str, Callable[[Any], str]] = {

@@ -58,8 +58,8 @@ def candidates(key: Key, incumbents: Iterable[FwdConfig], wide: bool = False) ->
 
 def _grids(causal: bool) -> list[dict[str, Any]]:
     """How CTAs come by their tiles."""
-    static, drawn = (dict(scheduler=SCHEDULERS[name], cluster=1) for name in ("static", "drawn"))
-    return [static, drawn, (drawn if causal else static) | dict(cluster=2)]
+    static, dynamic = (dict(scheduler=SCHEDULERS[name], cluster=1) for name in ("static", "drawn"))
+    return [static, dynamic, (dynamic if causal else static) | dict(cluster=2)]
 
 
 def _config(base: FwdConfig, fields: dict[str, Any]) -> FwdConfig | None:
