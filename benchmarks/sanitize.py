@@ -3,7 +3,7 @@
 python benchmarks/sanitize.py [--out FILE] [--logs FOLDER] [--tools racecheck ...] [--add RECORD]
 
 Each kernel gets a case with more tiles than an H200 has SMs, so that CTAs reuse their buffers (those for few tiles
-aside), and partial tiles and blocks, GQA, rows without keys, an LSE, and a scale of either sign. So do those for packed
+aside), and partial tiles and blocks, GQA, rows without keys, an LSE, and a scale of either sign. So do those for varlen
 sequences, and of those for lists of blocks and functions of the user one of each head dim. The runs of RECORD, of other
 tools and the same kernels, GPU and versions, are kept beside these.
 """
@@ -40,7 +40,7 @@ DEVICE = torch.device("cuda")
 OTHER_HEAD_DIMS = ((192, 128), (64, 256), (96, 64), (320, 320), (512, 512), (64, 512), (512, 64))  # q's and v's
 CASES = (*((d, d) for d in HEAD_DIMS), *OTHER_HEAD_DIMS)
 MASKS, WINDOW = ("full", "causal", "window"), (150, 40)
-PACKED_STARTS = (0, 0, 700, 1400, 3000), (0, 300, 300, 500, 2000)  # of queries, of keys
+VARLEN_STARTS = (0, 0, 700, 1400, 3000), (0, 300, 300, 500, 2000)  # of queries, of keys
 # Sq, Sk, heads: the first leaves warpgroups without rows and rows without keys; from the fifth on tiles are few.
 SIZES = (
     *((1400, 333, 12), (1500, 200, 12), (3000, 100, 12), (700, 333, 12)),
@@ -67,7 +67,7 @@ def run_cases(head_dim: int, head_dim_v: int, part: int) -> None:
     """What one sanitized process runs: of pairs of head dims dense calls only."""
     runs: list[Callable[[], FwdConfig]] = [partial(run_problem, p) for p in problems(head_dim, head_dim_v)]
     if head_dim == head_dim_v <= HEAD_DIMS[-1]:
-        runs += [partial(run_packed, head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
+        runs += [partial(run_varlen, head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
         runs += [partial(run_lists, head_dim)]
     print("kernels:", *sorted({run().name for run in runs[part::PARTS]}))
 
@@ -90,11 +90,11 @@ def run_problem(p: Problem) -> FwdConfig:
     return plan(p)
 
 
-def run_packed(head_dim: int, dtype: str, mask: str) -> FwdConfig:
-    """Packed sequences, one without queries, one without keys, one whose queries outnumber its keys."""
+def run_varlen(head_dim: int, dtype: str, mask: str) -> FwdConfig:
+    """Varlen sequences, one without queries, one without keys, one whose queries outnumber its keys."""
     q, k, v, _ = make_inputs(Problem(1, 12, 4, 3000, 2000, head_dim - 8, dtype), DEVICE)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (total, H, D)
-    starts = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in PACKED_STARTS]
+    starts = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in VARLEN_STARTS]
     causal, window = mask == "causal", WINDOW if mask == "window" else None
     out = torch.full_like(q, torch.nan)
     whole(*flash_fwd_varlen(q, k, v, *starts, causal=causal, window=window, return_lse=True, out=out))

@@ -109,7 +109,7 @@ class Request(NamedTuple):
         problem, gpu, config, specs = self.planned()
         kernel = None if gpu is None or self.operands.nothing(problem) else compile.get(config)
         like = strides.unlike(self.operands.q, problem.d_v)
-        counts = config.scheduler.dynamic or config.packed
+        counts = config.scheduler.dynamic or config.varlen
         how = counts, self.operands.plain(), tuple(x.nbytes for x in specs), like
         return call.Call(problem, problem.head_dim**-0.5, gpu, kernel, *how)
 

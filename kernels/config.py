@@ -6,7 +6,7 @@ from itertools import chain, islice
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from .mask import Causal, Full, Mask, PackedRows, UserMask, Window
+from .mask import Causal, Full, Mask, PackGqaMask, UserMask, Window
 from .score import Alibi, Plain, Softcap, UserScore
 from .softmax import SLACK_LOG2
 from .state import ELEMENT, Arguments
@@ -91,9 +91,9 @@ class FwdConfig:
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
         assert self.pack == 1 or self.packable, "what is asked of a tile has one head"
-        assert self.packed == self.scheduler.packed, "lengths on the device, and a scheduler that reads them there"
-        assert not self.packed or self.cluster_size == 1, "a cluster's tiles are of one sequence"
-        assert not (self.packed and self.sparse), "a list's tiles are of equal lengths"
+        assert self.varlen == self.scheduler.varlen, "lengths on the device, and a scheduler that reads them there"
+        assert not self.varlen or self.cluster_size == 1, "a cluster's tiles are of one sequence"
+        assert not (self.varlen and self.sparse), "a list's tiles are of equal lengths"
         assert not (self.timeline and self.split > 1), "no trace of a split"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -141,7 +141,7 @@ class FwdConfig:
         """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
         if self.warpgroups == 2 and self.registers_held <= 80:
             return None
-        busy = self.packed or self.sparse or self.widest > 256 or self.from_diagonal
+        busy = self.varlen or self.sparse or self.widest > 256 or self.from_diagonal
         return (BUSY_REGISTERS if busy else REGISTERS)[self.warpgroups]
 
     @property
@@ -151,7 +151,7 @@ class FwdConfig:
     @property
     def stages_o(self) -> bool:
         """O goes through shared memory and TMA; where it does not fit beside Q, each thread stores its own part."""
-        if self.packed and self.pack > 1:  # TMA would write rows of another K/V head's queries
+        if self.varlen and self.pack > 1:  # TMA would write rows of another K/V head's queries
             return False
         return self.parts_v == 1 and self._smem_bytes(o_tiles=1) <= SMEM_BYTES
 
@@ -186,8 +186,8 @@ class FwdConfig:
         return 1 + (SMEM_BYTES - self._smem_bytes(o_tiles=0)) // self._part_bytes
 
     @property
-    def packed(self) -> bool:
-        """q, k, v and o are packed sequences (varlen)."""
+    def varlen(self) -> bool:
+        """q, k, v and o are sequences of any lengths, one behind the other in (total, heads, d)."""
         return self.layout == "thd"
 
     def arguments(self) -> tuple:
@@ -215,7 +215,7 @@ class FwdConfig:
     @property
     def row_mask(self) -> Mask:
         """The mask by a tile's rows, of which `pack` are one query's."""
-        return PackedRows(self.mask, self.pack) if self.pack > 1 else self.mask
+        return PackGqaMask(self.mask, self.pack) if self.pack > 1 else self.mask
 
     def signature(self) -> Arguments:
         """What `__call__` takes behind the stream: one value of each argument, for its type."""
@@ -225,9 +225,9 @@ class FwdConfig:
             score=self.score.signature(),
             sinks=(Int64(0),) if self.sinks else (),
             dropout=(Int64(0), Int32(0), Float32(0.0)) if self.dropout else (),  # address of seed, offset; kept, scale
-            row_max=(_tensor(Float32, 2 if self.packed else 3),) if self.row_max else (),  # like lse
+            row_max=(_tensor(Float32, 2 if self.varlen else 3),) if self.row_max else (),  # like lse
             lists=tuple(lists),
-            sequences=(*[Int64(0)] * 4, Int32(0)) if self.packed else (),  # two cu_seqlens, two seqused; how many
+            sequences=(*[Int64(0)] * 4, Int32(0)) if self.varlen else (),  # two cu_seqlens, two seqused; how many
         )
 
     def divide(self, extras: tuple) -> Arguments:

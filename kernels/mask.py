@@ -68,7 +68,7 @@ class Window(Mask):
 
 
 @dataclass(frozen=True)
-class PackedRows(Mask):
+class PackGqaMask(Mask):
     """`mask` where `pack` rows, a power of two, are one query's."""
 
     mask: Full | Causal | Window

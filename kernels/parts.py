@@ -32,7 +32,7 @@ class Parts(NamedTuple):
 def parts_of(c: FwdConfig) -> Parts:
     """Each part reads what it needs of the config."""
     head_dim = (SplitHeadDim if c.parts_v > 1 else WholeHeadDim)(c)
-    sequences = (Varlen if c.packed else Dense)(c)
+    sequences = (Varlen if c.varlen else Dense)(c)
     blocks, trace = _blocks(c)(c), (Timeline if c.timeline else NoTrace)(c)
     gemms = Gemms(c, head_dim, trace)
     return Parts(

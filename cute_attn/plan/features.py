@@ -5,9 +5,9 @@ from typing import Any
 
 from ..kernels.config import SMEM_BYTES, FwdConfig
 from ..kernels.mask import Mask, UserMask, Window
-from ..kernels.packed_scheduler import Packed, PackedLongest
 from ..kernels.score import Alibi, Plain, Softcap, UserScore
 from ..kernels.tile_scheduler import DynamicLongest
+from ..kernels.varlen_scheduler import VarlenLongest, VarlenScheduler
 from ..problem import FeatureKey, Problem
 from .candidates import HEAD_DIMS, unsized
 from .rule import Rule, Step, follow
@@ -110,7 +110,7 @@ def fit_registers(config: FwdConfig) -> FwdConfig:
 
 
 def for_varlen(problem: Problem, config: FwdConfig) -> FwdConfig:
-    scheduler = PackedLongest if problem.causal or problem.features.window else Packed
+    scheduler = VarlenLongest if problem.causal or problem.features.window else VarlenScheduler
     return replace(config, layout="thd", scheduler=scheduler, cluster=1)
 
 

@@ -60,7 +60,7 @@ def prebuilt(
 
 
 def prebuilt_varlen(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
-    """Every kernel that some call with packed sequences can reach; with a ratio those that pack heads too."""
+    """Every kernel that some varlen call can reach; with a ratio those with PackGQA too."""
     masks = (False, PLAIN), (True, PLAIN), (False, FeatureKey(window=True))
     found = [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
     return found if ratio < 2 else found + pack_gqa.sequences_kernels(found, ratio)

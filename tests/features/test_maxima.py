@@ -95,7 +95,7 @@ def test_at_the_edges(head_dim, causal, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_everything_together(head_dim):
-    """Windows, scores, sinks, long sequences, constant time; and layouts of few queries, whose heads are packed."""
+    """Windows, scores, sinks, long sequences, constant time; and layouts of few queries, with PackGQA."""
     slopes, sinks = torch.randn(4, device="cuda") / 8, torch.linspace(-30, 30, 4, device="cuda")
     for how in (dict(window=(100, 30)), dict(softcap=1.5, alibi_slopes=slopes), dict(sinks=sinks, causal=True)):
         for sizes in (*EDGES, (2100, 2100)):
@@ -139,7 +139,7 @@ def test_lists_of_blocks_and_functions():
 
 @DEVICES
 @CAUSAL
-def test_packed_sequences(device, causal):
+def test_varlen(device, causal):
     """As each sequence for itself; -inf where a row is of no sequence."""
     lengths_q, lengths_k = (5, 0, 130, 64), (7, 3, 200, 0)
     cu_q, cu_k = (torch.tensor([2, *x], device=device).cumsum(0).int() for x in (lengths_q, lengths_k))
@@ -187,18 +187,18 @@ def test_wrong():
 
 
 @DEVICES
-def test_compiled_into_an_output_and_packed(device):
+def test_compiled_into_an_output_and_varlen(device):
     q, k, v = inputs(2, 4, 2, 40, 40, 64, device=device)
     cu = torch.tensor([0, 40], dtype=torch.int32, device=device)
-    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+    sequences = [x[0].transpose(0, 1) for x in (q, k, v)]
 
     def dense(out):
         return flash_fwd(q, k, v, out=out, return_lse=True, return_row_max=True, return_max_logit=True)
 
-    def of_packed(out):
-        return flash_fwd_varlen(*packed, cu, cu, softcap=3.0, return_row_max=True, return_max_logit=True)
+    def of_varlen(out):
+        return flash_fwd_varlen(*sequences, cu, cu, softcap=3.0, return_row_max=True, return_max_logit=True)
 
-    for function in (dense, of_packed):
+    for function in (dense, of_varlen):
         found = torch.compile(function, backend="aot_eager", fullgraph=True)(torch.full_like(q, torch.nan))
         want = function(torch.full_like(q, torch.nan))
         assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
@@ -206,12 +206,12 @@ def test_compiled_into_an_output_and_packed(device):
 
 def test_a_maximum_hinders_no_gradient():
     q, k, v = inputs(1, 2, 2, 40, 40, 64, device="cpu")
-    packed = [x[0].transpose(0, 1).clone().requires_grad_() for x in (q, k, v)]
+    sequences = [x[0].transpose(0, 1).clone().requires_grad_() for x in (q, k, v)]
     cu = torch.tensor([0, 40], dtype=torch.int32)
     how = dict(max_seqlen_q=40, max_seqlen_k=40, causal=True)
-    o, max_logit = flash_fwd_varlen(*packed, cu, cu, **how, return_max_logit=True)
+    o, max_logit = flash_fwd_varlen(*sequences, cu, cu, **how, return_max_logit=True)
     assert not max_logit.requires_grad
-    found, want = (torch.autograd.grad(x.sum(), packed) for x in (o, flash_fwd_varlen(*packed, cu, cu, **how)))
+    found, want = (torch.autograd.grad(x.sum(), sequences) for x in (o, flash_fwd_varlen(*sequences, cu, cu, **how)))
     assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
 

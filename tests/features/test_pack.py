@@ -1,4 +1,4 @@
-"""Packed heads: the query heads of a K/V head as rows of one tile; right at any ratio, chosen where queries are few."""
+"""PackGQA: the query heads of a K/V head as rows of one tile; right at any ratio, chosen where queries are few."""
 
 import dataclasses
 from itertools import product
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cute_attn import call, compile, device, flash_fwd, operands, plan, reference, warmup
 from cute_attn.kernels import blocks as blocks_room
 from cute_attn.kernels.config import PACKS, SMEM_BYTES, FwdConfig, SparseBlocks
-from cute_attn.kernels.mask import Causal, Full, PackedRows, Window, block_range, cuts
+from cute_attn.kernels.mask import Causal, Full, PackGqaMask, Window, block_range, cuts
 from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.tile_scheduler import OneTile, Tile
 from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem, pack_gqa
@@ -49,7 +49,7 @@ def sees(mask, query, key, problem):
     tile_n=st.sampled_from([16, 80, 128]),
 )
 def test_blocks_of_packed_rows(mask, seqlen_q, seqlen_k, window, m_block, pack, tile_n):
-    rows, packed = 64, PackedRows(mask, pack)
+    rows, packed = 64, PackGqaMask(mask, pack)
     problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k, args=SimpleNamespace(mask=window))
     queries = {row // pack for row in range(m_block * rows, (m_block + 1) * rows)}
     for row in range(m_block * rows, (m_block + 1) * rows):

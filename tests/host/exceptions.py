@@ -30,7 +30,7 @@ from cute_attn.tools import inspect
 
 FILE = Path(exceptions.__file__).with_name("exceptions.json")
 HEAD_DIMS = (*plan.EQUAL_HEAD_DIMS, *[(a, b) for a, b in product(plan.HEAD_DIMS, repeat=2) if a < b <= 128], (192, 128))
-# many tiles; several heads to a tile; packed sequences, and several heads to a tile of theirs
+# many tiles; several heads to a tile; varlen, and several heads to a tile of it
 SIZES = ((2, 12, 12, 3000, 3000), (32, 32, 8, 64, 4096), (1, 1, 1, 0, 1), (1, 4, 1, 70, 1))
 bias, document = torch.zeros(4, 100, 100, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.int32)
 

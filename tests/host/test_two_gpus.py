@@ -171,7 +171,7 @@ EXACT = {  # the forward's sums have a fixed order
     "constant time": dense(constant_time=True),
     "window": dense(window=(100, 20)),
     "keys split over a cluster": dense(*SPLIT),
-    "packed heads": dense(*PACKED, causal=True),
+    "PackGQA": dense(*PACKED, causal=True),
     "dropout": dense(modifiers=thinned),
     "softcap, alibi_slopes, sinks": dense(
         modifiers=lambda gpu: dict(softcap=20.0, alibi_slopes=random(gpu, 2, 4), sinks=random(gpu, 4))
@@ -182,11 +182,9 @@ EXACT = {  # the forward's sums have a fixed order
     "maxima": dense(causal=True, return_row_max=True, return_max_logit=True),
     "out": into_out,
     "no keys": dense(2, 4, 2, 30, 0, 64, modifiers=lambda gpu: dict(sinks=random(gpu, 4))),
-    "packed sequences": lambda gpu: of_sequences(gpu, return_lse=True),
-    "packed sequences, scores": lambda gpu: of_sequences(
-        gpu, sinks=random(gpu, 4), return_max_logit=True, **scores(gpu)
-    ),
-    "packed sequences, seqused": lambda gpu: of_sequences(
+    "varlen": lambda gpu: of_sequences(gpu, return_lse=True),
+    "varlen, scores": lambda gpu: of_sequences(gpu, sinks=random(gpu, 4), return_max_logit=True, **scores(gpu)),
+    "varlen, seqused": lambda gpu: of_sequences(
         gpu, out=torch.zeros(600, 4, 64, dtype=torch.bfloat16, device=f"cuda:{gpu}"), seqused_k=ints(gpu, 150, 20, 300)
     ),
     "the operator": by_operator,
@@ -200,7 +198,7 @@ EXACT = {  # the forward's sums have a fixed order
 CLOSE = {  # torch's backward adds in any order
     "cuDNN's backward": lambda gpu: gradients(gpu, causal=True),
     "FlashAttention-2's backward": lambda gpu: gradients(gpu, 2, 4, 2, 200, 300, 64, window=(150, 30)),
-    "packed sequences' backward": gradients_of_sequences,
+    "varlen' backward": gradients_of_sequences,
     "F.scaled_dot_product_attention": by_sdpa,
 }
 

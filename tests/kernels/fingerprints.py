@@ -86,7 +86,7 @@ def combination(c: FwdConfig) -> tuple:
     of_lists = "lists" if c.sparse else ""
     return (
         *(schedule(c), c.timeline, c.parts_v > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
-        *(c.mask.windowed and not c.sparse, c.from_diagonal, of_lists, c.packed, c.pack > 1),
+        *(c.mask.windowed and not c.sparse, c.from_diagonal, of_lists, c.varlen, c.pack > 1),
     )
 
 

@@ -30,10 +30,10 @@ from tests.support.requirements import interpreter
 from tests.support.score_sizes import check as check_sizes
 from tests.support.score_sizes import chunked
 from tests.support.varlen import check as check_varlen
-from tests.support.varlen import packed
-from tests.support.varlen_modifiers import cases as modifiers_of_packed
+from tests.support.varlen import varlen_inputs
+from tests.support.varlen_modifiers import cases as features_of_varlen
 from tests.support.varlen_modifiers import check as check_more
-from tests.support.varlen_modifiers import functions as functions_of_packed
+from tests.support.varlen_modifiers import functions as functions_of_varlen
 
 pytestmark = [pytest.mark.machine_code, pytest.mark.usefixtures("one_thread"), interpreter]
 LONG = 4096
@@ -150,7 +150,7 @@ def test_scores_of_the_speculative_softmax(name, factor):
 
 
 @pytest.mark.parametrize(("seqlen_q", "heads"), [(1, 8), (3, 6)])
-def test_packed_heads(seqlen_q, heads):
+def test_pack_gqa(seqlen_q, heads):
     """Of six heads, two of a query's eight rows are nobody's."""
     with interpreted() as asked:
         check(*inputs(1, heads, 1, seqlen_q, 203, 128, device="cpu"), causal=seqlen_q > 1)
@@ -162,19 +162,19 @@ def test_packed_heads(seqlen_q, heads):
     [(64, 0, {}), (128, 2, dict(causal=True)), (64, 2, dict(window=(30, 5)))],
     ids=["full", "causal", "window"],
 )
-def test_packed_sequences(head_dim, slack, mask):
+def test_varlen(head_dim, slack, mask):
     """What lies between the sequences is NaN, and stays as it was."""
     with interpreted() as asked:
-        check_varlen(*packed(SEQUENCES, 2, 1, head_dim, where="cpu", slack=slack), **mask)
-    assert asked[0].packed
+        check_varlen(*varlen_inputs(SEQUENCES, 2, 1, head_dim, where="cpu", slack=slack), **mask)
+    assert asked[0].varlen
 
 
 @pytest.mark.parametrize("name", ["alibi", "all", "both, window"])
-def test_packed_sequences_with_more(name):
+def test_varlen_with_more(name):
     """Without their maxima, and with them; ALiBi alone begins at each sequence's own diagonal."""
-    how = {**modifiers_of_packed("cpu"), **functions_of_packed("cpu")}[name]
+    how = {**features_of_varlen("cpu"), **functions_of_varlen("cpu")}[name]
     with interpreted() as asked:
-        check_more(*packed(SEQUENCES, 4, 2, 64, where="cpu", slack=2), **how)
+        check_more(*varlen_inputs(SEQUENCES, 4, 2, 64, where="cpu", slack=2), **how)
     assert [config.row_max for config in asked] == [True, False]
     assert asked[0].from_diagonal == (name == "alibi")
 

@@ -16,7 +16,7 @@ from tests.support.attention import DTYPES, bound, inputs
 from tests.support.plans import kernels_of
 from tests.support.requirements import interpreter
 from tests.support.score_sizes import CHUNKS, LARGE, SMALL, check, chunked, rounded
-from tests.support.varlen import packed
+from tests.support.varlen import varlen_inputs
 
 FINFO = torch.finfo(torch.float32)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +78,7 @@ def test_alibi_from_the_diagonal():
 
 
 @interpreter
-def test_packed_heads():
+def test_pack_gqa():
     with interpreted() as asked:
         check(*chunked(128, torch.bfloat16, "cpu", 1, 31, heads_kv=5))
         check(*chunked(128, torch.bfloat16, "cpu", 5, 31, heads_kv=1))
@@ -86,9 +86,9 @@ def test_packed_heads():
 
 
 @interpreter
-def test_packed_sequences():
+def test_varlen():
     """Of which one has hidden keys at its end, by the first column, and another at its start."""
-    q, k, v, lengths = packed(((65, 163), (33, 170)), 2, 2, 64, where="cpu")
+    q, k, v, lengths = varlen_inputs(((65, 163), (33, 170)), 2, 2, 64, where="cpu")
     first, second, _ = (int(x) for x in lengths["cu_seqlens_k"])
     q[..., 0], k[..., 0] = 1.0, 0.0
     k[first + 100 : second, :, 0], k[second : second + 130, :, 0] = -1e9, -1e30

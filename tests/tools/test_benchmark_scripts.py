@@ -61,7 +61,7 @@ def test_what_the_sanitizer_runs_is_whole(scripts, monkeypatch):
     modified = [p for p in sanitize.problems(32) if p.features.softcap or p.features.alibi]
     found = [sanitize.run_problem(p._replace(heads=2, heads_kv=2)) for p in modified]
     assert [config.score.name for config in found] == ["alibi", "softcap", "softcapalibi"]
-    assert sanitize.run_packed(32, "fp16", "window") in prebuilt_varlen()
+    assert sanitize.run_varlen(32, "fp16", "window") in prebuilt_varlen()
     lists = sanitize.run_lists(32)
     assert lists.sparse.whole and lists.mask.name == "causal_mask_mod" and lists.score.name == "score_mod"
 
