@@ -132,7 +132,7 @@ class FlashFwdSm90:
             smem(ROWS, c.head_dim, c.row_blocks * c.q_stages),
             smem(ROWS, c.columns_v, c.warpgroups),
             smem(c.tile_n, c.head_dim, c.stages),
-            smem(c.tile_n, c.columns_v, c.parts_v * c.stages),
+            smem(c.tile_n, c.columns_v, c.head_dim_splits * c.stages),
         )
 
     @cute.kernel

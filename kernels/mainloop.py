@@ -119,7 +119,7 @@ class Overlapped:
             flat = cute.make_layout(ROWS * self.config.head_dim)  # any order serves, swizzled or not
             sQ = cute.make_tensor(w.smem.q[None, None, self.gemms.slot(w.frag, q_state)].iterator, flat)
             sharer = self.head_dim.sharer(w.frag)
-            for i in cutlass.range(sharer, cute.size(flat), WARPGROUP * self.config.parts_v, unroll=1):
+            for i in cutlass.range(sharer, cute.size(flat), WARPGROUP * self.config.head_dim_splits, unroll=1):
                 sQ[i] = (sQ[i].to(Float32) * w.problem.q_sign).to(self.dtype)
             cute.arch.fence_view_async_shared()
             self.head_dim.sync(w.frag.wg)

@@ -89,7 +89,7 @@ class Producer:
         g = self.sequences.head(getattr(gmem, name).tensor, *head_sequence)  # (s, d)
         if name == "k":
             return self._tma_copy(gmem, smem, pipes, name, [cute.local_tile(g, (c.tile_n, c.head_dim), (None, 0))])
-        columns = [cute.local_tile(g, (c.tile_n, c.columns_v), (None, i)) for i in range(c.parts_v)]
+        columns = [cute.local_tile(g, (c.tile_n, c.columns_v), (None, i)) for i in range(c.head_dim_splits)]
         return self._tma_copy(gmem, smem, pipes, name, columns)
 
     def _tma_copy(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, columns: list[cute.Tensor]):

@@ -65,7 +65,7 @@ class Arguments(NamedTuple):
     sinks: tuple = ()
     dropout: tuple = ()
     row_max: tuple = ()
-    lists: tuple = ()
+    block_indices: tuple = ()
     sequences: tuple = ()
 
 
@@ -95,7 +95,7 @@ class At(NamedTuple):
 
     rows: Rows
     n_block: Int32
-    partial: Any = None  # of block-sparse lists: whether mask_mod may hide some of it
+    partial: Any = None  # of block-sparse indices: whether mask_mod may hide some of it
 
 
 class Frag(NamedTuple):

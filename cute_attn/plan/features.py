@@ -33,7 +33,7 @@ def rows_of_lists(problem: Problem, config: FwdConfig) -> FwdConfig:
     blocks, dropout = problem.features.sparse, problem.features.dropout
     assert blocks is not None
     has_192 = 64 < config.widest <= 128
-    sizes = (64,) if config.parts_v > 1 else (128, 192, 64) if has_192 else (128, 64)
+    sizes = (64,) if config.head_dim_splits > 1 else (128, 192, 64) if has_192 else (128, 64)
     tile_m = next(m for m in sizes if blocks.block_m % m == 0)
     tile_n = min(64, config.tile_n) if config.widest > HEAD_DIMS[-1] else 64
     kind = config.head_dim, config.dtype, config.layout, config.mask

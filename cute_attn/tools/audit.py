@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..kernels.config import FwdConfig
-from ..kernels.softmax import LARGEST_OFFSET, LARGEST_SUM, LEAST_OFFSET
+from ..kernels.softmax import LARGEST_RUNNING_MAX, LARGEST_SUM, LEAST_RUNNING_MAX
 from .inspect import _LINE, Instruction, LoopReport, _shortest, loops, parse, sass
 
 BARRIER, TRIP_COUNT, THREAD, UNKNOWN = "barrier", "trip count", "thread index", "unknown"
@@ -44,9 +44,9 @@ _HELD = re.compile(  # put into a register, or asked of one
 )
 _FALSE = re.compile(r"U?PLOP3\.LUT U?P\d, (?:U?PT, ){4}0x(?:8|40), 0x0|IMAD\.MOV\.U32 R\d+, RZ, RZ, RZ")
 _EITHER = re.compile(r"PLOP3\.LUT P\d, PT, (P\d), (P\d), PT, 0x(?:a8|2), 0x0")  # of two predicates; or neither
-_OF_OFFSET = re.compile(r"FSETP\.(\w+)\.(AND|OR) P\d, PT, R\d+(?:\.reuse)?, (\S+), (!?P[T\d])")
-_OUT_OF_BOUNDS = {("LTU", LEAST_OFFSET), ("GTU", LARGEST_OFFSET)}  # NaN is, too
-_IN_BOUNDS = {("GE", LEAST_OFFSET), ("LE", LARGEST_OFFSET)}
+_OF_MAXIMUM = re.compile(r"FSETP\.(\w+)\.(AND|OR) P\d, PT, R\d+(?:\.reuse)?, (\S+), (!?P[T\d])")
+_OUT_OF_BOUNDS = {("LTU", LEAST_RUNNING_MAX), ("GTU", LARGEST_RUNNING_MAX)}  # NaN is, too
+_IN_BOUNDS = {("GE", LEAST_RUNNING_MAX), ("LE", LARGEST_RUNNING_MAX)}
 
 
 class Branch(NamedTuple):
@@ -228,13 +228,13 @@ class _Flow:
         return self.code[i].opcode.startswith("FSETP.GTU") and _number(largest) in LARGEST_SUM.values() and tested
 
     def _says_slow(self, i: int, predicate: str) -> bool:
-        """Whether `predicate`, which `i` reads, is a vote on offsets: of this lap, of one before, or before the loop.
+        """Whether `predicate`, which `i` reads, is a vote on running maxima: of a lap, or before the loop.
 
         A step that finds none out of bounds may say so by a constant. A vote before the loop may have a guard, as where
         the loop may have no lap; what it leaves as it was is not followed.
         """
         votes = {j for j in self._origins(i, predicate) if not _FALSE.fullmatch(self.unguarded(j))}
-        return bool(votes) and all(self._votes_on_offsets(j) for j in votes)
+        return bool(votes) and all(self._votes_on_maxima(j) for j in votes)
 
     def _origins(self, i: int, predicate: str) -> set[int]:
         """What may have written `predicate`, which `i` reads, last: before the loop too, and behind all copies."""
@@ -260,25 +260,25 @@ class _Flow:
         kind, number = register.groups()
         return self._last(start, lambda i: self._covers(i, kind, int(number)), everywhere=True)
 
-    def _votes_on_offsets(self, i: int) -> bool:
-        return i >= 0 and self.code[i].opcode == "VOTE.ANY" and self._tests_offsets(i, self._operands(i)[-1], True)
+    def _votes_on_maxima(self, i: int) -> bool:
+        return i >= 0 and self.code[i].opcode == "VOTE.ANY" and self._tests_maxima(i, self._operands(i)[-1], True)
 
-    def _tests_offsets(self, i: int, operand: str, out: bool, after: frozenset[int] = frozenset()) -> bool:
-        """Whether the predicate that `i` reads says that some offset is out of bounds; or, not `out`, that none is."""
+    def _tests_maxima(self, i: int, operand: str, out: bool, after: frozenset[int] = frozenset()) -> bool:
+        """Whether the predicate that `i` reads says that a running max is out of bounds; without `out`, none."""
         out = out != operand.startswith("!")
         writers = self._writers_anywhere(i, operand.lstrip("!"))
-        return bool(writers) and all(self._is_offset_test(j, out, after) for j in writers)
+        return bool(writers) and all(self._is_maximum_test(j, out, after) for j in writers)
 
-    def _is_offset_test(self, i: int, out: bool, after: frozenset[int]) -> bool:
-        """Of one offset, and of those tested before it; `after`: the tests that led here, no answer a lap ago."""
-        test = _OF_OFFSET.fullmatch(self.unguarded(i))
+    def _is_maximum_test(self, i: int, out: bool, after: frozenset[int]) -> bool:
+        """Of one running max, and of those tested before it; `after`: the tests that led here, no answer a lap ago."""
+        test = _OF_MAXIMUM.fullmatch(self.unguarded(i))
         if test is None or i in after:
             return False
         compare, join, bound, before = test.groups()
         if (compare, _number(bound)) not in (_OUT_OF_BOUNDS if out else _IN_BOUNDS):
             return False
         alone = (join, before) == ("AND", "PT")
-        return alone or (join == ("OR" if out else "AND") and self._tests_offsets(i, before, out, after | {i}))
+        return alone or (join == ("OR" if out else "AND") and self._tests_maxima(i, before, out, after | {i}))
 
     def _tests_magnitude(self, i: int) -> bool:
         """Whether the predicate that `i` reads says that one of several floats is 2 or more."""

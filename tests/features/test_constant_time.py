@@ -128,7 +128,7 @@ def test_the_same_instructions_for_all_inputs(tmp_path, head_dim, mask, seqlen):
 @pytest.mark.gpu
 @pytest.mark.skipif(shutil.which("ncu") is None, reason="needs Nsight Compute (ncu)")
 def test_the_usual_kernel_differs(tmp_path):
-    """So the counts tell: sorted keys raise its offsets."""
+    """So the counts tell: sorted keys raise its running maxima."""
     assert unequal(executed(tmp_path, 64, False, False, 700))
 
 

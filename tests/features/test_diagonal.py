@@ -55,7 +55,7 @@ def test_which_kernels_begin_there():
     ]
     for config in (*begins, *others):
         found = isinstance(parts_of(config).blocks, DiagonalFirst)
-        assert found == config.from_diagonal == (config in begins)
+        assert found == config.diagonal_first == (config in begins)
 
 
 @pytest.mark.machine_code
@@ -64,7 +64,7 @@ def test_only_the_first_steps_look_for_maxima_and_mask(head_dim):
     """Those of the blocks that the diagonal crosses; the steady loop neither, where the bias is linear."""
     config = plan.modified(plan.config(head_dim, "bf16", "bhsd", False), FeatureKey(alibi=True))
     report = inspect.report(config)
-    assert config.from_diagonal and not report.problems()
+    assert config.diagonal_first and not report.problems()
     crossed, steady = report.loops
     assert crossed.maxima >= config.tile_n // 2 <= crossed.selects
     assert steady.maxima == 0 and steady.selects <= 4 and steady.instructions < crossed.instructions

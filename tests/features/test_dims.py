@@ -289,7 +289,7 @@ def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time,
     assert found.smem_bytes <= SMEM_BYTES and found.registers_held <= 192
     for asked, have in zip(dims, (found.head_dim, found.d_v), strict=True):
         assert 0 <= have - asked < (32 if asked <= 256 else 64)
-    assert (found.parts_v, found.columns_v) == ((1, found.d_v) if found.d_v <= 256 else (2, found.d_v // 2))
+    assert (found.head_dim_splits, found.columns_v) == ((1, found.d_v) if found.d_v <= 256 else (2, found.d_v // 2))
     of_varlen = plan.varlen(dims[0], "fp16", causal, head_dim_v=dims[1])
     assert (of_varlen.head_dim, of_varlen.d_v) == (found.head_dim, found.d_v) and of_varlen.varlen
 
@@ -377,7 +377,7 @@ def test_machine_code_of_varlen_sequences(dims):
 def test_both_halves_load_v_and_one_of_them_stores_lse():
     """A stage of V comes as two boxes of its own columns each; fp16 and the other layout are the same machine code."""
     config = plan.plan(problem((512, 512)))
-    assert (config.warpgroups, config.row_blocks, config.parts_v, config.stages_o) == (2, 1, 2, False)
+    assert (config.warpgroups, config.row_blocks, config.head_dim_splits, config.stages_o) == (2, 1, 2, False)
     report = inspect.report(config)
     assert report.registers_asked == (40, 232) and report.tma_stores == 0
     assert inspect.sass(dataclasses.replace(config, layout="bshd")) == inspect.sass(config)

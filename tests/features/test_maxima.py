@@ -109,7 +109,7 @@ def test_everything_together(head_dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_growing_maximum(head_dim):
-    """Each block's scores exceed the last's, or are far below: offsets lag behind, the maximum does not."""
+    """Each block's scores exceed the last's, or are far below: the running max has a margin, row_max does not."""
     for log2_step in (0.7, 7.9, 8.1, 33.0, 1000.0, -33.0):
         q, k, v = inputs(1, 2, 2, 256, 2048, head_dim)
         q[..., 0], k[..., 0] = 1.0, 0.0

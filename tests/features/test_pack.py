@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cute_attn import call, compile, device, flash_fwd, operands, plan, reference, warmup
 from cute_attn.kernels import blocks as blocks_room
 from cute_attn.kernels.config import PACKS, SMEM_BYTES, FwdConfig, SparseBlocks
-from cute_attn.kernels.mask import Causal, Full, PackGqaMask, Window, block_range, cuts
+from cute_attn.kernels.mask import Causal, Full, PackGqaMask, Window, block_range, is_partial
 from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.tile_scheduler import OneTile, Tile
 from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem, pack_gqa
@@ -60,9 +60,9 @@ def test_blocks_of_packed_rows(mask, seqlen_q, seqlen_k, window, m_block, pack, 
     whole = [n for n, keys in enumerate(blocks) if all(sees(mask, i, j, problem) for i in queries for j in keys)]
     found = block_range(packed, m_block * rows, rows, tile_n, problem)
     assert 0 <= found.first < found.end and set(needed) <= set(range(found.first, found.end))
-    assert list(range(found.whole_first, found.whole_end)) == [n for n in whole if n < found.end - 1]
+    assert list(range(found.full_first, found.full_end)) == [n for n in whole if n < found.end - 1]
     for n in range(found.first, found.end):
-        assert cuts(packed, m_block * rows, rows, n, tile_n, problem) or n in whole
+        assert is_partial(packed, m_block * rows, rows, n, tile_n, problem) or n in whole
 
 
 def room(pack, **fields):

@@ -85,8 +85,8 @@ def combination(c: FwdConfig) -> tuple:
     """Which features a kernel is made of."""
     of_lists = "lists" if c.sparse else ""
     return (
-        *(schedule(c), c.timeline, c.parts_v > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
-        *(c.mask.windowed and not c.sparse, c.from_diagonal, of_lists, c.varlen, c.pack > 1),
+        *(schedule(c), c.timeline, c.head_dim_splits > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
+        *(c.mask.windowed and not c.sparse, c.diagonal_first, of_lists, c.varlen, c.pack > 1),
     )
 
 
@@ -100,13 +100,13 @@ def schedule(c: FwdConfig) -> str:
 
 def values(c: FwdConfig) -> tuple:
     """Which mask and score it has."""
-    return c.mask.name, c.score.name, c.from_diagonal, schedule(c)
+    return c.mask.name, c.score.name, c.diagonal_first, schedule(c)
 
 
 def tiles(c: FwdConfig) -> tuple:
     """How its tiles come and go."""
     rings = c.q_stages > 1, c.q_in_regs, c.stages_o, bool(c.registers)
-    return (c.warpgroups, c.parts_v, c.cluster, c.scheduler.name, c.pingpong, schedule(c), *rings)
+    return (c.warpgroups, c.head_dim_splits, c.cluster, c.scheduler.name, c.pingpong, schedule(c), *rings)
 
 
 @lru_cache(maxsize=1)

@@ -113,7 +113,7 @@ def test_a_late_sink():
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_rows_whose_first_blocks_count_for_nothing(head_dim, planned_by):
-    """Scores of -inf up to the block in the middle: a row's offset is found late, and its first keys are not lost."""
+    """Scores of -inf up to the block in the middle: the running max is found late, and the first keys are not lost."""
     for config in kernels_of(head_dim, False, torch.bfloat16):
         planned_by(config)
         q, k, v = inputs(1, 2, 2, 300, 1600, head_dim)

@@ -67,7 +67,7 @@ KINDS = {
 
 
 def launches(config: FwdConfig) -> list[tuple]:
-    """One row; ends within a tile; causal rows that see no key; scores that overtake the rows' offsets all the time."""
+    """One row; ends within a tile; causal rows that see no key; scores that exceed the running maxima all the time."""
     return [
         (1, 1, None),
         (113, 203, None),
@@ -176,7 +176,7 @@ def test_varlen_with_more(name):
     with interpreted() as asked:
         check_more(*varlen_inputs(SEQUENCES, 4, 2, 64, where="cpu", slack=2), **how)
     assert [config.row_max for config in asked] == [True, False]
-    assert asked[0].from_diagonal == (name == "alibi")
+    assert asked[0].diagonal_first == (name == "alibi")
 
 
 @pytest.mark.parametrize("name", ["by_table", "many"])
@@ -264,7 +264,7 @@ def test_alibi_begins_at_the_diagonal(head_dim, seqlen_q, seqlen_k):
     slopes = torch.tensor([0.3, -0.05])
     with interpreted() as asked:
         check(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu"), alibi_slopes=slopes, softcap=5.0)
-    assert asked[0].from_diagonal and asked[0].cluster == (2 if head_dim == 128 else 1)
+    assert asked[0].diagonal_first and asked[0].cluster == (2 if head_dim == 128 else 1)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_lists_of_blocks(size, whole):
     dense = lambda b, h, q_idx, kv_idx: which[b, h, q_idx // m, kv_idx // n] > 0  # noqa: E731
     with interpreted() as asked:
         held_to_the_bound(q, k, v, causal=True, block_mask=lists, dense=dense)
-    assert asked[0].sparse.whole == whole
+    assert asked[0].sparse.has_full == whole
 
 
 @beyond_lists
@@ -315,7 +315,7 @@ def test_head_dims(dims, mask):
     for seqlen_q, seqlen_k in ((1, 1), (70, 130)):
         with interpreted() as asked:
             check(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu", head_dim_v=head_dim_v), **MASKS[mask])
-        assert (asked[0].parts_v > 1) == (head_dim_v > 256)
+        assert (asked[0].head_dim_splits > 1) == (head_dim_v > 256)
 
 
 BESIDE = {

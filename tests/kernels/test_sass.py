@@ -76,7 +76,7 @@ def test_steady_loop(config):
     if config.constant_time:
         assert loop.maxima >= config.tile_n // 2
     else:
-        assert loop.maxima == 0, "the maximum is looked for only where a score exceeds the offset"
+        assert loop.maxima == 0, "the maximum is looked for only where a score exceeds the running max"
     assert loop.selects < config.tile_n // 4, "a mask would take tile_n / 2"
     assert loop.instructions <= loop.length
 

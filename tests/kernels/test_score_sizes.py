@@ -74,7 +74,7 @@ def check_alibi(head_dim, device, causal, rows, chunk):
 def test_alibi_from_the_diagonal():
     with interpreted() as asked:
         check_alibi(64, "cpu", False, **SMALL)
-    assert all(config.from_diagonal for config in asked)
+    assert all(config.diagonal_first for config in asked)
 
 
 @interpreter
@@ -130,7 +130,7 @@ def test_additive_masks(head_dim):
 
 SCORED = {
     "softcap": dict(softcap=20.0),
-    "softcap far above an offset": dict(softcap=1e7),
+    "softcap far above a running max": dict(softcap=1e7),
     "alibi, causal": dict(alibi_slopes=torch.full((len(CHUNKS),), 0.5), causal=True),
     "softcap, alibi": dict(softcap=20.0, alibi_slopes=torch.full((len(CHUNKS),), 0.5)),
 }

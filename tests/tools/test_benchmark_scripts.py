@@ -63,7 +63,7 @@ def test_what_the_sanitizer_runs_is_whole(scripts, monkeypatch):
     assert [config.score.name for config in found] == ["alibi", "softcap", "softcapalibi"]
     assert sanitize.run_varlen(32, "fp16", "window") in prebuilt_varlen()
     lists = sanitize.run_lists(32)
-    assert lists.sparse.whole and lists.mask.name == "causal_mask_mod" and lists.score.name == "score_mod"
+    assert lists.sparse.has_full and lists.mask.name == "causal_mask_mod" and lists.score.name == "score_mod"
 
 
 def test_a_kernel_is_clean_where_a_run_of_each_tool_was(scripts, tmp_path):

@@ -290,7 +290,7 @@ def test_a_branch_on_another_integer_is_not(lane):
     assert depends(SASS.replace(STEP, lane + ARRIVE + STEP))[2] == audit.UNKNOWN
 
 
-# A vote on two offsets, before the loop and in a slow step; a usual step says by a constant that the next is one, too.
+# A vote on two running maxima, before the loop and in a slow step; a usual step leaves a constant: so is the next.
 OFFSETS = """FSETP.GE.AND P6, PT, R10, -256, PT ;
 FSETP.LTU.OR P6, PT, R12, -256, !P6 ;
 VOTE.ANY P5, P6 ;
@@ -362,7 +362,7 @@ def test_a_slow_steps_register_with_something_else_is_not(old, new):
         pytest.param(START + OFFSETS, OFFSETS, "", id="no vote before the loop"),
         pytest.param(START + OFFSETS, "VOTE", "@P2 BRA `(.L_steady) ;\nVOTE", id="a way round the one before the loop"),
         pytest.param(START + OFFSETS, "VOTE.ANY P5, P6 ;\n", "VOTE.ANY P5, P6 ;\nCALL ;\n", id="a call behind it"),
-        pytest.param(START + OFFSETS, "!P6", "P6", id="an offset in bounds"),
+        pytest.param(START + OFFSETS, "!P6", "P6", id="a running max in bounds"),
         pytest.param(SLOW, "R12, -256", "R24, 0.5", id="a score"),
         pytest.param(SLOW, "GE.AND", "GE.OR", id="one in bounds of two"),
         pytest.param(SLOW, "R12, -256", "R12, R24", id="below a score"),
@@ -419,7 +419,7 @@ def test_a_branch_on_a_slow_step_and_something_else_is_not(old, new):
         pytest.param("P5, P0", "P3, P0", id="another predicate"),
         pytest.param("P5, P0", "P5, P5", id="one of them twice"),
         pytest.param("R17, -0x1", "R17, 0x7", id="no signs"),
-        pytest.param("R10, -256", "R10, 0.5", id="no offset"),
+        pytest.param("R10, -256", "R10, 0.5", id="no running max"),
         pytest.param("VOTE.ANY P0, P0 ;\n", "", id="no vote"),
         pytest.param(JOINED, JOINED.split("\n", 1)[1].replace("P0", "P4"), id="its own value of the lap before"),
     ],
@@ -477,7 +477,7 @@ def test_a_split_kernel_that_counts_by_a_score_is_not():
 
 
 def test_a_split_kernel_that_rescales_by_another_test_is_not():
-    """In place of a vote on offsets, before the loop or in it, or of that on signs."""
+    """In place of a vote on running maxima, before the loop or in it, or of that on signs."""
     sass = inspect.sass(plan.plan(SPLIT))
     offsets = re.findall(r"FSETP\.LTU\.OR P\d, PT, R\d+, -256, !P\d", sass)
     signs = re.findall(r"ISETP\.GT\.AND P\d, PT, R\d+, -0x1, PT", sass)

@@ -52,7 +52,7 @@ def test_stages_of_shared_rows(head_dim, causal):
     """Where two warpgroups share them, in tiles that fit from the first stage on."""
     problem = SHAPE._replace(head_dim=head_dim, causal=causal)
     stages = ablation.configs(problem)
-    assert {(c.tile_m, c.tile_n, c.parts_v) for c in stages} == {(64, plan(problem).tile_n, 2)}
+    assert {(c.tile_m, c.tile_n, c.head_dim_splits) for c in stages} == {(64, plan(problem).tile_n, 2)}
     assert [sorted(ablation.changed(*pair)) for pair in pairwise(stages[:-1])] == [
         ["stages"],
         ["scheduler"],

@@ -30,7 +30,7 @@ def configs(problem: Problem) -> tuple[FwdConfig, ...]:
     tuned = plan(problem, device.name())
     kind = tuned.head_dim, tuned.dtype, tuned.layout, tuned.mask
     tile_m, tile_n = 128, 128 if tuned.head_dim <= 128 else 64  # two stages of it fit
-    if tuned.parts_v > 1:  # two warpgroups share the rows, with fewer keys at a time
+    if tuned.head_dim_splits > 1:  # two warpgroups share the rows, with fewer keys at a time
         tile_m, tile_n = tuned.tile_m, tuned.tile_n
     one_tile = FwdConfig(*kind, tile_m, tile_n, stages=1, scheduler=OneTile, pingpong=False, overlap=False)
     ring = replace(one_tile, stages=2)
