@@ -29,7 +29,7 @@ from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
 from cute_attn.operands import o_like
-from cute_attn.plan import HEAD_DIMS, MODIFIED, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
+from cute_attn.plan import HEAD_DIMS, PREBUILT_FEATURES, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
 from cute_attn.tools.benchmark.implementations import make_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -57,8 +57,8 @@ def problems(head_dim: int, head_dim_v: int = 0) -> list[Problem]:
         problem = Problem(2, h, max(h // ratio, 1), s_q, s_k, head_dim - 8, dtype, **how, head_dim_v=other)
         found.setdefault(plan(problem), problem)
     for (s_q, s_k, h), causal in product(SIZES[:1], (False, True)):
-        for kinds in MODIFIED[causal]:
-            problem = Problem(2, h, h, s_q, s_k, head_dim - 8, causal=causal, features=kinds, head_dim_v=other)
+        for key in PREBUILT_FEATURES[causal]:
+            problem = Problem(2, h, h, s_q, s_k, head_dim - 8, causal=causal, features=key, head_dim_v=other)
             found.setdefault(plan(problem), problem)
     return list(found.values())
 
@@ -115,8 +115,8 @@ def run_lists(head_dim: int) -> FwdConfig:
         mask_mod=lambda b, h, q_idx, kv_idx: documents[q_idx] != documents[kv_idx],
     )
     whole(*flash_fwd(q, k, v, **how, **mods))
-    kinds = {name: prepare(name, function, ()).kernel for name, function in mods.items()}
-    return plan(p._replace(features=FeatureKey(sparse=lists.blocks, **kinds)))
+    own = {name: prepare(name, function, ()).kernel for name, function in mods.items()}
+    return plan(p._replace(features=FeatureKey(sparse=lists.blocks, **own)))
 
 
 def whole(o: torch.Tensor, lse: torch.Tensor) -> None:

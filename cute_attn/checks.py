@@ -202,14 +202,14 @@ def varlen_gradients(max_seqlen_q, max_seqlen_k, seqused_q, seqused_k) -> None:
 
 def strides(name: str, x: Spec) -> None:
     """The last dimension contiguous, the others at multiples of 16 bytes; sizes of 1 may have any stride."""
-    way_out = f"use {name}.contiguous(), or pad the rows of its storage to a multiple of 8 elements"
+    hint = f"use {name}.contiguous(), or pad the rows of its storage to a multiple of 8 elements"
     if x.stride[-1] != 1:
         what = f"stride {x.stride[-1]} in the last dimension, strides {x.stride}"
-        raise ValueError(f"{name}: {what}; 1 is needed: {way_out}")
+        raise ValueError(f"{name}: {what}; 1 is needed: {hint}")
     for i in reversed(range(len(x.shape) - 1)):
         if x.shape[i] > 1 and x.stride[i] % ALIGNMENT:
             what = f"stride {x.stride[i]} in dimension {i}, strides {x.stride}"
-            raise ValueError(f"{name}: {what}; a multiple of {ALIGNMENT} elements (16 bytes) is needed: {way_out}")
+            raise ValueError(f"{name}: {what}; a multiple of {ALIGNMENT} elements (16 bytes) is needed: {hint}")
 
 
 def odd(stride: tuple[int, ...]) -> bool:

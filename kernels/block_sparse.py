@@ -48,7 +48,7 @@ class BlockSparse(Range):
 
     reads = True
     mixed = True
-    kind_of_tile = SparseTile
+    tile_type = SparseTile
 
     @property
     def _each(self) -> int:

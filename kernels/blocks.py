@@ -19,7 +19,7 @@ class Segment(NamedTuple):
     end: Callable  # () -> the number behind the last step's
     at: Callable  # (n, cursor) -> the n-th step's block of scores, and the next cursor
     start: int = 0  # the first step's number
-    settles: Callable | None = None  # () -> True: before it every row has seen a key, where this holds
+    rows_seen: Callable | None = None  # () -> True: before it every row has seen a key, where this holds
 
 
 class Walk(NamedTuple):
@@ -38,7 +38,7 @@ class Range(Part):
     mixed = False  # a step masks, or it does not
 
     @property
-    def kind_of_tile(self) -> type:
+    def tile_type(self) -> type:
         """What the producer publishes of a tile."""
         return self.config.scheduler.tile
 
@@ -68,13 +68,13 @@ class Range(Part):
         """A narrow window has blocks that are partial on both sides, and no full ones."""
         own = self.own(w, rows.row0, blocks)
 
-        def down(masked, begin, end, settles=None):
+        def down(masked, begin, end, rows_seen=None):
             """From the block below `begin` to `end`."""
 
             def at(n, cursor):
                 return At(rows, begin() - 1 - n), cursor
 
-            return Segment(masked, lambda: begin() - end(), at, settles=settles)
+            return Segment(masked, lambda: begin() - end(), at, rows_seen=rows_seen)
 
         def first():
             return At(rows, own.end - 1), ()
@@ -155,7 +155,7 @@ class DiagonalFirst(Range):
             n_block = above(before - 1, last)
             return At(rows, n_block), n_block
 
-        one_side = Segment(False, lambda: last - crossed, at, settles=lambda: True)
+        one_side = Segment(False, lambda: last - crossed, at, rows_seen=lambda: True)
         return Walk(lambda: (At(rows, last), n_block), [Segment(True, lambda: crossed, at), one_side])
 
 

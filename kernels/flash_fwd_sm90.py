@@ -167,7 +167,7 @@ class FlashFwdSm90:
         v = alloc.allocate_tensor(self.dtype, tiling.sV.outer, 1024, tiling.sV.inner)
         o = alloc.allocate_tensor(self.dtype, tiling.sO.outer, 1024, tiling.sO.inner) if c.stages_o else None
         partials, counts = self.parts.split.allocate(alloc), self.parts.trace.allocate(alloc)
-        tile = alloc.allocate_tensor(Int32, cute.make_layout((len(self.parts.blocks.kind_of_tile._fields), 2)), 16)
+        tile = alloc.allocate_tensor(Int32, cute.make_layout((len(self.parts.blocks.tile_type._fields), 2)), 16)
         broadcast = ClusterBroadcast.create(alloc) if c.cluster > 1 and c.scheduler.dynamic else None
         return Smem(q, k, v, o, partials, counts, tile, broadcast), self._pipes(alloc)
 
@@ -204,7 +204,7 @@ class FlashFwdSm90:
         f = self.mainloop.fragments(smem, tiling, problem)
         kv_state, done = nth(Int32(0), c.stages), Int32(0)  # tiles
         self.mainloop.turns.start(f.wg)
-        tile = consume(smem, pipes, nth(done, 2), self.parts.blocks.kind_of_tile)
+        tile = consume(smem, pipes, nth(done, 2), self.parts.blocks.tile_type)
         while tile.valid:
             w = Warpgroup(gmem, smem, pipes, tiling, self.parts.sequences.problem_of(tile, problem), f)
             q_state = nth(done, c.q_stages)
@@ -220,6 +220,6 @@ class FlashFwdSm90:
                 kv_state = self.mainloop.skip_tile(w, blocks, kv_state)
                 pipes.q.consumer_release(q_state)
             done += 1
-            tile = consume(smem, pipes, nth(done, 2), self.parts.blocks.kind_of_tile)
+            tile = consume(smem, pipes, nth(done, 2), self.parts.blocks.tile_type)
         self.mainloop.turns.finish(f.wg)
         cute.arch.cp_async_bulk_wait_group(0, read=True)

@@ -68,9 +68,9 @@ class Overlapped:
         at, cursor = walk.first()
         kv_state = self.first(w, q_state, kv_state, at)
         for i in cutlass.range_constexpr(len(walk.segments)):
-            if cutlass.const_expr(walk.segments[i].settles is not None):
-                if walk.segments[i].settles():
-                    self.softmax.settle(w.frag)
+            if cutlass.const_expr(walk.segments[i].rows_seen is not None):
+                if walk.segments[i].rows_seen():
+                    self.softmax.set_slow(w.frag)
             for n in cutlass.range(walk.segments[i].start, walk.segments[i].end(), unroll=1):
                 at, cursor = walk.segments[i].at(n, cursor)
                 kv_state = self.step(w, q_state, kv_state, at, walk.segments[i].masked)

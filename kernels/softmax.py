@@ -63,7 +63,7 @@ class Softmax(NamedTuple):
     running_max: cute.Tensor  # (rows,) with a margin, or what `anchored` made of it; -inf: the row has seen no key
     row_sum: cute.Tensor  # (rows,) running sum of P, this thread's columns
     rescale: cute.Tensor  # (rows,) what O must be multiplied by
-    slow: cute.Tensor  # (1,) Int32, of the warp: whether the next step needs a maximum, by `settle`
+    slow: cute.Tensor  # (1,) Int32, of the warp: whether the next step needs a maximum, by `set_slow`
     top: cute.Tensor | None = None  # (rows,) each row's largest S, this thread's columns: Maxima
 
     @classmethod
@@ -138,7 +138,7 @@ class Softmax(NamedTuple):
             select_(plain, Float32(0.0), select_(lost, third, Float32(margin))),
         )
 
-    def settle(self):
+    def set_slow(self):
         """After each `renew`: whether `exponents` may be the next, or another."""
         low = Boolean(False)
         for r in range(cute.size(self.running_max)):

@@ -28,7 +28,7 @@ class Lazy(Part):
             self.blocks.mask(w, S, at)
         w.frag.softmax.step(S, self.config.margin)
         if cutlass.const_expr(self.blocks.mixed):
-            w.frag.softmax.settle()  # any step may be either
+            w.frag.softmax.set_slow()  # any step may be either
 
     @cute.jit
     def step(self, w: Warpgroup, acc_S, q_state, k_state, at: At, masked: cutlass.Constexpr):
@@ -60,7 +60,7 @@ class Lazy(Part):
         f = w.frag
         if f.softmax.slow[0] != 0:
             f.softmax.renew_any(S, self.config.margin)
-            f.softmax.settle()
+            f.softmax.set_slow()
             self.gemms.wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
         elif f.softmax.exponents(S):
@@ -74,9 +74,9 @@ class Lazy(Part):
         """Where S (rows, cols), Q K^T, becomes what the softmax is of, but for a factor."""
         self.config.score.apply(S, w.frag.cS, at, self.config.tile_n, w.problem, w.problem.args.score)
 
-    def settle(self, f: Frag):
+    def set_slow(self, f: Frag):
         """Between the steps that mask and those that do not."""
-        f.softmax.settle()
+        f.softmax.set_slow()
 
 
 class LazyWithScores(Lazy):
@@ -89,7 +89,7 @@ class LazyWithScores(Lazy):
         if f.softmax.exponents(S) | (f.softmax.slow[0] != 0):
             S.store(kept.load())
             f.softmax.renew_any(S, self.config.margin)
-            f.softmax.settle()
+            f.softmax.set_slow()
             self.gemms.wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
         f.softmax.exp(S)
@@ -132,7 +132,7 @@ class Speculative(Lazy):
             return Exponents(w.frag.softmax.scale_log2)
         return own
 
-    def settle(self, f: Frag):
+    def set_slow(self, f: Frag):
         """A row that has seen no key keeps its running max of -inf, and its next step is recomputed."""
 
     @cute.jit
@@ -179,5 +179,5 @@ class ConstantTime(Lazy):
         self.gemms.wait_for_pv(w)
         scale_rows(f.acc_O, f.softmax.rescale)
 
-    def settle(self, f: Frag):
+    def set_slow(self, f: Frag):
         """Each step finds its rows' running maxima as they are, -inf too."""

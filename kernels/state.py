@@ -182,10 +182,10 @@ def publish(smem: Smem, pipes: Pipes, state, tile):
 
 
 @cute.jit
-def consume(smem: Smem, pipes: Pipes, state, kind: cutlass.Constexpr):
-    """A work tile of this kind, as the producer published it."""
+def consume(smem: Smem, pipes: Pipes, state, tile_type: cutlass.Constexpr):
+    """A work tile, as the producer published it."""
     pipes.tile.consumer_wait(state)
-    fields = [cute.arch.make_warp_uniform(smem.tile[i, state.index]) for i in range(len(kind._fields))]
+    fields = [cute.arch.make_warp_uniform(smem.tile[i, state.index]) for i in range(len(tile_type._fields))]
     pipes.tile.consumer_release(state)
-    tile = kind(*fields)
+    tile = tile_type(*fields)
     return tile._replace(valid=tile.valid != 0)

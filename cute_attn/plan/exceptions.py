@@ -84,7 +84,7 @@ def applied(config: FwdConfig) -> Iterator[tuple[Entry, FwdConfig]]:
             yield entry, config
 
 
-def settled(config: FwdConfig) -> FwdConfig:
+def with_exceptions(config: FwdConfig) -> FwdConfig:
     """A kernel with the exceptions that it needs."""
     found = [config, *(changed for _, changed in applied(config))]
     return found[-1]

@@ -16,7 +16,7 @@ from .rule import Rule, Step, follow
 FULL = {2: 184, 3: 120}
 
 
-def modified(config: FwdConfig, key: FeatureKey) -> FwdConfig:
+def with_features(config: FwdConfig, key: FeatureKey) -> FwdConfig:
     """Of a kernel the one with these features; of a causal one where there is a window."""
     problem = unsized(config.head_dim, config.dtype, config.layout, config.mask.causal, key, config.head_dim_v)
     return follow(RULES, problem, [Step("", "", config)])[-1].config

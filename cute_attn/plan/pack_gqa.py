@@ -70,7 +70,7 @@ def split_keys(rows: Problem, config: FwdConfig) -> FwdConfig:
 
 def packed(config: FwdConfig, ratio: int) -> FwdConfig:
     """The same tiles and schedule, of packed rows."""
-    return exceptions.settled(replace(config, pack=pack_of(ratio)))
+    return exceptions.with_exceptions(replace(config, pack=pack_of(ratio)))
 
 
 def sequences_kernels(configs: list[FwdConfig], ratio: int) -> list[FwdConfig]:

@@ -269,12 +269,12 @@ DIM = st.integers(1, 64).map(lambda n: 8 * n)
     heads_kv=st.sampled_from([1, 2, 8]),
     causal=st.booleans(),
     constant_time=st.booleans(),
-    kinds=st.sampled_from(
+    key=st.sampled_from(
         [FeatureKey(), FeatureKey(window=True), FeatureKey(softcap=True, alibi=True, sinks=True)]
         + [FeatureKey(sparse=SparseBlocks(m, n, True)) for m, n in ((64, 64), (128, 192), (192, 128))]
     ),
 )
-def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time, kinds):
+def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time, key):
     found = plan.plan(
         problem(
             dims,
@@ -282,8 +282,8 @@ def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time,
             seqlen_k=seqlens[1],
             heads_kv=heads_kv,
             causal=causal,
-            constant_time=constant_time and not kinds.sparse,
-            features=kinds,
+            constant_time=constant_time and not key.sparse,
+            features=key,
         )
     )
     assert found.smem_bytes <= SMEM_BYTES and found.registers_held <= 192

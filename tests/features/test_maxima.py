@@ -37,8 +37,8 @@ def test_the_reference_by_definition(causal, window):
 @DEVICES
 def test_small(device):
     """Masks, signs of the scale, layouts; rows without keys, which no sink helps."""
-    ways = [{}, dict(causal=True), dict(window=(2, 3)), dict(softcap=1.5, sinks=torch.full((4,), 50.0, device=device))]
-    for sizes, scale, how in product([(5, 9), (9, 5), (1, 1)], (None, -0.7, 0.0), ways):
+    calls = [{}, dict(causal=True), dict(window=(2, 3)), dict(softcap=1.5, sinks=torch.full((4,), 50.0, device=device))]
+    for sizes, scale, how in product([(5, 9), (9, 5), (1, 1)], (None, -0.7, 0.0), calls):
         check(*inputs(2, 4, 2, *sizes, 16, device=device), scale=scale, **how)
         check(*inputs(2, 4, 2, *sizes, 16, device=device, layout="bshd"), scale=scale, layout="bshd", **how)
 
@@ -225,14 +225,14 @@ def test_healthy(head_dim, causal):
 
 
 def with_the_rest() -> dict[str, FwdConfig]:
-    kinds = (
+    keys = (
         dict(softcap=True, sinks=True),
         dict(window=True),
         dict(sparse=SparseBlocks(128, 128, True)),
         dict(alibi=True),
     )
     configs = [
-        plan.modified(plan.config(128, "bf16", "bhsd", True), FeatureKey(row_max=True, **kind)) for kind in kinds
+        plan.with_features(plan.config(128, "bf16", "bhsd", True), FeatureKey(row_max=True, **key)) for key in keys
     ]
     configs += [plan.constant_time(configs[0]), plan.varlen(128, "bf16", True, FeatureKey(row_max=True))]
     configs += [plan.plan(Problem(4, 32, 4, 1, 8192, 128, features=FeatureKey(row_max=True)))]
@@ -251,6 +251,6 @@ def test_it_is_not_asked_for_in_plain_calls():
     for causal in (False, True):
         config = plan.plan(Problem(4, 16, 16, 4096, 4096, 64, causal=causal))
         assert not config.row_max and parts_of(config).outputs == () == config.signature().row_max
-    asked = plan.modified(config, FeatureKey(sinks=True, row_max=True))
+    asked = plan.with_features(config, FeatureKey(sinks=True, row_max=True))
     assert [type(output) for output in parts_of(asked).outputs] == [RowMax, Sinks]
     assert len(asked.signature().row_max) == len(asked.signature().sinks) == 1

@@ -184,10 +184,10 @@ def test_many_tiles_of_few_rows_share_an_sm():
 
 
 @pytest.mark.parametrize(
-    "kinds", [FeatureKey(alibi=True), FeatureKey(sparse=SparseBlocks(128, 128, True))], ids=["alibi", "sparse"]
+    "key", [FeatureKey(alibi=True), FeatureKey(sparse=SparseBlocks(128, 128, True))], ids=["alibi", "sparse"]
 )
-def test_what_asks_for_a_tile_s_head_is_not_packed(kinds):
-    assert plan.plan(Problem(4, 32, 8, 1, 4096, 128, features=kinds)).pack == 1
+def test_what_asks_for_a_tile_s_head_is_not_packed(key):
+    assert plan.plan(Problem(4, 32, 8, 1, 4096, 128, features=key)).pack == 1
 
 
 def test_a_users_table_may_have_other_tiles():

@@ -87,9 +87,9 @@ def test_neither_gradients_nor_graphs():
 )
 def test_healthy(head_dim, causal, masked):
     mod = mods.prepare("mask_mod", mask_mods("cpu")["documents"], ()).kernel
-    kinds = FeatureKey(mask_mod=mod, row_max=True) if masked else FeatureKey(softcap=True, alibi=True, sinks=True)
-    config = plan.varlen(head_dim, "bf16", causal, kinds)
-    assert config.varlen and config.sinks == kinds.sinks and inspect.report(config).problems() == []
+    key = FeatureKey(mask_mod=mod, row_max=True) if masked else FeatureKey(softcap=True, alibi=True, sinks=True)
+    config = plan.varlen(head_dim, "bf16", causal, key)
+    assert config.varlen and config.sinks == key.sinks and inspect.report(config).problems() == []
 
 
 def test_plain_calls_have_the_kernels_that_they_had():

@@ -59,7 +59,7 @@ class Case(NamedTuple):
     without: FwdConfig
 
 
-def kinds() -> Iterator[FeatureKey]:
+def feature_keys() -> Iterator[FeatureKey]:
     """Every set of up to three features, the functions with and without a tensor that they read."""
     asked: dict[str, list] = {name: [True] for name in ("window", "softcap", "alibi", "sinks", "row_max", "dropout")}
     asked |= dict(score_mod=[prepare("score_mod", f, ()).kernel for f in (biased, distance)])
@@ -71,7 +71,7 @@ def kinds() -> Iterator[FeatureKey]:
 
 
 def problems() -> Iterator[Problem]:
-    for kind, size, (d, d_v), causal in product(kinds(), SIZES, HEAD_DIMS, (False, True)):
+    for kind, size, (d, d_v), causal in product(feature_keys(), SIZES, HEAD_DIMS, (False, True)):
         varlen = size[3] * size[4] < 100
         if not (varlen and kind.sparse):
             yield Problem(*size, d, "bf16", "thd" if varlen else "bhsd", causal, features=kind, head_dim_v=d_v)

@@ -1,4 +1,4 @@
-"""Everything wrong raises before any launch, naming the argument, what came, what is allowed and the way out."""
+"""Everything wrong raises before any launch, naming the argument, what came, what is allowed, with a hint."""
 
 import subprocess
 import sys

@@ -197,9 +197,9 @@ def test_what_explain_says():
 
 
 def test_varlen_is_a_problem_of_its_own_layout():
-    kinds = FeatureKey(softcap=True)
-    found = plan(Problem(1, 8, 1, 3, 1, 64, layout="thd", causal=True, features=kinds))
-    assert found == room.varlen(64, "bf16", True, kinds, ratio=8, max_seqlen_q=3) and found.pack == 8
+    key = FeatureKey(softcap=True)
+    found = plan(Problem(1, 8, 1, 3, 1, 64, layout="thd", causal=True, features=key))
+    assert found == room.varlen(64, "bf16", True, key, ratio=8, max_seqlen_q=3) and found.pack == 8
 
 
 @pytest.mark.parametrize("dims", [(128, 0), (64, 128), (96, 128)], ids=str)

@@ -63,8 +63,8 @@ def ints(gpu, *values):
     return put(torch.tensor(values, dtype=torch.int32), gpu)
 
 
-def dense(*shape, modifiers=lambda gpu: {}, **how):
-    return lambda gpu: flash_fwd(*given(gpu, *shape), return_lse=True, **how, **modifiers(gpu))
+def dense(*shape, features=lambda gpu: {}, **how):
+    return lambda gpu: flash_fwd(*given(gpu, *shape), return_lse=True, **how, **features(gpu))
 
 
 def scores(gpu):
@@ -164,7 +164,7 @@ SPLIT, PACKED = (1, 8, 8, 512, 4096, 64), (2, 12, 2, 1, 700, 64)
 EXACT = {  # the forward's sums have a fixed order
     "full": dense(),
     "causal": dense(causal=True),
-    "few tiles, d128": dense(1, 3, 3, 200, 300, 128, modifiers=lambda gpu: dict(scale=0.2)),
+    "few tiles, d128": dense(1, 3, 3, 200, 300, 128, features=lambda gpu: dict(scale=0.2)),
     "many tiles": dense(4, 16, 4, 1024, 1024, 64, causal=True),
     "two head dims": lambda gpu: flash_fwd(*given(gpu, 2, 4, 2, 200, 300, 192, head_dim_v=128)),
     "bshd": lambda gpu: flash_fwd(*given(gpu, layout="bshd"), layout="bshd", causal=True),
@@ -172,16 +172,16 @@ EXACT = {  # the forward's sums have a fixed order
     "window": dense(window=(100, 20)),
     "keys split over a cluster": dense(*SPLIT),
     "PackGQA": dense(*PACKED, causal=True),
-    "dropout": dense(modifiers=thinned),
+    "dropout": dense(features=thinned),
     "softcap, alibi_slopes, sinks": dense(
-        modifiers=lambda gpu: dict(softcap=20.0, alibi_slopes=random(gpu, 2, 4), sinks=random(gpu, 4))
+        features=lambda gpu: dict(softcap=20.0, alibi_slopes=random(gpu, 2, 4), sinks=random(gpu, 4))
     ),
-    "score_mod": dense(modifiers=scores),
-    "mask_mod, aux": dense(modifiers=masks),
-    "block lists": dense(modifiers=lists),
+    "score_mod": dense(features=scores),
+    "mask_mod, aux": dense(features=masks),
+    "block lists": dense(features=lists),
     "maxima": dense(causal=True, return_row_max=True, return_max_logit=True),
     "out": into_out,
-    "no keys": dense(2, 4, 2, 30, 0, 64, modifiers=lambda gpu: dict(sinks=random(gpu, 4))),
+    "no keys": dense(2, 4, 2, 30, 0, 64, features=lambda gpu: dict(sinks=random(gpu, 4))),
     "varlen": lambda gpu: of_sequences(gpu, return_lse=True),
     "varlen, scores": lambda gpu: of_sequences(gpu, sinks=random(gpu, 4), return_max_logit=True, **scores(gpu)),
     "varlen, seqused": lambda gpu: of_sequences(

@@ -34,11 +34,11 @@ def run(config: FwdConfig, seqlen_q=113, seqlen_k=203, *, batch=1, heads_kv=1, s
 def asked(config: FwdConfig, heads: int = 2) -> dict:
     """The arguments of a call that its kernel is for."""
     mask, score = config.mask, config.score.name
-    modifiers = {
+    features = {
         "window": (40, 10) if mask.windowed else None,
         "softcap": 5.0 if "softcap" in score else None,
         "alibi_slopes": torch.linspace(0.01, 0.5, heads) if "alibi" in score else None,
         "sinks": torch.linspace(-1, 2, heads) if config.sinks else None,
     }
     how = dict(causal=mask.causal and not mask.windowed, layout=config.layout, constant_time=config.constant_time)
-    return how | {name: value for name, value in modifiers.items() if value is not None}
+    return how | {name: value for name, value in features.items() if value is not None}

@@ -42,7 +42,7 @@ def nearby(b, h, q_idx, kv_idx):
     return q_idx - kv_idx < 100
 
 
-def kinds() -> Iterator[FeatureKey]:
+def feature_keys() -> Iterator[FeatureKey]:
     """Every set of features that a call can ask for at once, each with a value of its own."""
     asked = dict(
         window=True,
@@ -63,7 +63,7 @@ def planned() -> Iterator[FwdConfig]:
     """The kernels of all calls, as far as they may differ in more than their sizes."""
     yield from prebuilt(ratio=8, dims=(*EQUAL_HEAD_DIMS, *HEAD_DIMS[2:], (64, 512)))
     yield from prebuilt_varlen(ratio=8)
-    for (d, d_v), asked, causal in product(HEAD_DIMS, kinds(), (False, True)):
+    for (d, d_v), asked, causal in product(HEAD_DIMS, feature_keys(), (False, True)):
         for size, constant in product(SIZES, (False, True)):
             how = dict(causal=causal, constant_time=constant, features=asked, head_dim_v=d_v)
             yield from legal(lambda size=size, d=d, how=how: plan(Problem(*size, d, **how)))

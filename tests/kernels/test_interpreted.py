@@ -45,7 +45,7 @@ def planned(head_dim, causal=False, batch=4, heads=16, seqlen_q=LONG, seqlen_k=L
     return plan.plan(Problem(*sizes, causal=causal, **how))
 
 
-KINDS = {
+KERNELS = {
     "d64 full, speculative softmax": planned(64),
     "d64 causal, dynamic": planned(64, True),
     "d64 fp16": planned(64, dtype="fp16"),
@@ -77,10 +77,10 @@ def launches(config: FwdConfig) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KERNELS)
 def test_right(kind):
     """And nine tenths of the instructions are run: the rest is for negative scales, or jumps back to a wait."""
-    config = KINDS[kind]
+    config = KERNELS[kind]
     for seed, (seqlen_q, seqlen_k, scale) in enumerate(launches(config)):
         run(config, seqlen_q, seqlen_k, seed=seed, scale=scale)
     with interpreted(config):  # scores of any size, in three blocks of keys of each CTA
@@ -92,7 +92,7 @@ def test_right(kind):
 
 
 def test_every_choice_of_a_schedule_is_there():
-    configs = KINDS.values()
+    configs = KERNELS.values()
     assert any(c.cluster > 1 and c.scheduler.dynamic for c in configs)
     assert any(c.cluster > 1 and not c.scheduler.dynamic for c in configs)
     assert {c.warpgroups for c in configs} == {1, 2, 3, 4}
@@ -102,7 +102,7 @@ def test_every_choice_of_a_schedule_is_there():
         assert {getattr(c, choice) > 1 for c in configs} == {False, True}, choice
 
 
-MODIFIED = {
+WITH_FEATURES = {
     "window": dict(window=(40, 10)),
     "window, constant time": dict(window=(40, None), constant_time=True),
     "softcap, causal": dict(softcap=5.0, causal=True),
@@ -113,8 +113,8 @@ MODIFIED = {
 }
 
 
-@pytest.mark.parametrize("how", MODIFIED.values(), ids=MODIFIED)
-def test_modifiers(how):
+@pytest.mark.parametrize("how", WITH_FEATURES.values(), ids=WITH_FEATURES)
+def test_features(how):
     for seqlen_q, seqlen_k in ((1, 1), (113, 203), (130, 65)):
         with interpreted() as asked:
             check(*inputs(1, 2, 2, seqlen_q, seqlen_k, 64, device="cpu"), **how)
@@ -354,21 +354,21 @@ SCALED = pytest.mark.parametrize("kind", ["d64 full, speculative softmax", "d128
 @SCALED
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales(kind, scale):
-    run(KINDS[kind], 70, 65, scale=scale)
+    run(KERNELS[kind], 70, 65, scale=scale)
 
 
 @pytest.mark.parametrize("num_sms", [1, 2])
 def test_many_tiles_for_each_cta(num_sms):
     """Rings, tile counters and phases go round."""
     for seed, kind in enumerate(["d64 causal, dynamic", "d128 causal, dynamic, cluster"]):
-        config = KINDS[kind]
+        config = KERNELS[kind]
         q, k, v = inputs(2, 2, 1, 260, 70, config.head_dim, device="cpu")
         with interpreted(config, num_sms=max(num_sms, config.cluster), seed=seed):
             check(q, k, v, causal=True)
 
 
 def test_without_lse_and_with_strides():
-    config = KINDS["d64 full, speculative softmax"]
+    config = KERNELS["d64 full, speculative softmax"]
     q, k, v = inputs(2, 3, 1, 70, 260, config.head_dim, device="cpu")
     with interpreted(config):
         check(q[:, :, 3:], k.expand(2, 3, 260, 64)[:, :, ::2], v.expand(2, 3, 260, 64)[:, :, 130:], lse=False)
@@ -445,7 +445,7 @@ def test_the_host_code_checks_its_arguments(plain):
 
 def test_the_order_of_the_warps_does_not_matter():
     """To the last bit."""
-    config = KINDS["d64 causal, dynamic"]
+    config = KERNELS["d64 causal, dynamic"]
     q, k, v = inputs(1, 2, 1, 130, 203, 64, device="cpu")
     found = []
     for seed in range(3):

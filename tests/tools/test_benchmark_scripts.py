@@ -58,8 +58,8 @@ def test_what_the_sanitizer_runs_is_whole(scripts, monkeypatch):
     """One case of each sort, on the CPU; each names the kernel that it runs on a GPU."""
     sanitize = scripts["sanitize"]
     monkeypatch.setattr(sanitize, "DEVICE", CPU)
-    modified = [p for p in sanitize.problems(32) if p.features.softcap or p.features.alibi]
-    found = [sanitize.run_problem(p._replace(heads=2, heads_kv=2)) for p in modified]
+    problems = [p for p in sanitize.problems(32) if p.features.softcap or p.features.alibi]
+    found = [sanitize.run_problem(p._replace(heads=2, heads_kv=2)) for p in problems]
     assert [config.score.name for config in found] == ["alibi", "softcap", "softcapalibi"]
     assert sanitize.run_varlen(32, "fp16", "window") in prebuilt_varlen()
     lists = sanitize.run_lists(32)
