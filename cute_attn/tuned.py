@@ -66,7 +66,7 @@ class Row(NamedTuple):
         return seqlen_k >= self.min_seqlen_k and (not self.min_free_rows or self.uneven(seqlen_q))
 
     def uneven(self, seqlen_q: int) -> bool:
-        """One tile of several has rows enough without a query: its warpgroups sit out, and it is done sooner."""
+        """One tile of several has rows enough without a query: its warpgroups are idle, and it is done sooner."""
         tiles = -(-seqlen_q // self.config.tile_m)
         return tiles > 1 and tiles * self.config.tile_m - seqlen_q >= self.min_free_rows
 

@@ -53,8 +53,8 @@ class ClusterSplit(NoSplit):
         return rank() == 0
 
     def merge(self, w: Warpgroup):
-        for part in range(self.config.split - 1):
-            self._merge(w, part)
+        for other in range(self.config.split - 1):
+            self._merge(w, other)
 
     @cute.jit
     def _send(self, w: Warpgroup):
@@ -70,10 +70,10 @@ class ClusterSplit(NoSplit):
             store_there(there + 4 * cute.crd2idx(n + 2 + r, here.layout), f.softmax.row_sum[r])
 
     @cute.jit
-    def _merge(self, w: Warpgroup, part: cutlass.Constexpr):
-        """Add one CTA's part to this one's O and sums, both in the terms of whose row has the larger scores."""
+    def _merge(self, w: Warpgroup, other: cutlass.Constexpr):
+        """Adds another CTA's O and sums to this one's, both relative to the larger running max."""
         f = w.frag
-        theirs = w.smem.partials[f.thread, None, part]
+        theirs = w.smem.partials[f.thread, None, other]
         n = cute.size(f.acc_O)
         O = cute.make_rmem_tensor_like(f.acc_O, Float32)
         for i in cutlass.range_constexpr(n):

@@ -94,18 +94,18 @@ class Overlapped:
         """A tile whose rows of this warpgroup all lie beyond the last query: the others get the tensor cores."""
         for _ in cutlass.range(blocks[1] - blocks[0] - 1, unroll=1):
             kv_state = self.skip_block(w, kv_state)
-        return self._drop(w.pipes, kv_state)
+        return self._release_block(w.pipes, kv_state)
 
     @cute.jit
     def skip_block(self, w: Warpgroup, kv_state):
         """A block that only other warpgroups' rows see."""
-        kv_state = self._drop(w.pipes, kv_state)
+        kv_state = self._release_block(w.pipes, kv_state)
         self.turns.take(w.frag.wg)
         self.turns.give(w.frag.wg)
         return kv_state
 
     @cute.jit
-    def _drop(self, pipes: Pipes, kv_state):
+    def _release_block(self, pipes: Pipes, kv_state):
         for pipe in (pipes.k, pipes.v):
             pipe.consumer_wait(kv_state)
             pipe.consumer_release(kv_state)

@@ -28,20 +28,20 @@ def constant_time(config: FwdConfig) -> FwdConfig:
     return replace(config, speculative=False, constant_time=True, score=score)
 
 
-def rows_of_lists(problem: Problem, config: FwdConfig) -> FwdConfig:
-    """A tile has the rows of the lists' blocks of queries, or a part of them. 192 rows are 64 keys wide."""
+def sparse_rows(problem: Problem, config: FwdConfig) -> FwdConfig:
+    """A tile has the rows of a sparse block of queries, or a part of them. 192 rows are 64 keys wide."""
     blocks, dropout = problem.features.sparse, problem.features.dropout
     assert blocks is not None
     has_192 = 64 < config.widest <= 128
     sizes = (64,) if config.head_dim_splits > 1 else (128, 192, 64) if has_192 else (128, 64)
     tile_m = next(m for m in sizes if blocks.block_m % m == 0)
     tile_n = min(64, config.tile_n) if config.widest > HEAD_DIMS[-1] else 64
-    kind = config.head_dim, config.dtype, config.layout, config.mask
-    return FwdConfig(*kind, tile_m, tile_n, head_dim_v=config.head_dim_v, sparse=blocks, dropout=dropout)
+    same = config.head_dim, config.dtype, config.layout, config.mask
+    return FwdConfig(*same, tile_m, tile_n, head_dim_v=config.head_dim_v, sparse=blocks, dropout=dropout)
 
 
-def keys_of_lists(problem: Problem, config: FwdConfig) -> FwdConfig:
-    """Blocks as wide as the lists' where 128 rows or fewer leave registers for it.
+def sparse_keys(problem: Problem, config: FwdConfig) -> FwdConfig:
+    """Blocks as wide as the sparse ones where 128 rows or fewer leave registers for it.
 
     The scheduler is dynamic, since tiles differ in work. A second tile of Q is loaded ahead where it fits, since they
     are short.
@@ -117,15 +117,15 @@ def for_varlen(problem: Problem, config: FwdConfig) -> FwdConfig:
 LISTS = (
     Rule(
         "block-sparse indices: rows",
-        "a tile has the rows of the lists' blocks or a part of them: narrower ones would read K and V more often",
+        "a tile has the rows of a sparse block or a part of them: narrower ones would read K and V more often",
         lambda problem, config: problem.features.sparse,
-        rows_of_lists,
+        sparse_rows,
     ),
     Rule(
         "block-sparse indices: keys and schedule",
-        "blocks as wide as the lists' where registers allow it; a dynamic scheduler, since tiles differ in work",
+        "blocks as wide as the sparse ones where registers allow it; a dynamic scheduler, since tiles differ in work",
         lambda problem, config: problem.features.sparse,
-        keys_of_lists,
+        sparse_keys,
     ),
 )
 WINDOW = Rule(

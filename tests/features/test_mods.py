@@ -110,7 +110,7 @@ def test_lists_of_ones_own(head_dim, size, device):
     mod, (m, n) = mask_mods(device)["of_heads"], size
     for batch, heads in ((2, 4), (1, 4), (2, 1), (1, 1)):
         kinds = torch.randint(0, 4, (batch, heads, -(-700 // m), -(-600 // n)), device=device)
-        kinds[:, :, 2] = 0  # 0, 1: none; 2: cut; 3: full
+        kinds[:, :, 2] = 0  # 0, 1: none; 2: partial; 3: full
 
         def seen(b, h, q_idx, kv_idx, kinds=kinds, batch=batch, heads=heads):
             kind = kinds[b % batch, h % heads, q_idx // m, kv_idx // n]
@@ -123,8 +123,8 @@ def test_lists_of_ones_own(head_dim, size, device):
         held_to_the_bound(q, k, v, block_mask=lists(kinds >= 2, block_size=size), dense=listed)
 
 
-def test_tiles_of_lists():
-    """Of the lists' own rows, where the registers allow it: narrower ones would read K and V more often."""
+def test_tiles_of_sparse_blocks():
+    """As many rows as the sparse blocks, where the registers allow it: narrower ones would read K and V more often."""
     found = {}
     for head_dim, rows, dropout in product((64, 128, 256), (64, 128, 192, 384), (False, True)):
         key = FeatureKey(sparse=SparseBlocks(rows, 128, False), dropout=dropout)

@@ -83,10 +83,10 @@ def legal(make: Callable[[], FwdConfig]) -> Iterator[FwdConfig]:
 
 def combination(c: FwdConfig) -> tuple:
     """Which features a kernel is made of."""
-    of_lists = "lists" if c.sparse else ""
+    sparse = "sparse" if c.sparse else ""
     return (
         *(schedule(c), c.timeline, c.head_dim_splits > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
-        *(c.mask.windowed and not c.sparse, c.diagonal_first, of_lists, c.varlen, c.pack > 1),
+        *(c.mask.windowed and not c.sparse, c.diagonal_first, sparse, c.varlen, c.pack > 1),
     )
 
 

@@ -52,7 +52,7 @@ KERNELS = {
     "d96 causal": planned(96, True),
     "d128 full, long, cluster, Q in registers": planned(128, batch=16, heads=32),
     "d128 causal, dynamic, cluster": planned(128, True),
-    "d128 fp16, asked before the exponentials": planned(128, batch=16, heads=32, dtype="fp16"),
+    "d128 fp16, lazy rescale": planned(128, batch=16, heads=32, dtype="fp16"),
     "d128 bshd": planned(128, seqlen_q=1024, seqlen_k=1024, layout="bshd"),
     "d256 full, O from registers": planned(256),
     "d256 causal": planned(256, True),
@@ -270,7 +270,7 @@ def test_alibi_begins_at_the_diagonal(head_dim, seqlen_q, seqlen_k):
 @pytest.mark.parametrize(
     ("size", "whole"), sample(3, [(64, 128, 128), (128, 192, 64), (256, 64, 64)], [False, True]), ids=str
 )
-def test_lists_of_blocks(size, whole):
+def test_block_sparse(size, whole):
     """Of each head its own, some of them empty; causal applies too. size: head_dim, and the blocks'."""
     head_dim, m, n = size
     q, k, v = inputs(1, 2, 1, 300, 430, head_dim, device="cpu")

@@ -134,7 +134,7 @@ def test_a_kernel_that_spills_is_reported():
 
 
 # The checker on text written by hand: a kernel of two loops, the edge loop with a mask. A barrier is polled behind the
-# end, and the steady loop may pass over the rescale of O.
+# end, and the steady loop may skip the rescale of O.
 LOG = """
 \x1b[96mremark[ptxas info]:\x1b[0m ptxas output: ptxas info    : 0 bytes gmem
 ptxas         .     0 bytes stack frame, 0 bytes spill
