@@ -110,8 +110,8 @@ def trained(problem: Problem, device: torch.device, backends: Mapping[str, SDPBa
 def operator(problem: Problem, device: torch.device) -> list[Row]:
     """Host microseconds of an eager call, directly and by the operator that torch.compile sees."""
     q, k, v = make_inputs(problem, device)[:3]
-    op = torch.ops.cute_attn.flash_fwd
-    calls = {OURS: partial(flash_fwd, q, k, v), "operator": partial(op, q, k, v, False, None, "bhsd", False)}
+    op = torch.ops.cute_attn.attention
+    calls = {OURS: partial(flash_fwd, q, k, v), "operator": partial(op, q, k, v, False, None, False, "bhsd")}
     prepared = {name: plain(call) for name, call in calls.items()}
     return [Row(Spec(problem), prepared, case="operator", baseline=OURS, host=True)]
 

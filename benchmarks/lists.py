@@ -32,7 +32,7 @@ def chosen_blocks(p: Problem, size: tuple[int, int], density: float, device: tor
 
 
 def whole_blocks(chosen: torch.Tensor, size: tuple[int, int]) -> BlockLists:
-    """Lists of these, none of them to be cut."""
+    """Indices of these, all of them full."""
     counts, order = as_lists(chosen)
     return BlockLists(torch.zeros_like(counts), order, counts, order, block_size=size)
 

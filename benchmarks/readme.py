@@ -186,8 +186,8 @@ def packed() -> Iterator[tuple[str, int, float]]:
     found = recorded("varlen")
     what = "varlen, 64 sequences of 64 to 8192"
     tflops = {(e["head_dim"], e["causal"], e["contender"]): e["tflops"] for e in found if e.get("tflops")}
-    for (head_dim, causal, contender), own in tflops.items():
-        if contender == "cute_attn":
+    for (head_dim, causal, implementation), own in tflops.items():
+        if implementation == "cute_attn":
             even = tflops[head_dim, causal, "equal lengths"]
             yield f"{what}: TFLOPS over those of equal lengths", head_dim, own / even
     ours = {(e["head_dim"], e["causal"]): e["us"] for e in found if e["contender"] == "cute_attn"}

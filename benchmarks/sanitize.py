@@ -3,7 +3,7 @@
 python benchmarks/sanitize.py [--out FILE] [--logs FOLDER] [--tools racecheck ...] [--add RECORD]
 
 Each kernel gets a case with more tiles than an H200 has SMs, so that CTAs reuse their buffers (those for few tiles
-aside), and partial tiles and blocks, GQA, rows without keys, an LSE, and a scale of either sign. So do those for packed
+aside), and partial tiles and blocks, GQA, rows without keys, an LSE, and a scale of either sign. So do those for varlen
 sequences, and of those for lists of blocks and functions of the user one of each head dim. The runs of RECORD, of other
 tools and the same kernels, GPU and versions, are kept beside these.
 """
@@ -29,7 +29,7 @@ from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
 from cute_attn.operands import o_like
-from cute_attn.plan import HEAD_DIMS, MODIFIED, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
+from cute_attn.plan import HEAD_DIMS, PREBUILT_FEATURES, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
 from cute_attn.tools.benchmark.implementations import make_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ DEVICE = torch.device("cuda")
 OTHER_HEAD_DIMS = ((192, 128), (64, 256), (96, 64), (320, 320), (512, 512), (64, 512), (512, 64))  # q's and v's
 CASES = (*((d, d) for d in HEAD_DIMS), *OTHER_HEAD_DIMS)
 MASKS, WINDOW = ("full", "causal", "window"), (150, 40)
-PACKED_STARTS = (0, 0, 700, 1400, 3000), (0, 300, 300, 500, 2000)  # of queries, of keys
+VARLEN_STARTS = (0, 0, 700, 1400, 3000), (0, 300, 300, 500, 2000)  # of queries, of keys
 # Sq, Sk, heads: the first leaves warpgroups without rows and rows without keys; from the fifth on tiles are few.
 SIZES = (
     *((1400, 333, 12), (1500, 200, 12), (3000, 100, 12), (700, 333, 12)),
@@ -57,8 +57,8 @@ def problems(head_dim: int, head_dim_v: int = 0) -> list[Problem]:
         problem = Problem(2, h, max(h // ratio, 1), s_q, s_k, head_dim - 8, dtype, **how, head_dim_v=other)
         found.setdefault(plan(problem), problem)
     for (s_q, s_k, h), causal in product(SIZES[:1], (False, True)):
-        for kinds in MODIFIED[causal]:
-            problem = Problem(2, h, h, s_q, s_k, head_dim - 8, causal=causal, features=kinds, head_dim_v=other)
+        for key in PREBUILT_FEATURES[causal]:
+            problem = Problem(2, h, h, s_q, s_k, head_dim - 8, causal=causal, features=key, head_dim_v=other)
             found.setdefault(plan(problem), problem)
     return list(found.values())
 
@@ -67,7 +67,7 @@ def run_cases(head_dim: int, head_dim_v: int, part: int) -> None:
     """What one sanitized process runs: of pairs of head dims dense calls only."""
     runs: list[Callable[[], FwdConfig]] = [partial(run_problem, p) for p in problems(head_dim, head_dim_v)]
     if head_dim == head_dim_v <= HEAD_DIMS[-1]:
-        runs += [partial(run_packed, head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
+        runs += [partial(run_varlen, head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
         runs += [partial(run_lists, head_dim)]
     print("kernels:", *sorted({run().name for run in runs[part::PARTS]}))
 
@@ -90,11 +90,11 @@ def run_problem(p: Problem) -> FwdConfig:
     return plan(p)
 
 
-def run_packed(head_dim: int, dtype: str, mask: str) -> FwdConfig:
-    """Packed sequences, one without queries, one without keys, one whose queries outnumber its keys."""
+def run_varlen(head_dim: int, dtype: str, mask: str) -> FwdConfig:
+    """Varlen sequences, one without queries, one without keys, one whose queries outnumber its keys."""
     q, k, v, _ = make_inputs(Problem(1, 12, 4, 3000, 2000, head_dim - 8, dtype), DEVICE)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (total, H, D)
-    starts = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in PACKED_STARTS]
+    starts = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in VARLEN_STARTS]
     causal, window = mask == "causal", WINDOW if mask == "window" else None
     out = torch.full_like(q, torch.nan)
     whole(*flash_fwd_varlen(q, k, v, *starts, causal=causal, window=window, return_lse=True, out=out))
@@ -115,8 +115,8 @@ def run_lists(head_dim: int) -> FwdConfig:
         mask_mod=lambda b, h, q_idx, kv_idx: documents[q_idx] != documents[kv_idx],
     )
     whole(*flash_fwd(q, k, v, **how, **mods))
-    kinds = {name: prepare(name, function, ()).kernel for name, function in mods.items()}
-    return plan(p._replace(features=FeatureKey(sparse=lists.blocks, **kinds)))
+    own = {name: prepare(name, function, ()).kernel for name, function in mods.items()}
+    return plan(p._replace(features=FeatureKey(sparse=lists.blocks, **own)))
 
 
 def whole(o: torch.Tensor, lse: torch.Tensor) -> None:

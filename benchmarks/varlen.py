@@ -1,4 +1,4 @@
-"""Times packed sequences of drawn lengths beside equal ones of the same work, and beside others' varlen.
+"""Times varlen sequences of random lengths beside equal ones of the same work, and beside others' varlen.
 
 python benchmarks/varlen.py [--out FILE] [--only WORD]
 
@@ -31,7 +31,7 @@ PACKAGES = FlashAttention("fa2", "flash_attn"), BASELINES["fa3"], BASELINES["fa4
 
 
 class Packing(NamedTuple):
-    """Sequences of these lengths, packed: q, k and v are (total, H, D)."""
+    """Varlen sequences of these lengths: q, k and v are (total, H, D)."""
 
     q: torch.Tensor
     k: torch.Tensor

@@ -11,8 +11,8 @@ def type_word(x) -> str:
 def tensor(name: str, x) -> None:
     if not isinstance(x, torch.Tensor):
         source = f"{name}.copy()" if backwards(x) else name  # torch ends the process over views that run backwards
-        way_out = f"; torch.from_dlpack({source}) shares its memory" if hasattr(x, "__dlpack__") else ""
-        raise TypeError(f"{name}: a torch.Tensor is needed, {type_word(x)} came{way_out}")
+        hint = f"; torch.from_dlpack({source}) shares its memory" if hasattr(x, "__dlpack__") else ""
+        raise TypeError(f"{name}: a torch.Tensor is needed, {type_word(x)} came{hint}")
     untransformed(name, x)
     _flat(name, x)
     dense(name, x.layout)
@@ -21,8 +21,8 @@ def tensor(name: str, x) -> None:
 
 def untransformed(name: str, x: torch.Tensor) -> None:
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        way_out = "differentiate with torch.autograd, and put what vmap would map over into the batch"
-        raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and flash_fwd has no rule; {way_out}")
+        hint = "differentiate with torch.autograd, and put what vmap would map over into the batch"
+        raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and flash_fwd has no rule; {hint}")
 
 
 def backwards(x) -> bool:
@@ -34,20 +34,20 @@ def backwards(x) -> bool:
 def _flat(name: str, x: torch.Tensor) -> None:
     if not x.is_nested:
         return
-    way_out = f"make it jagged, torch.nested.nested_tensor({name}.unbind(), layout=torch.jagged), and pass its parts"
+    hint = f"make it jagged, torch.nested.nested_tensor({name}.unbind(), layout=torch.jagged), and pass its parts"
     if x.layout == torch.jagged:
         bshd = name if getattr(x, "_ragged_idx", 1) == 1 else f"{name}.transpose(1, 2)"
-        way_out = f"pass {bshd}.values(), (total, H, D), and {name}.offsets().to(torch.int32) as its cu_seqlens"
-    raise TypeError(f"{name}: a nested tensor came, whose sequences flash_fwd_varlen takes; {way_out}")
+        hint = f"pass {bshd}.values(), (total, H, D), and {name}.offsets().to(torch.int32) as its cu_seqlens"
+    raise TypeError(f"{name}: a nested tensor came, whose sequences flash_fwd_varlen takes; {hint}")
 
 
 def memory(name: str, x: torch.Tensor) -> None:
     """x has memory of its own: nothing else can a kernel read."""
     if type(x) is not torch.Tensor and wraps(x):
         _flat(name, x)
-        ways = dict(to_local="to_local(), sharded along the batch or the heads", wait="wait()")
-        way_out = next((f"{name}.{way}" for has, way in ways.items() if hasattr(x, has)), "the tensor that it wraps")
-        raise TypeError(f"{name}: a {type_word(x)} came, which has no memory of its own; pass {way_out}")
+        hints = dict(to_local="to_local(), sharded along the batch or the heads", wait="wait()")
+        hint = next((f"{name}.{call}" for has, call in hints.items() if hasattr(x, has)), "the tensor that it wraps")
+        raise TypeError(f"{name}: a {type_word(x)} came, which has no memory of its own; pass {hint}")
 
 
 def wraps(x: torch.Tensor) -> bool:

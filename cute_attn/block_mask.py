@@ -10,7 +10,7 @@ from .kernels.config import SparseBlocks
 from .scalars import integer
 from .streams import is_captured
 
-GRAIN = 64  # of the lists' blocks: a warpgroup's rows, and the narrowest block of keys
+GRAIN = 64  # of sparse blocks: a warpgroup's rows, and the narrowest block of keys
 
 
 class BlockLists(NamedTuple):

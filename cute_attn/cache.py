@@ -88,5 +88,5 @@ def warn(folder: Path, reason: str) -> None:
         return
     _named.add(folder)
     what = f"{folder}: this cache of compiled kernels is of no use ({reason}), and they are compiled anew"
-    way_out = "CUTE_ATTN_CACHE_DIR names another folder, and with CUTE_ATTN_CACHE=0 there is none"
-    warnings.warn(f"{what}; {way_out}", RuntimeWarning, stacklevel=2)
+    hint = "CUTE_ATTN_CACHE_DIR names another folder, and with CUTE_ATTN_CACHE=0 there is none"
+    warnings.warn(f"{what}; {hint}", RuntimeWarning, stacklevel=2)

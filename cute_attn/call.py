@@ -31,7 +31,7 @@ class Call(NamedTuple):
         kernel: Callable = self.kernel
         if device.current() != gpu.index:
             kernel = gpu.guarded(kernel)
-        address, counter = 0 if lse is None else lse.data_ptr(), gpu.ticket() if self.counts else 0
+        address, counter = 0 if lse is None else lse.data_ptr(), gpu.tile_counter() if self.counts else 0
         kernel(*tensors, address, counter, scale, gpu.num_sms, *arguments)
 
 

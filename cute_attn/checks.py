@@ -131,10 +131,10 @@ def _placed(name: str, x: Spec) -> None:
         raise ValueError(f"{name}: device {x.device} is not supported; use a CUDA device (sm_90), or the CPU")
 
 
-def packed(q: Spec, k: Spec, v: Spec, batch: int) -> None:
-    """q, k, v are packed sequences, so many, that fit together."""
+def varlen(q: Spec, k: Spec, v: Spec, batch: int) -> None:
+    """q, k, v are of so many varlen sequences, and fit together."""
     for name, x in zip("qkv", (q, k, v), strict=True):
-        _one_packed(name, x)
+        _one_varlen(name, x)
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: {x.dtype} does not match q's {q.dtype}; convert one with .to(dtype)")
         if x.device != q.device:
@@ -153,7 +153,7 @@ def packed(q: Spec, k: Spec, v: Spec, batch: int) -> None:
         raise ValueError(f"q: up to {tiles} tiles of 64 rows in one call; split it to stay below {SIZE_MAX}")
 
 
-def _one_packed(name: str, x: Spec) -> None:
+def _one_varlen(name: str, x: Spec) -> None:
     dense(name, x.storage)
     if len(x.shape) != 3:
         want = "(total_q, H, D)" if name in ("q", "out") else "(total_k, Hk, D)"
@@ -188,7 +188,7 @@ def max_seqlen(name: str, given) -> Any:
     return value
 
 
-def packed_gradients(max_seqlen_q, max_seqlen_k, seqused_q, seqused_k) -> None:
+def varlen_gradients(max_seqlen_q, max_seqlen_k, seqused_q, seqused_k) -> None:
     """What the backward cannot do without, and what it does not take."""
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value is None:
@@ -202,14 +202,14 @@ def packed_gradients(max_seqlen_q, max_seqlen_k, seqused_q, seqused_k) -> None:
 
 def strides(name: str, x: Spec) -> None:
     """The last dimension contiguous, the others at multiples of 16 bytes; sizes of 1 may have any stride."""
-    way_out = f"use {name}.contiguous(), or pad the rows of its storage to a multiple of 8 elements"
+    hint = f"use {name}.contiguous(), or pad the rows of its storage to a multiple of 8 elements"
     if x.stride[-1] != 1:
         what = f"stride {x.stride[-1]} in the last dimension, strides {x.stride}"
-        raise ValueError(f"{name}: {what}; 1 is needed: {way_out}")
+        raise ValueError(f"{name}: {what}; 1 is needed: {hint}")
     for i in reversed(range(len(x.shape) - 1)):
         if x.shape[i] > 1 and x.stride[i] % ALIGNMENT:
             what = f"stride {x.stride[i]} in dimension {i}, strides {x.stride}"
-            raise ValueError(f"{name}: {what}; a multiple of {ALIGNMENT} elements (16 bytes) is needed: {way_out}")
+            raise ValueError(f"{name}: {what}; a multiple of {ALIGNMENT} elements (16 bytes) is needed: {hint}")
 
 
 def odd(stride: tuple[int, ...]) -> bool:
@@ -259,7 +259,7 @@ def scale(value) -> float:
 def out(o: Spec, q: Spec, v: Spec, layout: str) -> None:
     """`out` is like q, with v's head dim, and addresses no element twice."""
     if layout == "thd":
-        _one_packed("out", o)
+        _one_varlen("out", o)
     else:
         _one_tensor("out", o, layout)
     want = (*q.shape[:-1], v.shape[-1])

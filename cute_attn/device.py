@@ -1,4 +1,4 @@
-"""What the host keeps per GPU: its size, and the counters from which running launches draw their tiles."""
+"""What the host keeps per GPU: its size, and the tile counters of launches that may run at once."""
 
 import os
 import threading
@@ -11,13 +11,13 @@ import torch
 
 from . import tuned
 
-TICKETS = 4096  # counters of 4 bytes in a slab
-# torch.cuda.current_device without its question whether CUDA runs; a torch for CPUs has none.
+TILE_COUNTERS = 4096  # counters of 4 bytes in a slab
+# torch.cuda.current_device without its check whether CUDA runs; a torch for CPUs has none.
 current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
 
 class Device:
-    """A Hopper GPU and its ticket counters, each 0 between launches (a launch leaves 0 behind).
+    """A Hopper GPU and its tile counters, each 0 between launches (a launch leaves 0 behind).
 
     Two launches that may run at once never share a counter: launches of one stream follow each other, so a stream has
     one; a captured launch may be replayed beside anything, so each has one of its own, for good.
@@ -37,16 +37,16 @@ class Device:
         self._unused: list[int] = []
         self._memory: list[torch.Tensor] = []  # of all counters; a graph does not say when it dies
 
-    def ticket(self) -> int:
-        """The address of the counter for a launch on this device's current stream."""
+    def tile_counter(self) -> int:
+        """The address of the tile counter for a launch on this device's current stream."""
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
-                return self.ticket()
+                return self.tile_counter()
         if torch.cuda.is_current_stream_capturing():
             return self._captured()
         stream = torch._C._cuda_getCurrentRawStream(self.index)  # current_stream().cuda_stream takes 1.2 us, not 0.1
-        ticket = self._of_stream.get(stream)
-        return self._new(stream) if ticket is None else ticket
+        counter = self._of_stream.get(stream)
+        return self._new(stream) if counter is None else counter
 
     def guarded(self, kernel: Callable) -> Callable:
         """The kernel for a call while another device is current.
@@ -69,7 +69,7 @@ class Device:
             return self._of_stream.setdefault(stream, self._unused.pop())
 
     def _slab(self) -> list[int]:
-        counters = self._zeros(TICKETS)
+        counters = self._zeros(TILE_COUNTERS)
         torch.cuda.current_stream(self.index).synchronize()  # once: other streams may use it next
         return counters
 

@@ -133,7 +133,7 @@ class Asked(NamedTuple):
     deterministic: bool
 
     def check(self, tensors: dict[str, Tensor | None], attention_chunk: int) -> None:
-        ways = dict(
+        hints = dict(
             qv="torch.cat([q, qv], -1) and torch.cat([k, v], -1) give these scores, up to a head dim of 512",
             attention_chunk="use window_size, or torch.nn.attention.flex_attention for chunks",
         )
@@ -144,7 +144,7 @@ class Asked(NamedTuple):
         flags(causal=self.causal, deterministic=self.deterministic)
         for name, x in dict(**tensors, attention_chunk=chunk or None).items():
             if x is not None:
-                raise NotImplementedError(f"{name}: not supported; {ways.get(name, scaled)}")
+                raise NotImplementedError(f"{name}: not supported; {hints.get(name, scaled)}")
         if self.deterministic and learns(self.q, self.k, self.v) and not are_deterministic_algorithms_enabled():
             raise ValueError(
                 "deterministic: True came with gradients, whose order torch decides for its whole process; call "

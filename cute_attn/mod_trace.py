@@ -105,8 +105,8 @@ class Trace(TorchFunctionMode):
             raise Refused(f"a tensor with {rank} of its {x._tensor.dim()} indices came where a number is needed")
         if isinstance(x, torch.Tensor):
             if x.dim():
-                way_out = "index it to one element, or compute with it before the call"
-                raise Refused(f"a tensor of shape {tuple(x.shape)} came where a number is needed; {way_out}")
+                hint = "index it to one element, or compute with it before the call"
+                raise Refused(f"a tensor of shape {tuple(x.shape)} came where a number is needed; {hint}")
             return self.load(x, ())._ref
         if type(x).__module__ == "numpy" and getattr(x, "ndim", 1) == 0:
             return self.argument(x.item())
@@ -142,8 +142,8 @@ class Trace(TorchFunctionMode):
         if whole and name in UNREAD:
             return func(*args, **(kwargs or {}))
         if whole and name in READ:
-            way_out = "compute with the tensor itself, or pass a Python number"
-            raise Refused(f"{name.strip('_')} would read a tensor's value back in every call; {way_out}")
+            hint = "compute with the tensor itself, or pass a Python number"
+            raise Refused(f"{name.strip('_')} would read a tensor's value back in every call; {hint}")
         swapped = name in REFLECTED
         known = FUNCTIONS.get(REFLECTED.get(name) or DUNDERS.get(name, name))
         if known is None:

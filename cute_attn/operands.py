@@ -1,4 +1,4 @@
-"""q, k, v and out of a call, as they lie in memory: dense, or ragged (packed sequences). What a call asks of either."""
+"""q, k, v and out of a call, as they lie in memory: dense, or ragged (varlen). What a call asks of either."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple, Protocol
@@ -44,7 +44,7 @@ class Operands(Protocol):
         """Of q, k, v and out, or of q where there is none, each checked by itself."""
 
     def problem(self, specs: tuple, causal: bool, constant_time: bool, features: Any) -> Problem:
-        """What they state together. Of packed sequences, seqlen_q and seqlen_k are all rows, batch how many sequences.
+        """What they state together. Of varlen sequences, seqlen_q and seqlen_k are all rows, batch how many sequences.
 
         Raises:
             TypeError, ValueError: they do not fit together.
@@ -75,7 +75,7 @@ class Operands(Protocol):
         """o, lse and row_max by `reference`, in `how`; o is written in place where it is given."""
 
     def operator_arguments(self) -> tuple:
-        """layout, and the six of packed sequences, as torch.ops.cute_attn.attention takes them."""
+        """layout, and the six of varlen, as torch.ops.cute_attn.attention takes them."""
 
     def lacks_gradient(self) -> None:
         """ValueError where they have no backward."""
@@ -147,7 +147,7 @@ class Dense(NamedTuple):
 
 
 class Ragged(NamedTuple):
-    """(total, H, D) tensors of packed sequences, whose lengths the device knows."""
+    """(total, H, D) tensors of varlen sequences, whose lengths the device knows."""
 
     q: Any
     k: Any
@@ -215,9 +215,10 @@ class Ragged(NamedTuple):
         for name, x, count in zip(LENGTHS, self.lengths, (None, batch + 1, batch, batch), strict=True):
             if x is not None:
                 checks.lengths(name, Spec.of(x), count, q)
-        checks.packed(q, k, v, batch)
+        checks.varlen(q, k, v, batch)
         if self.out is not None:
             checks.out(o, q, v, self.layout)
+        _no_kernel_of_varlen(constant_time, features)
         sizes = batch, q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2]
         kind = checks.DTYPES[q.dtype], self.layout, causal, constant_time, features
         return Problem(*sizes, *kind, checks.other_head_dim(q, v))
@@ -263,7 +264,17 @@ class Ragged(NamedTuple):
         return self.layout, *self.lengths, *map(checks.max_seqlen, HINTS, self.hints)
 
     def lacks_gradient(self) -> None:
-        checks.packed_gradients(*self.hints, *self.lengths[2:])
+        checks.varlen_gradients(*self.hints, *self.lengths[2:])
+
+
+def _no_kernel_of_varlen(constant_time: bool, features: Any) -> None:
+    """What flash_fwd_varlen does not take, and the operator's arguments can say."""
+    asked = dict(constant_time=constant_time, dropout_p=features.dropout, block_mask=features.sparse)
+    given = [name for name, value in asked.items() if value]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: given with cu_seqlens, and packed sequences have no such kernel; omit it"
+        )
 
 
 def dense_key(q, k, v, out, layout) -> tuple:

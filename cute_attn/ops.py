@@ -51,9 +51,13 @@ def _of_rows(a, asked: bool) -> torch.Tensor:
 
 
 def _operands(a, out=None) -> Operands:
-    if a.cu_seqlens_q is None:
+    of_packed = {name: getattr(a, name) for name in (*LENGTHS, *HINTS)}
+    if a.layout != "thd":
+        given = [name for name, x in of_packed.items() if x is not None]
+        if given:
+            raise ValueError(f'{", ".join(given)}: given with layout {a.layout!r}; packed sequences have "thd"')
         return Dense(a.q, a.k, a.v, out, a.layout)
-    return Ragged(a.q, a.k, a.v, out, *(getattr(a, name) for name in (*LENGTHS, *HINTS)))
+    return Ragged(a.q, a.k, a.v, out, **of_packed)
 
 
 def _run(a, out=None) -> list[torch.Tensor]:

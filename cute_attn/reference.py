@@ -64,15 +64,15 @@ def attention(
     return o, lse, *maxima(row_max, return_row_max, return_max_logit)
 
 
-def maxima(row_max, return_row_max, return_max_logit) -> list[torch.Tensor]:
+def maxima(row_max, return_row_max, return_max_logit, packed=False) -> list[torch.Tensor]:
     """Of row_max (B, H, Sq), or packed (H, total_q), what is asked for: itself, each head's maximum."""
     found = [row_max] if return_row_max else []  # a list: torch 2.11 compiles no generator here
-    if return_max_logit and isinstance(row_max, torch.fx.Proxy):  # of flash_fwd, with rows
-        found.append(row_max.amax((0, 2)))
-    elif return_max_logit:
-        others = (0, 2) if row_max.dim() == 3 else (1,)
-        heads = row_max.shape[row_max.dim() - 2]
-        found.append(row_max.amax(others) if row_max.numel() else row_max.new_full((heads,), -torch.inf))
+    if return_max_logit:
+        others = (1,) if packed else (0, 2)
+        if isinstance(row_max, torch.fx.Proxy) or row_max.numel():
+            found.append(row_max.amax(others))
+        else:
+            found.append(row_max.new_full((row_max.shape[0 if packed else 1],), -torch.inf))
     return found
 
 
@@ -150,7 +150,7 @@ def gradients(grad, q, k, v, *, causal=False, scale=None, window=None, layout="b
 
 
 def parts(cu_seqlens, seqused, total):
-    """The rows of each packed sequence: slices of `total` rows, within them whatever cu_seqlens and seqused say."""
+    """The rows of each varlen sequence: slices of `total` rows, within them whatever cu_seqlens and seqused say."""
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(starts)] if seqused is None else seqused.tolist()
     for start, length in zip(starts, lengths, strict=False):
@@ -159,7 +159,7 @@ def parts(cu_seqlens, seqused, total):
 
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, seqused_q=None, seqused_k=None, **how):
-    """`attention` for packed q (total_q, H, D), k and v (total_k, Hk, D): of each sequence its rows, o (s, H, D) and
+    """`attention` for varlen q (total_q, H, D), k and v (total_k, Hk, D): of each sequence its rows, o (s, H, D) and
     lse (H, s), and row_max where asked for. `how` is `attention`'s, but for layout and dropout; b is which sequence.
     """
     queries, keys = parts(cu_seqlens_q, seqused_q, len(q)), parts(cu_seqlens_k, seqused_k, len(k))

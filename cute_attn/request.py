@@ -29,11 +29,11 @@ class Outputs(NamedTuple):
             arrays.flags(**{f"return_{name}": value for name, value in self._asdict().items()})
         return self
 
-    def of(self, o, lse, row_max, rng_state) -> Any:
-        """o, or a tuple of it and what else was asked for."""
+    def of(self, o, lse, row_max, rng_state, packed=False) -> Any:
+        """o, or a tuple of it and what else was asked for; row_max is (H, total_q) of packed sequences."""
         found = [o, lse] if self.lse else [o]
         if self.row_max or self.max_logit:
-            found += reference.maxima(row_max, self.row_max, self.max_logit)
+            found += reference.maxima(row_max, self.row_max, self.max_logit, packed)
         if self.rng_state:
             found.append(o.new_zeros(2, dtype=torch.int64) if rng_state is None else rng_state)
         return tuple(found) if len(found) > 1 else o
@@ -65,8 +65,6 @@ class Request(NamedTuple):
                 return self.by_dlpack()
             if arrays.stands_in(q, k, v):
                 return self.by_operator()
-        if not type(self.causal) is type(self.constant_time) is bool:
-            arrays.flags(causal=self.causal, constant_time=self.constant_time)
         self.operands.check()
         found = self.prepared()
         if found is None:
@@ -85,7 +83,7 @@ class Request(NamedTuple):
             o, lse, row_max = self._on_cpu(scale, asked)
         else:
             o, lse, row_max = self._on_gpu(found, scale, asked)
-        return self.outputs.of(o, lse, row_max, rng_state)
+        return self.outputs.of(o, lse, row_max, rng_state, isinstance(self.operands, Ragged))
 
     def prepared(self) -> call.Call | None:
         """Checked, planned and compiled; a look-up where the like has come before. None under torch.jit.trace, whose
@@ -108,13 +106,12 @@ class Request(NamedTuple):
         problem, gpu, config, specs = self.planned()
         kernel = None if gpu is None or self.operands.nothing(problem) else compile.get(config)
         like = strides.unlike(self.operands.q, problem.d_v)
-        counts = config.scheduler.draws or config.packed
+        counts = config.scheduler.dynamic or config.varlen
         how = counts, self.operands.plain(), tuple(x.nbytes for x in specs), like
         return call.Call(problem, problem.head_dim**-0.5, gpu, kernel, *how)
 
     def planned(self) -> tuple:
         """Checked: the problem, its GPU (None: the CPU), the kernel's config, and what was seen of q, k, v and o."""
-        arrays.flags(causal=self.causal, constant_time=self.constant_time)
         specs = self.operands.specs()
         problem = self.operands.problem(specs, self.causal, self.constant_time, features.key(self.features))
         gpu = gpu_of(specs[0])
@@ -161,7 +158,8 @@ class Request(NamedTuple):
             return self.operands.compute(self.operands.out, how)
 
     def by_operator(self) -> Any:
-        return self.outputs.of(*by_operator.attention(self))
+        o, lse, row_max, rng_state = by_operator.attention(self)
+        return self.outputs.of(o, lse, row_max, rng_state, isinstance(self.operands, Ragged))
 
     def by_dlpack(self) -> Any:
         """By tensors of the arrays' memory; what comes back are arrays again."""
@@ -180,8 +178,11 @@ def request(operands: Operands, outputs: Outputs, causal, scale, constant_time, 
     Raises:
         TypeError, ValueError: as far as they can be checked without q, k and v.
     """
+    outputs.checked()
+    if not type(causal) is type(constant_time) is bool:
+        arrays.flags(causal=causal, constant_time=constant_time)
     causal, found = features.collect(causal, given)
-    return Request(operands, causal, scale, constant_time, found, outputs.checked())
+    return Request(operands, causal, scale, constant_time, found, outputs)
 
 
 def traced(request: Request) -> bool:

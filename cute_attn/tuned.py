@@ -38,7 +38,8 @@ SCHEDULERS = {scheduler.name: scheduler for scheduler in (StaticTiles, DynamicLo
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(FwdConfig)}
 NOT_TUNED: tuple[str, ...] = ("head_dim", "dtype", "layout", "mask", "constant_time", "timeline", "overlap")
 NOT_TUNED += ("score", "sinks", "dropout", "row_max", "sparse", "pack", "head_dim_v")
-FIELDS = tuple(name for name in DEFAULTS if name not in NOT_TUNED)
+KEYS = {"speculative": "redo"}  # a table's word for a field, where it is another: tables of users outlive a rename
+FIELDS = {KEYS.get(name, name): name for name in DEFAULTS if name not in NOT_TUNED}  # by a table's word
 BOUNDS = ("max_seqlen_q", "min_free_rows", "max_row_blocks", "min_seqlen_k")
 REQUIRED, OPTIONAL = ("head_dim", "causal", "fields"), ("dtype", *BOUNDS, "tflops")
 
@@ -65,7 +66,7 @@ class Row(NamedTuple):
         return seqlen_k >= self.min_seqlen_k and (not self.min_free_rows or self.uneven(seqlen_q))
 
     def uneven(self, seqlen_q: int) -> bool:
-        """One tile of several has rows enough without a query: its warpgroups sit out, and it is done sooner."""
+        """One tile of several has rows enough without a query: its warpgroups are idle, and it is done sooner."""
         tiles = -(-seqlen_q // self.config.tile_m)
         return tiles > 1 and tiles * self.config.tile_m - seqlen_q >= self.min_free_rows
 
@@ -94,7 +95,7 @@ class Table(NamedTuple):
 
 def in_words(config: FwdConfig) -> dict[str, Any]:
     """A config's fields as a row has them."""
-    words: dict[str, Any] = {name: getattr(config, name) for name in FIELDS}
+    words: dict[str, Any] = {word: getattr(config, name) for word, name in FIELDS.items()}
     return words | dict(scheduler=config.scheduler.name)
 
 
@@ -191,15 +192,16 @@ def config_of(head_dim: Any, causal: Any, fields: Any) -> FwdConfig:
     """A row's kernel, its type and layout the defaults; ValueError or AssertionError where there is none."""
     if type(head_dim) is not int or head_dim < 32 or type(causal) is not bool or not isinstance(fields, dict):
         raise ValueError("head_dim is a multiple of 32, causal true or false, fields an object")
-    for name, value in fields.items():
-        if name not in FIELDS:
-            raise ValueError(f"no field {name!r}, there are {', '.join(FIELDS)}")
-        if name == "scheduler" and (type(value) is not str or value not in SCHEDULERS):
+    for word, value in fields.items():
+        if word not in FIELDS:
+            raise ValueError(f"no field {word!r}, there are {', '.join(FIELDS)}")
+        if word == "scheduler" and (type(value) is not str or value not in SCHEDULERS):
             raise ValueError(f"no scheduler {value!r}, there are {', '.join(SCHEDULERS)}")
-        if name != "scheduler" and type(value) is not type(DEFAULTS[name]):
-            raise ValueError(f"{name} is of type {type(DEFAULTS[name]).__name__}, {value!r} came")
+        if word != "scheduler" and type(value) is not type(DEFAULTS[FIELDS[word]]):
+            raise ValueError(f"{word} is of type {type(DEFAULTS[FIELDS[word]]).__name__}, {value!r} came")
     allowed = {"cluster": (1, 2), "q_stages": (1, 2), "split": (1, 2, 4, 8)}
     if fields.get("stages", 1) < 1 or any(fields.get(name, 1) not in values for name, values in allowed.items()):
         raise ValueError(f"stages from 1 on, and {allowed}")
+    own = {FIELDS[word]: value for word, value in fields.items()}
     scheduler = SCHEDULERS[fields.get("scheduler", StaticTiles.name)]
-    return FwdConfig(head_dim, mask=MASKS[causal], **{**fields, "scheduler": scheduler})
+    return FwdConfig(head_dim, mask=MASKS[causal], **{**own, "scheduler": scheduler})

@@ -1,4 +1,4 @@
-"""`flash_fwd_varlen`: packed sequences of any lengths, which only the device knows."""
+"""`flash_fwd_varlen`: sequences of any lengths, which only the device knows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

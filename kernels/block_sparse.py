@@ -1,4 +1,4 @@
-"""Block sparsity: a tile multiplies the blocks of keys that its lists name, and no others."""
+"""Block sparsity: a tile multiplies the blocks of keys that its indices name, and no others."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ INT_MAX = 2**31 - 1
 
 
 class SparseTile(NamedTuple):
-    """A tile, and how many blocks of keys its lists name: read once, by the producer."""
+    """A tile, and how many blocks of keys its indices name: read once, by the producer."""
 
     m_block: Int32
     head: Int32
@@ -30,7 +30,7 @@ class Counts(NamedTuple):
     full: Int32
 
 
-class Lists(NamedTuple):
+class BlockIndices(NamedTuple):
     """Of one block of queries: how many blocks of keys it needs, partial ones first, then full ones."""
 
     partial: Int32
@@ -40,19 +40,19 @@ class Lists(NamedTuple):
 
 
 class BlockSparse(Range):
-    """Blocks are numbered by their places in the lists; `_place` says where they lie.
+    """Blocks are numbered by their places among the indices; `_place` says where they lie.
 
-    Arguments: counts (b, h, m_blocks) and indices (b, h, m_blocks, n_blocks), int32: of partial blocks, which mask_mod
-    may cut, and, where the config says so, of full ones.
+    Arguments: counts (b, h, m_blocks) and indices (b, h, m_blocks, n_blocks), int32: of partial blocks, some of
+    which mask_mod may hide, and, where the config says so, of full ones.
     """
 
     reads = True
     mixed = True
-    kind_of_tile = SparseTile
+    tile_type = SparseTile
 
     @property
     def _each(self) -> int:
-        """Blocks of the kernel to one of the lists."""
+        """Blocks of the kernel to one that the indices name."""
         return self.config.sparse.block_n // self.config.tile_n
 
     def tile(self, tile: Tile, problem: Problem) -> SparseTile:
@@ -60,48 +60,48 @@ class BlockSparse(Range):
 
     @cute.jit
     def _counts(self, tile: Tile, problem: Problem):
-        """Partial blocks and full ones; of each no more than its list has places."""
+        """How many partial and full blocks; of each no more than its indices have places."""
         partial, full = Int32(0), Int32(0)
-        counts, indices = problem.args.lists[::2], problem.args.lists[1::2]
+        counts, indices = problem.args.block_indices[::2], problem.args.block_indices[1::2]
         if tile.valid:
-            at = tile.batch, tile.head, self._list_of(tile.m_block * self.config.tile_m)
+            at = tile.batch, tile.head, self._m_block_of(tile.m_block * self.config.tile_m)
             partial = cutlass.max(cutlass.min(counts[0][at], indices[0].shape[3]), 0)
-            if cutlass.const_expr(self.config.sparse.whole):
+            if cutlass.const_expr(self.config.sparse.has_full):
                 full = cutlass.max(cutlass.min(counts[1][at], indices[1].shape[3]), 0)
         return partial, full
 
-    def _list_of(self, row0):
+    def _m_block_of(self, row0):
         """Which block of queries a row is in."""
         return row0 // self.config.sparse.block_m
 
     def of_rows(self, tile: SparseTile) -> Counts:
         return Counts(tile.partial, tile.full)
 
-    def _lists(self, row0, tile, counts, problem: Problem) -> Lists:
+    def _indices_of(self, row0, tile, counts, problem: Problem) -> BlockIndices:
         """Of a row. tile: its sequence and head."""
-        indices = problem.args.lists[1::2]
-        partial_index, *more = [index[tile.batch, tile.head, self._list_of(row0), None] for index in indices]
-        return Lists(counts.partial, partial_index, counts.full, *(more or [partial_index]))
+        indices = problem.args.block_indices[1::2]
+        partial_index, *more = [index[tile.batch, tile.head, self._m_block_of(row0), None] for index in indices]
+        return BlockIndices(counts.partial, partial_index, counts.full, *(more or [partial_index]))
 
     def range(self, tile: SparseTile, problem: Problem):
         """A tile without any takes one beyond the last key, which the mask hides."""
         return 0, cutlass.max((tile.partial + tile.full) * self._each, 1)
 
     def order(self, tile: SparseTile, problem: Problem):
-        lists = self._lists(tile.m_block * self.config.tile_m, tile, tile, problem)
-        return lambda n: self._place(lists, n, problem)[0]
+        own = self._indices_of(tile.m_block * self.config.tile_m, tile, tile, problem)
+        return lambda n: self._place(own, n, problem)[0]
 
     @cute.jit
-    def _place(self, lists: Lists, n: Int32, problem: Problem):
-        """Which block of keys the n-th is, counted down to 0, and whether the mask may cut it."""
-        i = (lists.partial + lists.full) - 1 - n // self._each
-        n_block, partial = Int32(0), i < lists.partial
+    def _place(self, own: BlockIndices, n: Int32, problem: Problem):
+        """Which block of keys the n-th is, counted down to 0, and whether it is partial."""
+        i = (own.partial + own.full) - 1 - n // self._each
+        n_block, partial = Int32(0), i < own.partial
         if i < 0:
             n_block = (problem.seqlen_k + self.config.tile_n - 1) // self.config.tile_n
         elif partial:
-            n_block = self._inside(lists.partial_index[i]) * self._each + n % self._each
+            n_block = self._inside(own.partial_index[i]) * self._each + n % self._each
         else:
-            n_block = self._inside(lists.full_index[i - lists.partial]) * self._each + n % self._each
+            n_block = self._inside(own.full_index[i - own.partial]) * self._each + n % self._each
         return n_block, partial
 
     def _inside(self, block: Int32) -> Int32:
@@ -109,28 +109,28 @@ class BlockSparse(Range):
         return Int32(cutlass.min(Uint32(block), Uint32(INT_MAX // self.config.sparse.block_n - 1)))
 
     def walk(self, w: Warpgroup, rows: Rows, blocks) -> Walk:
-        """Each step asks whether the mask cuts. Where a block lies is read a step ahead."""
-        lists = self._lists(rows.row0, rows, rows.blocks, w.problem)
+        """Each step asks whether its block is partial. Where a block lies is read a step ahead."""
+        own = self._indices_of(rows.row0, rows, rows.blocks, w.problem)
 
         def first():
-            at = At(rows, *self._place(lists, blocks[1] - 1, w.problem))
-            return at, self._place(lists, cutlass.max(blocks[1] - 2, 0), w.problem)
+            at = At(rows, *self._place(own, blocks[1] - 1, w.problem))
+            return at, self._place(own, cutlass.max(blocks[1] - 2, 0), w.problem)
 
         def at(n, place):
-            return At(rows, *place), self._place(lists, cutlass.max(blocks[1] - 2 - n, 0), w.problem)
+            return At(rows, *place), self._place(own, cutlass.max(blocks[1] - 2 - n, 0), w.problem)
 
         return Walk(first, [Segment(True, lambda: blocks[1], at, start=1)])
 
-    def cut(self, w: Warpgroup, at: At):
+    def is_partial(self, w: Warpgroup, at: At):
         """Each block asks for itself, in `mask`."""
         return True
 
     @cute.jit
     def mask(self, w: Warpgroup, S, at: At):
-        """Where it may cut: by its base in blocks that the lists call full too."""
+        """In partial blocks. Its base hides keys of full ones too."""
         c, f = self.config, w.frag
         base = c.mask.base if isinstance(c.mask, UserMask) else c.mask
-        if mask_ops.cuts(base, at.rows.row0, ROWS, at.n_block, c.tile_n, w.problem):
+        if mask_ops.is_partial(base, at.rows.row0, ROWS, at.n_block, c.tile_n, w.problem):
             mask_ops.apply(base, S, f.cS, at.rows.row0, at.n_block * c.tile_n, w.problem)
         if at.partial:
             c.mask.hide(S, f.cS, at, c.tile_n, w.problem)

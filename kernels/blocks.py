@@ -15,11 +15,11 @@ from .tile_scheduler import Tile
 class Segment(NamedTuple):
     """Steps of one kind. Functions, so that each number is computed where it is used."""
 
-    masked: bool  # the mask may cut these blocks
+    masked: bool  # these blocks are partial
     end: Callable  # () -> the number behind the last step's
     at: Callable  # (n, cursor) -> the n-th step's block of scores, and the next cursor
     start: int = 0  # the first step's number
-    settles: Callable | None = None  # () -> True: before it every row has seen a key, where this holds
+    rows_seen: Callable | None = None  # () -> True: before it every row has seen a key, where this holds
 
 
 class Walk(NamedTuple):
@@ -32,13 +32,13 @@ class Walk(NamedTuple):
 
 
 class Range(Part):
-    """From the last block to the first: those that the mask cuts, whole ones, and under a window cut ones again."""
+    """From the last block to the first: partial ones, full ones, and under a window partial ones again."""
 
     reads = False  # a tile says all of itself without a look at memory
     mixed = False  # a step masks, or it does not
 
     @property
-    def kind_of_tile(self) -> type:
+    def tile_type(self) -> type:
         """What the producer publishes of a tile."""
         return self.config.scheduler.tile
 
@@ -65,16 +65,16 @@ class Range(Part):
         return mask_ops.block_range(self.config.row_mask, row0, ROWS, self.config.tile_n, w.problem)
 
     def walk(self, w: Warpgroup, rows: Rows, blocks) -> Walk:
-        """A narrow window has blocks that it cuts on both sides, and no whole ones."""
+        """A narrow window has blocks that are partial on both sides, and no full ones."""
         own = self.own(w, rows.row0, blocks)
 
-        def down(masked, begin, end, settles=None):
+        def down(masked, begin, end, rows_seen=None):
             """From the block below `begin` to `end`."""
 
             def at(n, cursor):
                 return At(rows, begin() - 1 - n), cursor
 
-            return Segment(masked, lambda: begin() - end(), at, settles=settles)
+            return Segment(masked, lambda: begin() - end(), at, rows_seen=rows_seen)
 
         def first():
             return At(rows, own.end - 1), ()
@@ -83,19 +83,19 @@ class Range(Part):
             return blocks[1] - own.end
 
         if self.config.row_mask.windowed:
-            whole_end = cutlass.max(own.whole_end, own.first)
-            left_end = cutlass.min(cutlass.max(own.whole_first, own.first), whole_end)  # of those cut on the left
-            right = down(True, lambda: own.end - 1, lambda: whole_end)
-            whole = down(False, lambda: whole_end, lambda: left_end, lambda: whole_end > left_end)
+            full_end = cutlass.max(own.full_end, own.first)
+            left_end = cutlass.min(cutlass.max(own.full_first, own.first), full_end)  # of those partial on the left
+            right = down(True, lambda: own.end - 1, lambda: full_end)
+            full = down(False, lambda: full_end, lambda: left_end, lambda: full_end > left_end)
             left = down(True, lambda: left_end, lambda: own.first)
-            return Walk(first, [right, whole, left], before, lambda: own.first - blocks[0])
-        right = [down(True, lambda: own.end - 1, lambda: own.whole_end)] if self.config.mask.causal else []
-        whole = down(False, lambda: own.whole_end, lambda: own.whole_first, lambda: True)
-        return Walk(first, [*right, whole], before)
+            return Walk(first, [right, full, left], before, lambda: own.first - blocks[0])
+        right = [down(True, lambda: own.end - 1, lambda: own.full_end)] if self.config.mask.causal else []
+        full = down(False, lambda: own.full_end, lambda: own.full_first, lambda: True)
+        return Walk(first, [*right, full], before)
 
-    def cut(self, w: Warpgroup, at: At):
+    def is_partial(self, w: Warpgroup, at: At):
         """Whether the mask hides a key of this block from any of these 64 rows."""
-        return mask_ops.cuts(self.config.row_mask, at.rows.row0, ROWS, at.n_block, self.config.tile_n, w.problem)
+        return mask_ops.is_partial(self.config.row_mask, at.rows.row0, ROWS, at.n_block, self.config.tile_n, w.problem)
 
     def mask(self, w: Warpgroup, S, at: At):
         """S (rows, cols): -inf where the mask hides the key."""
@@ -114,14 +114,14 @@ class SplitRange(Range):
         return first, cutlass.max(cutlass.min(first + each, n_max), first + 1)
 
     def own(self, w: Warpgroup, row0, blocks) -> Blocks:
-        whole_end = super().own(w, row0, blocks).whole_end
-        return Blocks(blocks[0], blocks[0], cutlass.max(cutlass.min(whole_end, blocks[1] - 1), blocks[0]), blocks[1])
+        full_end = super().own(w, row0, blocks).full_end
+        return Blocks(blocks[0], blocks[0], cutlass.max(cutlass.min(full_end, blocks[1] - 1), blocks[0]), blocks[1])
 
 
 class DiagonalFirst(Range):
     """Scores that fall with the distance from the diagonal, such as ALiBi's without causal: its block comes early.
 
-    The last block, which alone the mask may cut, then those from the diagonal of the tile's last row to the first, then
+    The last block, which alone may be partial, then those from the diagonal of the tile's last row to the first, then
     the others. From the last block to the first each step up to the diagonal would find larger scores and rescale O.
     And a block that lies on one side of the diagonal has a bias that is linear in the distance.
     """
@@ -155,7 +155,7 @@ class DiagonalFirst(Range):
             n_block = above(before - 1, last)
             return At(rows, n_block), n_block
 
-        one_side = Segment(False, lambda: last - crossed, at, settles=lambda: True)
+        one_side = Segment(False, lambda: last - crossed, at, rows_seen=lambda: True)
         return Walk(lambda: (At(rows, last), n_block), [Segment(True, lambda: crossed, at), one_side])
 
 

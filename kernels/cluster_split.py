@@ -37,7 +37,7 @@ class ClusterSplit(NoSplit):
 
     def allocate(self, alloc: SmemAllocator):
         c = self.config
-        shape = (WARPGROUP, c.d_v // 2 + 4, c.split - 1)  # O, two offsets, two sums of each thread
+        shape = (WARPGROUP, c.d_v // 2 + 4, c.split - 1)  # O, two running maxima, two sums of each thread
         return alloc.allocate_tensor(Float32, cute.make_layout(shape), 128)
 
     def loaded(self):
@@ -53,12 +53,12 @@ class ClusterSplit(NoSplit):
         return rank() == 0
 
     def merge(self, w: Warpgroup):
-        for part in range(self.config.split - 1):
-            self._merge(w, part)
+        for other in range(self.config.split - 1):
+            self._merge(w, other)
 
     @cute.jit
     def _send(self, w: Warpgroup):
-        """To the first CTA: each thread's O, and the offset and the sum of each of its rows."""
+        """To the first CTA: each thread's O, and the running max and the sum of each of its rows."""
         f = w.frag
         here = w.smem.partials[f.thread, None, rank() - 1]
         there = cute.arch.map_dsmem_ptr(here.iterator, 0).toint()
@@ -66,21 +66,21 @@ class ClusterSplit(NoSplit):
         for i in cutlass.range_constexpr(n):
             store_there(there + 4 * cute.crd2idx(i, here.layout), f.acc_O[i])
         for r in cutlass.range_constexpr(2):
-            store_there(there + 4 * cute.crd2idx(n + r, here.layout), f.softmax.offset[r])
+            store_there(there + 4 * cute.crd2idx(n + r, here.layout), f.softmax.running_max[r])
             store_there(there + 4 * cute.crd2idx(n + 2 + r, here.layout), f.softmax.row_sum[r])
 
     @cute.jit
-    def _merge(self, w: Warpgroup, part: cutlass.Constexpr):
-        """Add one CTA's part to this one's O and sums, both in the terms of whose row has the larger scores."""
+    def _merge(self, w: Warpgroup, other: cutlass.Constexpr):
+        """Adds another CTA's O and sums to this one's, both relative to the larger running max."""
         f = w.frag
-        theirs = w.smem.partials[f.thread, None, part]
+        theirs = w.smem.partials[f.thread, None, other]
         n = cute.size(f.acc_O)
         O = cute.make_rmem_tensor_like(f.acc_O, Float32)
         for i in cutlass.range_constexpr(n):
             O[i] = theirs[i]
         mine_mn, theirs_mn = acc_mn(f.acc_O), acc_mn(O)  # (rows, cols)
         for r in cutlass.range_constexpr(2):
-            keep, add = f.softmax.merge(r, theirs[n + r], theirs[n + 2 + r], self.config.slack)
+            keep, add = f.softmax.merge(r, theirs[n + r], theirs[n + 2 + r], self.config.margin)
             mine_mn[r, None].store(mine_mn[r, None].load() * keep + theirs_mn[r, None].load() * add)
 
 

@@ -6,9 +6,9 @@ from itertools import chain, islice
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from .mask import Causal, Full, Mask, PackedRows, UserMask, Window
+from .mask import Causal, Full, Mask, PackGqaMask, UserMask, Window
 from .score import Alibi, Plain, Softcap, UserScore
-from .softmax import SLACK_LOG2
+from .softmax import MARGIN_LOG2
 from .state import ELEMENT, Arguments
 from .tile_scheduler import OneTile, Static, StaticTiles
 
@@ -31,15 +31,15 @@ def _tensor(dtype, rank: int):
 
 @dataclass(frozen=True)
 class SparseBlocks:
-    """The lists' own blocks, of queries and of keys; whole: there are lists of blocks that the mask leaves whole."""
+    """Sizes of the block-sparse indices' blocks, of queries and of keys; has_full: some are listed as full."""
 
     block_m: int
     block_n: int
-    whole: bool
+    has_full: bool
 
     @property
     def arguments(self) -> int:
-        return 4 if self.whole else 2
+        return 4 if self.has_full else 2
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class FwdConfig:
     cluster: int = 1  # or 2: CTAs along the query that share each K/V load, and so the blocks of a tile
     q_stages: int = 1  # Q tiles in shared memory: with 2, the next one is loaded while this one is used
     split: int = 1  # CTAs of a cluster that share a tile's keys
-    redo: bool = False  # speculative softmax: P unchecked, its sums tested afterwards, the block recomputed on overflow
+    speculative: bool = False  # softmax: P unchecked, its row sums tested afterwards, the block recomputed on overflow
     constant_time: bool = False  # no branch depends on a score
     timeline: bool = False  # the first CTA writes down when it does what
     overlap: bool = True  # PV runs beside the next block's QK and softmax; without: for the ladder
     score: Plain | Softcap | Alibi | UserScore = Plain()
     sinks: bool = False  # a logit per head joins the denominator
-    sparse: SparseBlocks | None = None  # a tile multiplies the blocks of its lists
+    sparse: SparseBlocks | None = None  # a tile multiplies the blocks that its indices name
     dropout: bool = False  # some entries of P are left out
     row_max: bool = False  # each row's largest score is written too
     pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head (PackGQA)
@@ -75,24 +75,25 @@ class FwdConfig:
         assert self.head_dim_v != self.head_dim, "one key for a kernel"
         assert self.columns_v % 32 == 0 and self.columns_v <= 256, "whole swizzle atoms, one WGMMA N"
         assert self.tile_m % 64 == 0 and self.warpgroups in REGISTERS
-        assert self.parts_v == 1 or self.plain_rows, "a split head dim has no other"
+        assert self.head_dim_splits == 1 or self.plain_rows, "a split head dim has no other"
         assert self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256
-        assert self.cluster in (1, 2), "HandOver goes from the first CTA to one other"
+        assert self.cluster in (1, 2), "ClusterBroadcast goes from the first CTA to one other"
         assert self.split == 1 or (self.tile_m, self.cluster, self.scheduler) == (64, 1, OneTile), "one merge per CTA"
-        assert not self.redo or (self.overlap and self.split == 1 and not self.q_in_regs), "Q and K are read once more"
-        assert not self.constant_time or (self.overlap and not self.redo), "one softmax per kernel"
+        again = self.overlap and self.split == 1 and not self.q_in_regs
+        assert again or not self.speculative, "a recomputed block reads Q and K once more"
+        assert not self.constant_time or (self.overlap and not self.speculative), "one softmax per kernel"
         assert not (self.mask.windowed and (self.split > 1 or not self.overlap)), "not with a window"
-        assert not self.redo or self.score.quick, "ptxas spills"
-        assert not (self.row_max and (self.redo or self.split > 1)), "RowMax sees each S once, and all of a row's"
+        assert not self.speculative or self.score.quick, "ptxas spills"
+        assert not (self.row_max and (self.speculative or self.split > 1)), "RowMax sees each S once, and whole rows"
         assert not self.dropout or self.tile_n % 32 == 0, "a call of Philox is for 32 keys of a row"
-        plain = self.cluster == 1 and not self.redo and not self.constant_time
-        assert self.sparse is None or plain, "with lists any step may mask"
+        plain = self.cluster == 1 and not self.speculative and not self.constant_time
+        assert self.sparse is None or plain, "with block-sparse indices any step may mask"
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
         assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
         assert self.pack == 1 or self.packable, "what is asked of a tile has one head"
-        assert self.packed == self.scheduler.packed, "lengths on the device, and a scheduler that reads them there"
-        assert not self.packed or self.cluster_size == 1, "a cluster's tiles are of one sequence"
-        assert not (self.packed and self.sparse), "a list's tiles are of equal lengths"
+        assert self.varlen == self.scheduler.varlen, "lengths on the device, and a scheduler that reads them there"
+        assert not self.varlen or self.cluster_size == 1, "a cluster's tiles are of one sequence"
+        assert not (self.varlen and self.sparse), "block-sparse indices are of equal lengths"
         assert not (self.timeline and self.split > 1), "no trace of a split"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
@@ -106,19 +107,19 @@ class FwdConfig:
         return max(self.head_dim, self.d_v)
 
     @property
-    def parts_v(self) -> int:
+    def head_dim_splits(self) -> int:
         """Warpgroups that own the same rows, each with its part of V's and O's columns."""
         return -(-self.d_v // 256)
 
     @property
     def columns_v(self) -> int:
         """Of V and O, a warpgroup's."""
-        return self.d_v // self.parts_v
+        return self.d_v // self.head_dim_splits
 
     @property
     def plain_rows(self) -> bool:
         """A CTA has one block of 64 rows, for itself, and nothing asks for a second look at it."""
-        return (self.tile_m, self.cluster, self.split, self.pack, self.redo) == (64, 1, 1, 1, False)
+        return (self.tile_m, self.cluster, self.split, self.pack, self.speculative) == (64, 1, 1, 1, False)
 
     @property
     def row_blocks(self) -> int:
@@ -127,7 +128,7 @@ class FwdConfig:
 
     @property
     def warpgroups(self) -> int:
-        return self.row_blocks * self.parts_v
+        return self.row_blocks * self.head_dim_splits
 
     @property
     def registers_held(self) -> int:
@@ -140,7 +141,7 @@ class FwdConfig:
         """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
         if self.warpgroups == 2 and self.registers_held <= 80:
             return None
-        busy = self.packed or self.sparse or self.widest > 256 or self.from_diagonal
+        busy = self.varlen or self.sparse or self.widest > 256 or self.diagonal_first
         return (BUSY_REGISTERS if busy else REGISTERS)[self.warpgroups]
 
     @property
@@ -150,9 +151,9 @@ class FwdConfig:
     @property
     def stages_o(self) -> bool:
         """O goes through shared memory and TMA; where it does not fit beside Q, each thread stores its own part."""
-        if self.packed and self.pack > 1:  # TMA would write rows of another K/V head's queries
+        if self.varlen and self.pack > 1:  # TMA would write rows of another K/V head's queries
             return False
-        return self.parts_v == 1 and self._smem_bytes(o_tiles=1) <= SMEM_BYTES
+        return self.head_dim_splits == 1 and self._smem_bytes(o_tiles=1) <= SMEM_BYTES
 
     @property
     def packable(self) -> bool:
@@ -161,10 +162,10 @@ class FwdConfig:
         return plain and self.sparse is None and not self.dropout and self.widest <= 256
 
     @property
-    def from_diagonal(self) -> bool:
+    def diagonal_first(self) -> bool:
         """Blocks begin where the scores are largest. In constant time each step rescales all the same."""
         usual = self.sparse is None and self.split == 1 and self.overlap and not self.constant_time
-        return usual and self.score.peaked and isinstance(self.mask, Full)
+        return usual and self.score.falls_from_diagonal and isinstance(self.mask, Full)
 
     @property
     def smem_bytes(self) -> int:
@@ -185,8 +186,8 @@ class FwdConfig:
         return 1 + (SMEM_BYTES - self._smem_bytes(o_tiles=0)) // self._part_bytes
 
     @property
-    def packed(self) -> bool:
-        """q, k, v and o are packed sequences (varlen)."""
+    def varlen(self) -> bool:
+        """q, k, v and o are sequences of any lengths, one behind the other in (total, heads, d)."""
         return self.layout == "thd"
 
     def arguments(self) -> tuple:
@@ -207,26 +208,26 @@ class FwdConfig:
         )
 
     @property
-    def slack(self) -> float:
+    def margin(self) -> float:
         """By how much, in powers of 2, a row's running max starts above its first block's."""
-        return SLACK_LOG2[self.dtype]
+        return MARGIN_LOG2[self.dtype]
 
     @property
     def row_mask(self) -> Mask:
         """The mask by a tile's rows, of which `pack` are one query's."""
-        return PackedRows(self.mask, self.pack) if self.pack > 1 else self.mask
+        return PackGqaMask(self.mask, self.pack) if self.pack > 1 else self.mask
 
     def signature(self) -> Arguments:
         """What `__call__` takes behind the stream: one value of each argument, for its type."""
-        lists = [_tensor(Int32, 3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
+        block_indices = [_tensor(Int32, 3 + i % 2) for i in range(self.sparse.arguments)] if self.sparse else ()
         return Arguments(
             mask=self.mask.signature(),
             score=self.score.signature(),
             sinks=(Int64(0),) if self.sinks else (),
             dropout=(Int64(0), Int32(0), Float32(0.0)) if self.dropout else (),  # address of seed, offset; kept, scale
-            row_max=(_tensor(Float32, 2 if self.packed else 3),) if self.row_max else (),  # like lse
-            lists=tuple(lists),
-            sequences=(*[Int64(0)] * 4, Int32(0)) if self.packed else (),  # two cu_seqlens, two seqused; how many
+            row_max=(_tensor(Float32, 2 if self.varlen else 3),) if self.row_max else (),  # like lse
+            block_indices=tuple(block_indices),
+            sequences=(*[Int64(0)] * 4, Int32(0)) if self.varlen else (),  # two cu_seqlens, two seqused; how many
         )
 
     def divide(self, extras: tuple) -> Arguments:
@@ -238,7 +239,7 @@ class FwdConfig:
     def name(self) -> str:
         tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}" + (f"_split{self.split}" if self.split > 1 else "")
         tile += f"_cluster{self.cluster}" if self.cluster > 1 else ""
-        tile += ("_redo" if self.redo else "") + ("_constant" if self.constant_time else "")
+        tile += ("_redo" if self.speculative else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
         features = [name for name in ("sinks", "dropout", "row_max", "sparse") if getattr(self, name)]

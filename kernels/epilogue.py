@@ -52,7 +52,7 @@ class Epilogue:
 
     def _totals(self, w: Warpgroup, tile: Tile):
         """The rows' natural-log sums, and those of the keys that they saw; softmax.rescale normalises O."""
-        lse = seen = w.frag.softmax.finish(self.config.slack)
+        lse = seen = w.frag.softmax.finish(self.config.margin)
         for output in self.parts.outputs:
             lse = output.finish(self, w, tile, lse, seen)
         return lse, seen

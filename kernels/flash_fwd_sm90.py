@@ -33,7 +33,7 @@ from .state import (
     consume,
     nth,
 )
-from .tile_scheduler import HandOver
+from .tile_scheduler import ClusterBroadcast
 
 TINY = 1.401298464324817e-45  # the least float32: times a hidden score's -inf it is still -inf, not NaN
 
@@ -55,7 +55,7 @@ class FlashFwdSm90:
         mV: cute.Tensor,
         mO: cute.Tensor,
         lse: Int64,  # address of (b, h, s_q) float32, row-major; 0: not asked for
-        ticket: Int64,  # address of an int32, zeroed once by the host
+        tile_counter: Int64,  # address of an int32, zeroed once by the host
         scale: Float32,
         num_sms: Int32,
         stream: cuda.CUstream,
@@ -69,8 +69,8 @@ class FlashFwdSm90:
         tiling = self._tiling()
         lse_rows = mQ.shape[0] if lse != 0 else 0
         lse_layout = self.parts.sequences.lse_layout(mQ, lse_rows)
-        mLSE, counter = cute.make_tensor(address(Float32, lse), lse_layout), cute.make_tensor(address(Int32, ticket), 1)
-        gmem = Gmem(*self._tma(mQ, mK, mV, mO, tiling), mLSE, counter)
+        mLSE = cute.make_tensor(address(Float32, lse), lse_layout)
+        gmem = Gmem(*self._tma(mQ, mK, mV, mO, tiling), mLSE, cute.make_tensor(address(Int32, tile_counter), 1))
         counts = self.parts.rows.counts(mQ, mK)
         grid = self.parts.sequences.grid(counts, mQ, mK, args.sequences)
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
@@ -132,7 +132,7 @@ class FlashFwdSm90:
             smem(ROWS, c.head_dim, c.row_blocks * c.q_stages),
             smem(ROWS, c.columns_v, c.warpgroups),
             smem(c.tile_n, c.head_dim, c.stages),
-            smem(c.tile_n, c.columns_v, c.parts_v * c.stages),
+            smem(c.tile_n, c.columns_v, c.head_dim_splits * c.stages),
         )
 
     @cute.kernel
@@ -167,9 +167,9 @@ class FlashFwdSm90:
         v = alloc.allocate_tensor(self.dtype, tiling.sV.outer, 1024, tiling.sV.inner)
         o = alloc.allocate_tensor(self.dtype, tiling.sO.outer, 1024, tiling.sO.inner) if c.stages_o else None
         partials, counts = self.parts.split.allocate(alloc), self.parts.trace.allocate(alloc)
-        tile = alloc.allocate_tensor(Int32, cute.make_layout((len(self.parts.blocks.kind_of_tile._fields), 2)), 16)
-        hand_over = HandOver.create(alloc) if c.cluster > 1 and c.scheduler.draws else None
-        return Smem(q, k, v, o, partials, counts, tile, hand_over), self._pipes(alloc)
+        tile = alloc.allocate_tensor(Int32, cute.make_layout((len(self.parts.blocks.tile_type._fields), 2)), 16)
+        broadcast = ClusterBroadcast.create(alloc) if c.cluster > 1 and c.scheduler.dynamic else None
+        return Smem(q, k, v, o, partials, counts, tile, broadcast), self._pipes(alloc)
 
     def _pipes(self, alloc: SmemAllocator) -> Pipes:
         c = self.config
@@ -204,7 +204,7 @@ class FlashFwdSm90:
         f = self.mainloop.fragments(smem, tiling, problem)
         kv_state, done = nth(Int32(0), c.stages), Int32(0)  # tiles
         self.mainloop.turns.start(f.wg)
-        tile = consume(smem, pipes, nth(done, 2), self.parts.blocks.kind_of_tile)
+        tile = consume(smem, pipes, nth(done, 2), self.parts.blocks.tile_type)
         while tile.valid:
             w = Warpgroup(gmem, smem, pipes, tiling, self.parts.sequences.problem_of(tile, problem), f)
             q_state = nth(done, c.q_stages)
@@ -220,6 +220,6 @@ class FlashFwdSm90:
                 kv_state = self.mainloop.skip_tile(w, blocks, kv_state)
                 pipes.q.consumer_release(q_state)
             done += 1
-            tile = consume(smem, pipes, nth(done, 2), self.parts.blocks.kind_of_tile)
+            tile = consume(smem, pipes, nth(done, 2), self.parts.blocks.tile_type)
         self.mainloop.turns.finish(f.wg)
         cute.arch.cp_async_bulk_wait_group(0, read=True)

@@ -68,9 +68,9 @@ class Overlapped:
         at, cursor = walk.first()
         kv_state = self.first(w, q_state, kv_state, at)
         for i in cutlass.range_constexpr(len(walk.segments)):
-            if cutlass.const_expr(walk.segments[i].settles is not None):
-                if walk.segments[i].settles():
-                    self.softmax.settle(w.frag)
+            if cutlass.const_expr(walk.segments[i].rows_seen is not None):
+                if walk.segments[i].rows_seen():
+                    self.softmax.set_slow(w.frag)
             for n in cutlass.range(walk.segments[i].start, walk.segments[i].end(), unroll=1):
                 at, cursor = walk.segments[i].at(n, cursor)
                 kv_state = self.step(w, q_state, kv_state, at, walk.segments[i].masked)
@@ -94,18 +94,18 @@ class Overlapped:
         """A tile whose rows of this warpgroup all lie beyond the last query: the others get the tensor cores."""
         for _ in cutlass.range(blocks[1] - blocks[0] - 1, unroll=1):
             kv_state = self.skip_block(w, kv_state)
-        return self._drop(w.pipes, kv_state)
+        return self._release_block(w.pipes, kv_state)
 
     @cute.jit
     def skip_block(self, w: Warpgroup, kv_state):
         """A block that only other warpgroups' rows see."""
-        kv_state = self._drop(w.pipes, kv_state)
+        kv_state = self._release_block(w.pipes, kv_state)
         self.turns.take(w.frag.wg)
         self.turns.give(w.frag.wg)
         return kv_state
 
     @cute.jit
-    def _drop(self, pipes: Pipes, kv_state):
+    def _release_block(self, pipes: Pipes, kv_state):
         for pipe in (pipes.k, pipes.v):
             pipe.consumer_wait(kv_state)
             pipe.consumer_release(kv_state)
@@ -119,7 +119,7 @@ class Overlapped:
             flat = cute.make_layout(ROWS * self.config.head_dim)  # any order serves, swizzled or not
             sQ = cute.make_tensor(w.smem.q[None, None, self.gemms.slot(w.frag, q_state)].iterator, flat)
             sharer = self.head_dim.sharer(w.frag)
-            for i in cutlass.range(sharer, cute.size(flat), WARPGROUP * self.config.parts_v, unroll=1):
+            for i in cutlass.range(sharer, cute.size(flat), WARPGROUP * self.config.head_dim_splits, unroll=1):
                 sQ[i] = (sQ[i].to(Float32) * w.problem.q_sign).to(self.dtype)
             cute.arch.fence_view_async_shared()
             self.head_dim.sync(w.frag.wg)

@@ -18,7 +18,7 @@ class Mask:
 
     causal = False  # rows differ in what they see
     windowed = False  # `first` differs from row to row too
-    everywhere = False  # `hide` may hide any pair, so no block is whole
+    everywhere = False  # `hide` may hide any pair, so no block is full
 
     def first(self, row, problem):
         return 0
@@ -68,7 +68,7 @@ class Window(Mask):
 
 
 @dataclass(frozen=True)
-class PackedRows(Mask):
+class PackGqaMask(Mask):
     """`mask` where `pack` rows, a power of two, are one query's."""
 
     mask: Full | Causal | Window
@@ -128,11 +128,11 @@ class UserMask(Mask):
 
 
 class Blocks(NamedTuple):
-    """Of keys, for some rows: those that any of them needs, at least one; and those that all of them see whole."""
+    """Of keys, for some rows: those that any of them needs, one or more; and full ones, which all of them see whole."""
 
     first: Any
-    whole_first: Any
-    whole_end: Any  # below `end`: the last block is never among them; may lie below whole_first: there are none
+    full_first: Any
+    full_end: Any  # below `end`: the last block is never among them; may lie below full_first: there are none
     end: Any
 
 
@@ -141,17 +141,17 @@ def block_range(mask, row0, rows, tile_n, problem) -> Blocks:
     last = row0 + rows - 1
     limit, least_limit = mask.limit(last, problem), mask.limit(row0, problem)
     end = cutlass.max((limit + tile_n - 1) // tile_n, 1)
-    whole_end = cutlass.min(cutlass.max(least_limit // tile_n, 0), end - 1)
+    full_end = cutlass.min(cutlass.max(least_limit // tile_n, 0), end - 1)
     if mask.everywhere:
         first = cutlass.min(mask.first(row0, problem) // tile_n, end - 1)
         return Blocks(first, first, first, end)
     if not mask.windowed:
-        return Blocks(0, 0, whole_end, end)
+        return Blocks(0, 0, full_end, end)
     first = cutlass.min(mask.first(row0, problem) // tile_n, end - 1)
-    return Blocks(first, (mask.first(last, problem) + tile_n - 1) // tile_n, whole_end, end)
+    return Blocks(first, (mask.first(last, problem) + tile_n - 1) // tile_n, full_end, end)
 
 
-def cuts(mask, row0, rows, n_block, tile_n, problem):
+def is_partial(mask, row0, rows, n_block, tile_n, problem):
     """Whether the mask hides a key of this block from any of these rows."""
     if mask.everywhere:
         return True

@@ -26,13 +26,13 @@ class Watched:
         super().reset()
         self.top.fill(-Float32.inf)
 
-    def renew(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+    def renew(self, S: cute.Tensor, margin: cutlass.Constexpr) -> Boolean:
         self._watch(S)
-        return super().renew(S, slack)
+        return super().renew(S, margin)
 
-    def renew_any(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+    def renew_any(self, S: cute.Tensor, margin: cutlass.Constexpr) -> Boolean:
         self._watch(S)
-        return super().renew_any(S, slack)
+        return super().renew_any(S, margin)
 
     def exponents(self, S: cute.Tensor) -> Boolean:
         self._watch(S)

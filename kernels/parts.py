@@ -31,8 +31,8 @@ class Parts(NamedTuple):
 
 def parts_of(c: FwdConfig) -> Parts:
     """Each part reads what it needs of the config."""
-    head_dim = (SplitHeadDim if c.parts_v > 1 else WholeHeadDim)(c)
-    sequences = (Varlen if c.packed else Dense)(c)
+    head_dim = (SplitHeadDim if c.head_dim_splits > 1 else WholeHeadDim)(c)
+    sequences = (Varlen if c.varlen else Dense)(c)
     blocks, trace = _blocks(c)(c), (Timeline if c.timeline else NoTrace)(c)
     gemms = Gemms(c, head_dim, trace)
     return Parts(
@@ -54,7 +54,7 @@ def _blocks(c: FwdConfig) -> type[Range]:
         return BlockSparse
     if c.split > 1:
         return SplitRange
-    return DiagonalFirst if c.from_diagonal else Range
+    return DiagonalFirst if c.diagonal_first else Range
 
 
 def _softmax(c: FwdConfig) -> type[Lazy]:
@@ -62,7 +62,7 @@ def _softmax(c: FwdConfig) -> type[Lazy]:
         return ConstantTime
     if c.split > 1:
         return LazyWithScores
-    return Speculative if c.redo else Lazy
+    return Speculative if c.speculative else Lazy
 
 
 def _outputs(c: FwdConfig) -> list[type[Output]]:

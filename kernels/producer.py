@@ -70,13 +70,13 @@ class Producer:
 
     @cute.jit
     def _upcoming(self, index, done, gmem: Gmem, smem: Smem, problem: Problem):
-        """The first CTA of a cluster asks the scheduler; the other hears of it."""
-        if cutlass.const_expr(smem.hand_over is not None):
+        """The first CTA of a cluster asks the scheduler, and publishes the tile's number to the other."""
+        if cutlass.const_expr(smem.broadcast is not None):
             if rank() == 0:
                 index = self.sequences.upcoming(index, gmem, problem)
-                smem.hand_over.give(index, done)
+                smem.broadcast.publish(index, done)
             else:
-                index = smem.hand_over.take(done)
+                index = smem.broadcast.consume(done)
         else:
             index = self.sequences.upcoming(index, gmem, problem)
         return index
@@ -89,7 +89,7 @@ class Producer:
         g = self.sequences.head(getattr(gmem, name).tensor, *head_sequence)  # (s, d)
         if name == "k":
             return self._tma_copy(gmem, smem, pipes, name, [cute.local_tile(g, (c.tile_n, c.head_dim), (None, 0))])
-        columns = [cute.local_tile(g, (c.tile_n, c.columns_v), (None, i)) for i in range(c.parts_v)]
+        columns = [cute.local_tile(g, (c.tile_n, c.columns_v), (None, i)) for i in range(c.head_dim_splits)]
         return self._tma_copy(gmem, smem, pipes, name, columns)
 
     def _tma_copy(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, columns: list[cute.Tensor]):

@@ -26,8 +26,8 @@ class Score:
     """What holds where a way does not say otherwise. `args` are the run-time arguments of `signature`."""
 
     name = ""
-    quick = True  # leaves registers for a step that is redone
-    peaked = False  # falls with the distance from the diagonal, on both of its sides
+    quick = True  # leaves registers for a step that is recomputed
+    falls_from_diagonal = False  # scores fall with the distance from the diagonal, on both of its sides
 
     def signature(self) -> tuple:
         """One value of each run-time argument, for its type."""
@@ -107,7 +107,7 @@ class Alibi(Score):
         return self.before == Plain()
 
     @property
-    def peaked(self) -> bool:
+    def falls_from_diagonal(self) -> bool:
         return not self.causal
 
     def signature(self) -> tuple:
@@ -158,8 +158,8 @@ class UserScore(Score):
         return self.before == Plain() and not self.mod.arrays
 
     @property
-    def peaked(self) -> bool:
-        return self.before.peaked
+    def falls_from_diagonal(self) -> bool:
+        return self.before.falls_from_diagonal
 
     def signature(self) -> tuple:
         return *self.before.signature(), *self.mod.signature()
@@ -186,7 +186,7 @@ class UserScore(Score):
 
 
 class Capped(Exponents):
-    """Softcap's, of products s whose scaled score is below NEAR of the cap; larger ones are in doubt.
+    """Softcap's, of products s whose scaled score is below NEAR of the cap; a block with a larger one is recomputed.
 
     s times a polynomial of s^2 less its largest, whose sign then tells; softcap and scale are in the coefficients.
     """
@@ -194,25 +194,25 @@ class Capped(Exponents):
     def __init__(self, scale_log2, softcap):
         x = scale_log2 * LN2 / softcap  # of a product of 1
         largest = (NEAR * NEAR) / (x * x)
-        usual = (x > 2.0**-20) & (x < 2.0**20)  # else the powers' factors may be no normal numbers: all in doubt
+        usual = (x > 2.0**-20) & (x < 2.0**20)  # else a factor may be subnormal or inf: all recomputed
         self.largest = Float32(select_(usual, largest, Float32(-1.0)))
         self.powers = [scale_log2 * NEAR_TANH[0], scale_log2 * NEAR_TANH[1] * x * x]
         self.powers += [scale_log2 * NEAR_TANH[2] * (x * x) * (x * x)]
         self.below = Int32(-1)
 
-    def of(self, row, r, offset):
+    def of(self, row, r, running_max):
         for c in range(cute.size(row)):
             u = row[c] * row[c] - self.largest
             self.below = self.below & u.bitcast(Int32)
-            row[c] = row[c] * horner(self.powers, u) - offset
+            row[c] = row[c] * horner(self.powers, u) - running_max
         return row.load()
 
-    def doubtful(self, doubt):
-        return doubt | (self.below >= 0)
+    def must_recompute(self, overflow):
+        return overflow | (self.below >= 0)
 
 
 class Sloped(Exponents):
-    """ALiBi's, of a block that lies on one side of the diagonal: its bias is linear there, and joins the offset."""
+    """ALiBi's, of a block that lies on one side of the diagonal: its bias is linear, and joins the running max."""
 
     def __init__(self, at, cS, tile_n, problem):
         super().__init__(problem.scale_log2)
@@ -222,9 +222,9 @@ class Sloped(Exponents):
         self.slope = Float32(select_(distance <= 0, slope, -slope))
         self.distance, self.cS = distance, cS
 
-    def of(self, row, r, offset):
+    def of(self, row, r, running_max):
         cS = self.cS  # (rows, cols)
-        first = self.slope * Float32(self.distance + cS[r, 0][1] - cS[r, 0][0]) - offset
+        first = self.slope * Float32(self.distance + cS[r, 0][1] - cS[r, 0][0]) - running_max
         for c in range(cute.size(row)):
             bias = self.slope * Float32(cS[0, c][1] - cS[0, 0][1]) + first
             row[c] = row[c] * self.scale_log2 + bias

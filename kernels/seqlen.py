@@ -1,4 +1,4 @@
-"""Packed sequences, one behind the other in (total, heads, d): where each begins and how long it is.
+"""Varlen: sequences one behind the other in (total, heads, d); where each begins and how long it is.
 
 TMA sees such a tensor as `ragged`: beyond the end of a sequence loads give zeros and stores write nothing, though other
 sequences' rows lie there; one descriptor serves them all.
@@ -9,19 +9,19 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Int32, Int64, cute
 
-ROWS_MAX = 1 << 30  # of a packed tensor
+ROWS_MAX = 1 << 30  # of a varlen tensor
 REACH = 0x7FFF0000  # a size that no coordinate comes to
 WRAP = 1 << 34  # 2^30 times so many elements of 2^k bytes, k >= 0, is 0 modulo 2^64
 
 
-class Part(NamedTuple):
-    """A sequence's rows of a packed tensor."""
+class SeqlenInfo(NamedTuple):
+    """A sequence's rows of a varlen tensor."""
 
     start: Int32
     length: Int32
 
 
-class Packing(NamedTuple):
+class Seqlens(NamedTuple):
     """Of the queries, or of the keys."""
 
     cu_seqlens: Int64  # address of (batch + 1,) int32: where each sequence begins, and where the last one ends
@@ -30,14 +30,14 @@ class Packing(NamedTuple):
 
 
 @cute.jit
-def part(p: Packing, b: Int32) -> Part:
+def seqlen_info(p: Seqlens, b: Int32) -> SeqlenInfo:
     """The rows of sequence b."""
     ends = cute.make_tensor(_int32(p.cu_seqlens) + b, 2)
     start = cutlass.min(cutlass.max(ends[0], 0), p.total)
     length = ends[1] - ends[0]
     if p.seqused != 0:
         length = cute.make_tensor(_int32(p.seqused) + b, 1)[0]
-    return Part(start, cutlass.max(cutlass.min(length, p.total - start), 0))
+    return SeqlenInfo(start, cutlass.max(cutlass.min(length, p.total - start), 0))
 
 
 def _int32(address: Int64):
@@ -64,13 +64,13 @@ def ragged_heads(t: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(t.iterator, layout)
 
 
-def heads_of(t: cute.Tensor, head, p: Part) -> cute.Tensor:
+def heads_of(t: cute.Tensor, head, p: SeqlenInfo) -> cute.Tensor:
     """The rows of one sequence of the heads from `head` on: ((h, s), d), of `ragged_heads`'s coordinates."""
     g = t[None, None, p.start + p.length, ROWS_MAX]
     return cute.domain_offset(((head, ROWS_MAX - p.length), 0), g)
 
 
-def rows_of(t: cute.Tensor, head, p: Part) -> cute.Tensor:
+def rows_of(t: cute.Tensor, head, p: SeqlenInfo) -> cute.Tensor:
     """A head's rows of one sequence: (s, d), of `ragged`'s coordinates."""
     g = t[None, None, head, p.start + p.length, ROWS_MAX]
     return cute.domain_offset((ROWS_MAX - p.length, 0), g)

@@ -3,12 +3,11 @@
 import cutlass
 from cutlass import Int32, Int64, cute
 
-from .packed_scheduler import PackedGrid, PackedTile
 from .part import Part
-from .seqlen import Packing, heads_of, ragged, ragged_heads, rows_of
-from .seqlen import Part as Sequence
+from .seqlen import SeqlenInfo, Seqlens, heads_of, ragged, ragged_heads, rows_of
 from .state import L2_KV_BYTES, Gmem, Problem, Warpgroup, rank
 from .tile_scheduler import Grid, Tile
+from .varlen_scheduler import VarlenGrid, VarlenTile
 
 
 class Dense(Part):
@@ -64,7 +63,7 @@ class Dense(Part):
 
     def upcoming(self, index, gmem: Gmem, problem: Problem):
         clusters = cute.arch.grid_dim()[0] // self.config.cluster_size
-        return self.config.scheduler.upcoming(index, problem.grid, gmem.ticket, clusters)
+        return self.config.scheduler.upcoming(index, problem.grid, gmem.tile_counter, clusters)
 
     def of_tile(self, tile: Tile):
         """What says to `head` where the tile's queries are, and where its keys."""
@@ -95,7 +94,7 @@ class Varlen(Dense):
     def view(self, t: cute.Tensor) -> cute.Tensor:
         return ragged(t)
 
-    def head(self, t: cute.Tensor, head, sequence: Sequence) -> cute.Tensor:
+    def head(self, t: cute.Tensor, head, sequence: SeqlenInfo) -> cute.Tensor:
         if cute.rank(t) == 3:  # o, stored from registers
             return cute.domain_offset((sequence.start, 0), t[None, None, head])
         return rows_of(t, head, sequence)
@@ -104,7 +103,7 @@ class Varlen(Dense):
         """((h, total), d, y, z): TMA has no sixth dimension for the K/V head, so its first head is an offset."""
         return ragged_heads(t)
 
-    def packed_heads(self, t: cute.Tensor, head_kv, ratio, sequence: Sequence) -> cute.Tensor:
+    def packed_heads(self, t: cute.Tensor, head_kv, ratio, sequence: SeqlenInfo) -> cute.Tensor:
         """Beyond its heads lie the next K/V head's: loaded as rows that are nobody's, and never stored by TMA."""
         return heads_of(t, head_kv * ratio, sequence)
 
@@ -114,47 +113,47 @@ class Varlen(Dense):
     def lse_layout(self, mQ: cute.Tensor, rows):
         return cute.make_layout((mQ.shape[2], rows), stride=(Int64(rows), 1))
 
-    def grid(self, counts, mQ: cute.Tensor, mK: cute.Tensor, sequences) -> PackedGrid:
+    def grid(self, counts, mQ: cute.Tensor, mK: cute.Tensor, sequences) -> VarlenGrid:
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, batch = sequences
         total_q, total_k = mQ.shape[0], mK.shape[0]
         _, heads, ratio = counts
-        q, k = Packing(cu_seqlens_q, seqused_q, Int32(total_q)), Packing(cu_seqlens_k, seqused_k, Int32(total_k))
+        q, k = Seqlens(cu_seqlens_q, seqused_q, Int32(total_q)), Seqlens(cu_seqlens_k, seqused_k, Int32(total_k))
         l2_rows = Int32(L2_KV_BYTES // (2 * (self.config.head_dim + self.config.d_v)))
-        return PackedGrid(q, k, Int32(heads), batch, Int32(ratio), l2_rows)
+        return VarlenGrid(q, k, Int32(heads), batch, Int32(ratio), l2_rows)
 
     @property
     def _queries(self) -> int:
         """Of a tile."""
         return self.config.tile_m // self.config.pack
 
-    def clusters(self, grid: PackedGrid, room):
+    def clusters(self, grid: VarlenGrid, room):
         return self.config.scheduler.grid(grid, room, self._queries)
 
     def first(self, problem: Problem):
         return self.config.scheduler.first(cute.arch.block_idx()[0], problem.grid, self._queries)
 
-    def decode(self, place, problem: Problem) -> PackedTile:
+    def decode(self, place, problem: Problem) -> VarlenTile:
         return self.config.scheduler.decode(place, problem.grid, self._queries)
 
     def upcoming(self, place, gmem: Gmem, problem: Problem):
         ctas = cute.arch.grid_dim()[0]
-        return self.config.scheduler.upcoming(place, problem.grid, gmem.ticket, ctas, self._queries)
+        return self.config.scheduler.upcoming(place, problem.grid, gmem.tile_counter, ctas, self._queries)
 
-    def of_tile(self, tile: PackedTile):
-        return Sequence(tile.start_q, tile.seqlen_q), Sequence(tile.start_k, tile.seqlen_k)
+    def of_tile(self, tile: VarlenTile):
+        return SeqlenInfo(tile.start_q, tile.seqlen_q), SeqlenInfo(tile.start_k, tile.seqlen_k)
 
-    def problem_of(self, tile: PackedTile, problem: Problem) -> Problem:
+    def problem_of(self, tile: VarlenTile, problem: Problem) -> Problem:
         return problem._replace(seqlen_q=tile.seqlen_q, seqlen_k=tile.seqlen_k)
 
     @cute.jit
-    def load_q(self, load: cutlass.Constexpr, tile: PackedTile, q_state):
+    def load_q(self, load: cutlass.Constexpr, tile: VarlenTile, q_state):
         """In a loop that stays one: unrolled, with five coordinates, ptxas spills at d128 causal."""
         blocks = self.config.row_blocks
         for wg in cutlass.range(blocks, unroll=1):
             load(tile.m_block * blocks + wg, wg + blocks * q_state.index, q_state)
 
     @cute.jit
-    def store_row(self, t: cute.Tensor, w: Warpgroup, tile: PackedTile, query, head, value):
+    def store_row(self, t: cute.Tensor, w: Warpgroup, tile: VarlenTile, query, head, value):
         rows = cutlass.min(tile.seqlen_q, t.shape[1])
         if (w.frag.thread % 4 == 0) & (query < rows):
             t[head, tile.start_q + query] = value

@@ -1,14 +1,14 @@
 """Online softmax (Milakov & Gimelshein, arXiv:1805.02867) in base 2, over one warpgroup's rows.
 
-P = 2^(scale S - offset), and O and the row sums carry the same offset, so any offset is right that keeps P in range. A
-row's offset starts `slack` above the maximum of its first block; as long as no score exceeds it, P <= 1 and there is no
-maximum to look for: the steady loop only asks for the signs of its exponents (`exponents`), or whether the sums of P
-are still small (`quick_step`).
+P = 2^(scale S - running_max), and O and the row sums are relative to the same running max, so any value serves that
+keeps P in range: it has a margin. A row's running max starts `margin` above the maximum of its first block. As long as
+no score exceeds it, P <= 1 and nothing is rescaled: the steady loop only tests the signs of its exponents
+(`exponents`), or whether the row sums of P are still small (`quick_step`).
 
-An offset is a float32, so beyond `LARGEST_OFFSET` it cannot be chosen well: the largest exponent would be its rounding
-error. Such a row is `anchored`: it has a score in place of an offset, and exponents scale (S - anchor) - slack, which
-are exact for equal scores of any size. `offset` then differs among the four threads that hold the row: NaN in the
-first, so that no quick way takes it for an offset; the anchor in the second. A `Line` says what that means.
+The running max is a float32, so beyond `LARGEST_RUNNING_MAX` its rounding error would be as large as an exponent. Such
+a row is `anchored`: it has a score in place of a running max, and exponents scale (S - anchor) - margin, which are
+exact for equal scores of any size. `running_max` then differs among the four threads that hold the row: NaN in the
+first, so that no quick way takes it for a running max; the anchor in the second. A `Line` says what that means.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,10 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 from cutlass.cutlass_dsl import select_
 
-SLACK_LOG2 = {"bf16": 8.0, "fp16": 3.0}  # fp16's least number is 2^-24: P must not start much below 1
+MARGIN_LOG2 = {"bf16": 8.0, "fp16": 3.0}  # fp16's least number is 2^-24: P must not start much below 1
 LARGEST_SUM = {"bf16": 2.0**30, "fp16": 2.0**15}  # of a thread's P of a row and block: P fits its type, O float32
-LARGEST_OFFSET = 2.0**20  # |offset|: exponents are rounded by 2^-5 at most, in whatever order they are worked out
-LEAST_OFFSET = -(2.0**8)  # exponents rounded against an offset below it would not do for scores about 0
+LARGEST_RUNNING_MAX = 2.0**20  # of its size: exponents are rounded by 2^-5 at most, in whatever order computed
+LEAST_RUNNING_MAX = -(2.0**8)  # exponents relative to a lower one would be too coarse for scores about 0
 LOWEST = -3.4028234663852886e38  # the least finite float32
 LN2 = 0.6931471805599453
 LOG2_E = 1.4426950408889634
@@ -32,14 +32,14 @@ class Exponents:
     def __init__(self, scale_log2):
         self.scale_log2 = scale_log2
 
-    def of(self, row: cute.Tensor, r: int, offset):
+    def of(self, row: cute.Tensor, r: int, running_max):
         """Those of one row, the r-th of a thread's."""
-        less(row, self.scale_log2, offset)
+        less(row, self.scale_log2, running_max)
         return row.load()
 
-    def doubtful(self, doubt):
-        """Whether any is, or there was a doubt before."""
-        return doubt
+    def must_recompute(self, overflow):
+        """Whether the block must be recomputed: on overflow, or where some scores are not for this way."""
+        return overflow
 
 
 class Line(NamedTuple):
@@ -60,10 +60,10 @@ class Line(NamedTuple):
 
 class Softmax(NamedTuple):
     scale_log2: Float32  # |softmax_scale| * log2(e) > 0; its sign is in Q
-    offset: cute.Tensor  # (rows,) of the exponents, or what `anchored` made of it; -inf: the row has seen no key
+    running_max: cute.Tensor  # (rows,) with a margin, or what `anchored` made of it; -inf: the row has seen no key
     row_sum: cute.Tensor  # (rows,) running sum of P, this thread's columns
     rescale: cute.Tensor  # (rows,) what O must be multiplied by
-    slow: cute.Tensor  # (1,) Int32, of the warp: whether the next step needs a maximum, by `settle`
+    slow: cute.Tensor  # (1,) Int32, of the warp: whether the next step needs a maximum, by `set_slow`
     top: cute.Tensor | None = None  # (rows,) each row's largest S, this thread's columns: Maxima
 
     @classmethod
@@ -72,62 +72,62 @@ class Softmax(NamedTuple):
         return cls(scale_log2, *rows, cute.make_rmem_tensor(1, Int32))
 
     def reset(self):
-        self.offset.fill(-Float32.inf)
+        self.running_max.fill(-Float32.inf)
         self.row_sum.fill(0.0)
 
-    def step(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+    def step(self, S: cute.Tensor, margin: cutlass.Constexpr) -> Boolean:
         """S (rows, cols) becomes P; True for a warp that must rescale O. A row may see no key, now or ever."""
-        changed = self.renew(S, slack)
+        changed = self.renew(S, margin)
         self.exp(S)
         return changed
 
     @cute.jit
-    def renew(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
-        """S (rows, cols) becomes the exponents of P, by offsets above their maxima; True where O must be rescaled."""
+    def renew(self, S: cute.Tensor, margin: cutlass.Constexpr) -> Boolean:
+        """S (rows, cols) becomes the exponents of P, by new running maxima; True where O must be rescaled."""
         changed, usual = Boolean(False), Boolean(True)
-        news = cute.make_rmem_tensor_like(self.offset, Float32)
-        for r in cutlass.range_constexpr(cute.size(self.offset)):
-            old, largest = self.offset[r], row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
+        news = cute.make_rmem_tensor_like(self.running_max, Float32)
+        for r in cutlass.range_constexpr(cute.size(self.running_max)):
+            old, largest = self.running_max[r], row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
             top = largest * self.scale_log2
-            news[r] = top + slack if top > old else old
+            news[r] = top + margin if top > old else old
             none = (largest == -Float32.inf) & (old == -Float32.inf)
             usual = usual & (moderate(news[r]) | none)
             changed = changed | (news[r] != old)
         if cute.arch.vote_any_sync(not usual):
-            changed = self.renew_any(S, slack)
+            changed = self.renew_any(S, margin)
         else:
-            for r in cutlass.range_constexpr(cute.size(self.offset)):
-                offset = cute.arch.fmax(news[r], LOWEST)  # finite: -inf - -inf would be NaN
-                self.rescale[r] = cute.math.exp2(self.offset[r] - offset, fastmath=True)
+            for r in cutlass.range_constexpr(cute.size(self.running_max)):
+                running_max = cute.arch.fmax(news[r], LOWEST)  # finite: -inf - -inf would be NaN
+                self.rescale[r] = cute.math.exp2(self.running_max[r] - running_max, fastmath=True)
                 self.row_sum[r] = self.row_sum[r] * self.rescale[r]
-                self.offset[r] = news[r]
-                less(S[r, None], self.scale_log2, offset)
+                self.running_max[r] = news[r]
+                less(S[r, None], self.scale_log2, running_max)
         return cute.arch.vote_any_sync(changed)
 
     @cute.jit
-    def renew_any(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
+    def renew_any(self, S: cute.Tensor, margin: cutlass.Constexpr) -> Boolean:
         """The same for scores of any sizes."""
         changed = Boolean(False)
-        for r in cutlass.range_constexpr(cute.size(self.offset)):
+        for r in cutlass.range_constexpr(cute.size(self.running_max)):
             top = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
-            offset, old = top * self.scale_log2 + slack, self._line(self.offset[r], slack)
-            none = of_quad(self.offset[r], 0) == -Float32.inf
+            running_max, old = top * self.scale_log2 + margin, self._line(self.running_max[r], margin)
+            none = of_quad(self.running_max[r], 0) == -Float32.inf
             here = old.of(top)
             raised = (here > 0.0) | (none & (top > -Float32.inf))
-            plain = moderate(offset)
-            mine = select_(plain, offset, anchored(top, -Float32.inf))
-            line = old.kept_unless(raised, self._line(mine, slack))
+            plain = moderate(running_max)
+            mine = select_(plain, running_max, anchored(top, -Float32.inf))
+            line = old.kept_unless(raised, self._line(mine, margin))
             self.rescale[r] = cute.math.exp2(line.of(top) - here, fastmath=True) if raised else Float32(1.0)
             self.row_sum[r] = self.row_sum[r] * self.rescale[r]
-            self.offset[r] = mine if raised else self.offset[r]
+            self.running_max[r] = mine if raised else self.running_max[r]
             changed = changed | raised
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
                 S[r, c] = line.of(S[r, c])
         return changed
 
-    def _line(self, offset, slack) -> Line:
-        """What a row's `offset` says, as its four threads hold it."""
-        first, second, third = (of_quad(offset, i) for i in range(3))
+    def _line(self, running_max, margin) -> Line:
+        """What a row's `running_max` means, as its four threads hold it."""
+        first, second, third = (of_quad(running_max, i) for i in range(3))
         none, lost = first == -Float32.inf, (first != first) & (third > -Float32.inf)
         plain = first > -Float32.inf
         scaled, one = plain | lost, Float32(1.0)
@@ -135,39 +135,39 @@ class Softmax(NamedTuple):
             select_(scaled, self.scale_log2, one),
             select_(none, Float32(LOWEST), second),
             select_(scaled, one, self.scale_log2),
-            select_(plain, Float32(0.0), select_(lost, third, Float32(slack))),
+            select_(plain, Float32(0.0), select_(lost, third, Float32(margin))),
         )
 
-    def settle(self):
+    def set_slow(self):
         """After each `renew`: whether `exponents` may be the next, or another."""
         low = Boolean(False)
-        for r in range(cute.size(self.offset)):
-            low = low | ~(self.offset[r] >= LEAST_OFFSET)  # NaN too
+        for r in range(cute.size(self.running_max)):
+            low = low | ~(self.running_max[r] >= LEAST_RUNNING_MAX)  # NaN too
         self.slow[0] = Int32(cute.arch.vote_any_sync(low))
 
     @cute.jit
     def exponents(self, S: cute.Tensor) -> Boolean:
-        """S (rows, cols) becomes the exponents of P; True for a warp that must `raise_offsets` before `exp`."""
+        """S (rows, cols) becomes the exponents of P; True for a warp that must `raise_running_max` before `exp`."""
         signs = Int32(-1)  # the top bit stays set while every exponent is negative
-        for r in cutlass.range_constexpr(cute.size(self.offset)):
-            less(S[r, None], self.scale_log2, self.offset[r])
+        for r in cutlass.range_constexpr(cute.size(self.running_max)):
+            less(S[r, None], self.scale_log2, self.running_max[r])
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
                 signs = signs & S[r, c].bitcast(Int32)
         return cute.arch.vote_any_sync(signs >= 0)
 
     @cute.jit
-    def raise_offsets(self, S: cute.Tensor, slack: cutlass.Constexpr):
-        """New offsets for rows (rows, cols) with an exponent above 0.
+    def raise_running_max(self, S: cute.Tensor, margin: cutlass.Constexpr):
+        """New running maxima for rows (rows, cols) with an exponent above 0.
 
-        S is gone. Where an offset would be too large, the row keeps the one it has, and less its largest exponent.
+        S is gone. Where a running max would be too large, the row keeps the one it has, and less its largest exponent.
         """
         slow = Boolean(False)
-        for r in cutlass.range_constexpr(cute.size(self.offset)):
+        for r in cutlass.range_constexpr(cute.size(self.running_max)):
             top = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
-            new = self.offset[r] + (top + slack if top > 0.0 else Float32(0.0))
-            large = not (new <= LARGEST_OFFSET)
-            shift = top if large else new - self.offset[r]
-            self.offset[r] = select_(large, anchored(self.offset[r], top), new)
+            new = self.running_max[r] + (top + margin if top > 0.0 else Float32(0.0))
+            large = not (new <= LARGEST_RUNNING_MAX)
+            shift = top if large else new - self.running_max[r]
+            self.running_max[r] = select_(large, anchored(self.running_max[r], top), new)
             slow = slow | large
             self.rescale[r] = cute.math.exp2(-shift, fastmath=True)
             self.row_sum[r] = self.row_sum[r] * self.rescale[r]
@@ -177,43 +177,43 @@ class Softmax(NamedTuple):
     @cute.jit
     def exp(self, S: cute.Tensor):
         """Exponents (rows, cols) become P, and are summed."""
-        for r in cutlass.range_constexpr(cute.size(self.offset)):
+        for r in cutlass.range_constexpr(cute.size(self.running_max)):
             p = cute.math.exp2(S[r, None].load(), fastmath=True)
             self.row_sum[r] = p.reduce(cute.ReductionOp.ADD, self.row_sum[r], 0)
             S[r, None].store(p)
 
     @cute.jit
     def quick_step(self, S: cute.Tensor, largest: cutlass.Constexpr, exponents: cutlass.Constexpr):
-        """S (rows, cols) becomes P by the offsets as they are; its sums, and True for a warp that must `step` instead.
+        """S (rows, cols) becomes P by the running max as it is; its sums, and True for a warp that must recompute.
 
-        That is where a sum is above `largest`, or NaN; a row that has seen no key has an offset of -inf, and so either.
-        And where `exponents`, which turn a row of S into exponents, are not sure of them.
+        Overflow check: a sum is above `largest` or NaN, as that of a row without keys, whose running max is -inf.
+        `exponents` turn a row of S into exponents, and may ask for a recomputation too.
         """
         sums, fits = cute.make_rmem_tensor_like(self.row_sum, Float32), Boolean(True)
-        for r in cutlass.range_constexpr(cute.size(self.offset)):
-            S[r, None].store(cute.math.exp2(exponents.of(S[r, None], r, self.offset[r]), fastmath=True))
+        for r in cutlass.range_constexpr(cute.size(self.running_max)):
+            S[r, None].store(cute.math.exp2(exponents.of(S[r, None], r, self.running_max[r]), fastmath=True))
             total = S[r, 0]
             for c in cutlass.range_constexpr(1, cute.size(S, mode=[1])):
                 total = total + S[r, c]
             sums[r] = total
             fits = fits & (total <= largest)
-        return sums, cute.arch.vote_any_sync(exponents.doubtful(not fits))
+        return sums, cute.arch.vote_any_sync(exponents.must_recompute(not fits))
 
     def add(self, sums: cute.Tensor):
         self.row_sum.store(self.row_sum.load() + sums.load())
 
     @cute.jit
-    def merge(self, r: cutlass.Constexpr, offset: Float32, row_sum: Float32, slack: cutlass.Constexpr):
-        """Another softmax's offset and sum of a row join this one's; what O and the other's must be multiplied by."""
-        mine, other = self._line(self.offset[r], slack), self._line(offset, slack)
+    def merge(self, r: cutlass.Constexpr, running_max: Float32, row_sum: Float32, margin: cutlass.Constexpr):
+        """Another softmax's running max and sum of a row join this one's; the factors of this O and of the other."""
+        mine, other = self._line(self.running_max[r], margin), self._line(running_max, margin)
         score = mine.b if mine.f > 0.0 else Float32(0.0)  # an anchor of either, where equal ones must weigh the same
         score = other.b if other.f > 0.0 else score
-        lead = mine.of(score) - other.of(score)  # of the other's offset
-        mine_none, other_none = (of_quad(x, 0) == -Float32.inf for x in (self.offset[r], offset))
+        lead = mine.of(score) - other.of(score)  # over the other's running max
+        mine_none, other_none = (of_quad(x, 0) == -Float32.inf for x in (self.running_max[r], running_max))
         lead = -Float32.inf if other_none else (Float32.inf if mine_none else lead)
         keep = cute.math.exp2(-lead, fastmath=True) if lead > 0.0 else Float32(1.0)
         add = Float32(1.0) if lead > 0.0 else cute.math.exp2(lead, fastmath=True)
-        self.offset[r] = offset if lead > 0.0 else self.offset[r]
+        self.running_max[r] = running_max if lead > 0.0 else self.running_max[r]
         self.row_sum[r] = self.row_sum[r] * keep + row_sum * add
         return keep, add
 
@@ -230,18 +230,18 @@ class Softmax(NamedTuple):
         return joined
 
     @cute.jit
-    def finish(self, slack: cutlass.Constexpr) -> cute.Tensor:
+    def finish(self, margin: cutlass.Constexpr) -> cute.Tensor:
         """Leaves in `rescale` what normalises O; returns each row's natural-log sum, -inf where it saw no key."""
         lse, totals = (cute.make_rmem_tensor_like(self.row_sum, Float32) for _ in range(2))
         odd = Boolean(False)
         for r in cutlass.range_constexpr(cute.size(self.row_sum)):
             totals[r] = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
             self.rescale[r] = cute.arch.rcp_approx(totals[r])
-            lse[r] = (self.offset[r] + cute.math.log2(totals[r], fastmath=True)) * LN2
-            odd = odd | (self.offset[r] != self.offset[r])
+            lse[r] = (self.running_max[r] + cute.math.log2(totals[r], fastmath=True)) * LN2
+            odd = odd | (self.running_max[r] != self.running_max[r])
         if cute.arch.vote_any_sync(odd):
             for r in cutlass.range_constexpr(cute.size(lse)):
-                lse[r] = log_sum(self._line(self.offset[r], slack), totals[r])
+                lse[r] = log_sum(self._line(self.running_max[r], margin), totals[r])
         for r in cutlass.range_constexpr(cute.size(lse)):
             lse[r] = -Float32.inf if totals[r] == 0.0 else lse[r]
         return lse
@@ -251,39 +251,41 @@ class Constant(Softmax):
     """The same instructions whatever the scores: each row has its maximum for an anchor, in all of its threads."""
 
     @cute.jit
-    def renew(self, S: cute.Tensor, slack: cutlass.Constexpr) -> Boolean:
-        for r in cutlass.range_constexpr(cute.size(self.offset)):
-            old = self.offset[r]
+    def renew(self, S: cute.Tensor, margin: cutlass.Constexpr) -> Boolean:
+        for r in cutlass.range_constexpr(cute.size(self.running_max)):
+            old = self.running_max[r]
             top = row_max([S[r, c] for c in range(cute.size(S, mode=[1]))])
             new = cute.arch.fmax(cute.arch.fmax(top, old), LOWEST)
-            self.offset[r] = new
+            self.running_max[r] = new
             self.rescale[r] = cute.math.exp2((old - new) * self.scale_log2, fastmath=True)
             self.row_sum[r] = self.row_sum[r] * self.rescale[r]
             S[r, None].store((S[r, None].load() - new) * self.scale_log2)
         return Boolean(True)
 
-    def merge(self, r: int, offset: Float32, row_sum: Float32, slack: float):
-        new = cute.arch.fmax(self.offset[r], offset)
-        keep, add = (cute.math.exp2((x - new) * self.scale_log2, fastmath=True) for x in (self.offset[r], offset))
-        self.offset[r] = new
+    def merge(self, r: int, running_max: Float32, row_sum: Float32, margin: float):
+        new = cute.arch.fmax(self.running_max[r], running_max)
+        keep, add = (
+            cute.math.exp2((x - new) * self.scale_log2, fastmath=True) for x in (self.running_max[r], running_max)
+        )
+        self.running_max[r] = new
         self.row_sum[r] = self.row_sum[r] * keep + row_sum * add
         return keep, add
 
     @cute.jit
-    def finish(self, slack: cutlass.Constexpr) -> cute.Tensor:
+    def finish(self, margin: cutlass.Constexpr) -> cute.Tensor:
         lse = cute.make_rmem_tensor_like(self.row_sum, Float32)
         for r in cutlass.range_constexpr(cute.size(self.row_sum)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=4)
             self.rescale[r] = cute.arch.rcp_approx(total)
-            line = Line(Float32(1.0), self.offset[r], self.scale_log2, Float32(0.0))
+            line = Line(Float32(1.0), self.running_max[r], self.scale_log2, Float32(0.0))
             lse[r] = -Float32.inf if total == 0.0 else log_sum(line, total)
         return lse
 
 
-def less(row: cute.Tensor, scale, offset):
-    """A row of S becomes scale S - offset, rounded once: the same in every step."""
+def less(row: cute.Tensor, scale, running_max):
+    """A row of S becomes scale S - running max, rounded once: the same in every step."""
     for c in range(cute.size(row)):
-        row[c] = cute.math.fma(row[c], scale, -offset)
+        row[c] = cute.math.fma(row[c], scale, -running_max)
 
 
 def log_sum(line: Line, total):
@@ -292,15 +294,15 @@ def log_sum(line: Line, total):
     return select_(lse < LOWEST, Float32(LOWEST), lse)
 
 
-def moderate(offset):
+def moderate(running_max):
     """Whether it may be one; not NaN."""
-    return (offset >= -LARGEST_OFFSET) & (offset <= LARGEST_OFFSET)
+    return (running_max >= -LARGEST_RUNNING_MAX) & (running_max <= LARGEST_RUNNING_MAX)
 
 
 def anchored(anchor, largest):
-    """A thread's `offset` of a row whose exponents are scale (S - anchor) - slack.
+    """A thread's `running_max` of a row whose exponents are scale (S - anchor) - margin.
 
-    Or, with a largest one, scale S - anchor - largest: anchor is an offset then, and S was gone when it was needed.
+    Or, with a largest one, scale S - anchor - largest: anchor is a running max then, and S was gone when it was needed.
     """
     place = cute.arch.shuffle_sync_bfly(cute.arch.thread_idx()[0], 0) % 4  # opaque, or it takes a register all along
     return select_(place == 0, Float32(float("nan")), select_(place == 1, anchor, largest))

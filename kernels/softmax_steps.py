@@ -24,15 +24,15 @@ class Lazy(Part):
     @cute.jit
     def first(self, w: Warpgroup, S, at: At):
         """S (rows, cols) of a tile's first block becomes P."""
-        if self.blocks.cut(w, at):
+        if self.blocks.is_partial(w, at):
             self.blocks.mask(w, S, at)
-        w.frag.softmax.step(S, self.config.slack)
+        w.frag.softmax.step(S, self.config.margin)
         if cutlass.const_expr(self.blocks.mixed):
-            w.frag.softmax.settle()  # any step may be either
+            w.frag.softmax.set_slow()  # any step may be either
 
     @cute.jit
     def step(self, w: Warpgroup, acc_S, q_state, k_state, at: At, masked: cutlass.Constexpr):
-        """S becomes P. Releases K, waits for PV, and O is rescaled where a row's offset has changed."""
+        """S becomes P. Releases K, waits for PV, and O is rescaled where a row's running max has changed."""
         S = acc_mn(acc_S)  # (rows, cols)
         w.pipes.k.consumer_release(k_state)
         self.score(w, S, at)
@@ -43,28 +43,28 @@ class Lazy(Part):
 
     @cute.jit
     def masked(self, w: Warpgroup, S, at: At):
-        """S (rows, cols) of a block that the mask may cut, with a maximum."""
+        """S (rows, cols) of a partial block, with a maximum."""
         f = w.frag
         self.blocks.mask(w, S, at)
         if cutlass.const_expr(self.blocks.mixed):
             self.unmasked(w, S)
         else:
-            changed = f.softmax.step(S, self.config.slack)
+            changed = f.softmax.step(S, self.config.margin)
             self.gemms.wait_for_pv(w)
             if changed:
                 scale_rows(f.acc_O, f.softmax.rescale)
 
     @cute.jit
     def unmasked(self, w: Warpgroup, S):
-        """S (rows, cols) becomes P by the offsets as they are, but where a score exceeds one."""
+        """S (rows, cols) becomes P by the running maxima as they are, but where a score exceeds one."""
         f = w.frag
         if f.softmax.slow[0] != 0:
-            f.softmax.renew_any(S, self.config.slack)
-            f.softmax.settle()
+            f.softmax.renew_any(S, self.config.margin)
+            f.softmax.set_slow()
             self.gemms.wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
         elif f.softmax.exponents(S):
-            f.softmax.raise_offsets(S, self.config.slack)
+            f.softmax.raise_running_max(S, self.config.margin)
             self.gemms.wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
         f.softmax.exp(S)
@@ -74,9 +74,9 @@ class Lazy(Part):
         """Where S (rows, cols), Q K^T, becomes what the softmax is of, but for a factor."""
         self.config.score.apply(S, w.frag.cS, at, self.config.tile_n, w.problem, w.problem.args.score)
 
-    def settle(self, f: Frag):
+    def set_slow(self, f: Frag):
         """Between the steps that mask and those that do not."""
-        f.softmax.settle()
+        f.softmax.set_slow()
 
 
 class LazyWithScores(Lazy):
@@ -88,8 +88,8 @@ class LazyWithScores(Lazy):
         kept.store(S.load())
         if f.softmax.exponents(S) | (f.softmax.slow[0] != 0):
             S.store(kept.load())
-            f.softmax.renew_any(S, self.config.slack)
-            f.softmax.settle()
+            f.softmax.renew_any(S, self.config.margin)
+            f.softmax.set_slow()
             self.gemms.wait_for_pv(w)
             scale_rows(f.acc_O, f.softmax.rescale)
         f.softmax.exp(S)
@@ -116,7 +116,7 @@ class Speculative(Lazy):
             if overflow:
                 self._recompute_qk(w, acc_S, q_state, k_state)
                 self.score(w, S, at)
-                softmax.renew_any(S, self.config.slack)
+                softmax.renew_any(S, self.config.margin)
                 softmax.exp(S)
                 scale_rows(w.frag.acc_O, softmax.rescale)
                 sums.fill(0.0)
@@ -127,13 +127,13 @@ class Speculative(Lazy):
         """What makes P's exponents of S: the score's own, where it has a shorter way to them."""
         c = self.config
         own = c.score.exponents(w.frag.cS, at, c.tile_n, w.problem, w.problem.args.score)
-        if own is None or (c.score.peaked and not c.from_diagonal):
+        if own is None or (c.score.falls_from_diagonal and not c.diagonal_first):
             self.score(w, S, at)
             return Exponents(w.frag.softmax.scale_log2)
         return own
 
-    def settle(self, f: Frag):
-        """A row that has seen no key keeps its offset of -inf, and its next step is recomputed."""
+    def set_slow(self, f: Frag):
+        """A row that has seen no key keeps its running max of -inf, and its next step is recomputed."""
 
     @cute.jit
     def _recompute_qk(self, w: Warpgroup, acc_S, q_state, k_state):
@@ -160,7 +160,7 @@ class Speculative(Lazy):
 
 
 class ConstantTime(Lazy):
-    """The same instructions whatever the data: for inputs that are secret, and for whoever doubts the shorter ways.
+    """The same instructions whatever the data: for inputs that are secret, and for whoever mistrusts the shorter ways.
 
     Every step looks for its rows' maxima and rescales O (FlashAttention-2's softmax, arXiv:2307.08691); no branch
     depends on a score. Only the polling of barriers varies, with time.
@@ -175,9 +175,9 @@ class ConstantTime(Lazy):
         self.score(w, S, at)
         if cutlass.const_expr(masked):
             self.blocks.mask(w, S, at)
-        f.softmax.step(S, self.config.slack)
+        f.softmax.step(S, self.config.margin)
         self.gemms.wait_for_pv(w)
         scale_rows(f.acc_O, f.softmax.rescale)
 
-    def settle(self, f: Frag):
-        """Each step finds its rows' offsets as they are, -inf too."""
+    def set_slow(self, f: Frag):
+        """Each step finds its rows' running maxima as they are, -inf too."""

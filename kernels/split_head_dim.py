@@ -55,11 +55,11 @@ class SplitHeadDim(WholeHeadDim):
 
     def sync(self, wg):
         """What they sync for is Q, which they share."""
-        cute.arch.barrier(barrier_id=OWN_BARRIER, number_of_threads=WARPGROUP * self.config.parts_v)
+        cute.arch.barrier(barrier_id=OWN_BARRIER, number_of_threads=WARPGROUP * self.config.head_dim_splits)
 
     def issue_pv(self, w: Warpgroup, v_state):
         f = w.frag
-        slot = v_state.index * self.config.parts_v + f.wg
+        slot = v_state.index * self.config.head_dim_splits + f.wg
         issue(w.tiling.mma_pv, f.acc_O, f.tOrP, f.tOrV[None, None, None, slot], True)
 
     def stored_row(self, row, wg):

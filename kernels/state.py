@@ -7,7 +7,7 @@ from cutlass import Float32, Int32, Int64, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
 from .softmax import Softmax
-from .tile_scheduler import Grid, HandOver
+from .tile_scheduler import ClusterBroadcast, Grid
 
 ROWS = 64  # query rows of a warpgroup: the M of one WGMMA
 L2_KV_BYTES = 16 << 20  # K/V of the heads worked on at a time, of 50 MB
@@ -25,7 +25,7 @@ class Gmem(NamedTuple):
     v: Tma
     o: Tma | cute.Tensor  # cute.Tensor: (s, d, h, b), stored from registers
     lse: cute.Tensor  # (b, h, s), or (b, h, 0): not asked for; varlen: (h, total), or (h, 0)
-    ticket: cute.Tensor  # (1,) Int32, 0 between launches
+    tile_counter: cute.Tensor  # (1,) Int32 of the dynamic scheduler, 0 between launches
 
 
 class Smem(NamedTuple):
@@ -36,7 +36,7 @@ class Smem(NamedTuple):
     partials: cute.Tensor | None  # (128, d_v / 2 + 4, split - 1) float32: what the other CTAs of a split have found
     counts: cute.Tensor | None  # (1 + warpgroups,): how many events each role has written down
     tile: cute.Tensor  # (fields of the tile, 2): the work tiles
-    hand_over: HandOver | None  # where a cluster draws its tiles
+    broadcast: ClusterBroadcast | None  # of a dynamic scheduler in a cluster
 
 
 class Pipes(NamedTuple):
@@ -65,7 +65,7 @@ class Arguments(NamedTuple):
     sinks: tuple = ()
     dropout: tuple = ()
     row_max: tuple = ()
-    lists: tuple = ()
+    block_indices: tuple = ()
     sequences: tuple = ()
 
 
@@ -95,7 +95,7 @@ class At(NamedTuple):
 
     rows: Rows
     n_block: Int32
-    partial: Any = None  # of block-sparse lists: whether mask_mod may hide some of it
+    partial: Any = None  # of block-sparse indices: whether mask_mod may hide some of it
 
 
 class Frag(NamedTuple):
@@ -182,9 +182,10 @@ def publish(smem: Smem, pipes: Pipes, state, tile):
 
 
 @cute.jit
-def consume(smem: Smem, pipes: Pipes, state, kind: cutlass.Constexpr):
+def consume(smem: Smem, pipes: Pipes, state, tile_type: cutlass.Constexpr):
+    """A work tile, as the producer published it."""
     pipes.tile.consumer_wait(state)
-    told = [cute.arch.make_warp_uniform(smem.tile[i, state.index]) for i in range(len(kind._fields))]
+    fields = [cute.arch.make_warp_uniform(smem.tile[i, state.index]) for i in range(len(tile_type._fields))]
     pipes.tile.consumer_release(state)
-    tile = kind(*told)
+    tile = tile_type(*fields)
     return tile._replace(valid=tile.valid != 0)

@@ -39,7 +39,7 @@ class Timeline(NoTrace):
             n = smem.counts[role]
             if n < SAMPLES:
                 smem.counts[role] = n + 1
-                at = gmem.ticket.iterator + (HEAD + 2 * (role * SAMPLES + n))
+                at = gmem.tile_counter.iterator + (HEAD + 2 * (role * SAMPLES + n))
                 sample = cute.make_tensor(at, 2)
                 sample[0] = EVENTS.index(event) + 1
                 sample[1] = Int32(cute.arch.clock())

@@ -93,9 +93,9 @@ def worked_out(mod: UserMod, places: list, arrays, functions: dict[str, Callable
     return of(mod.result)
 
 
-def _fake(word: str, rank: int, packed: bool):
+def _fake(word: str, rank: int, contiguous: bool):
     shape, strides = [cute.sym_int() for _ in range(rank)], [cute.sym_int64() for _ in range(rank)]
-    return make_fake_tensor(ELEMENT[word], shape, [*strides[:-1], 1] if packed else strides)
+    return make_fake_tensor(ELEMENT[word], shape, [*strides[:-1], 1] if contiguous else strides)
 
 
 def _stand_in(x, word: str, reach: "Reach | None"):

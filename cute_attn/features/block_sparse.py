@@ -1,4 +1,4 @@
-"""Block-sparse attention: lists say which blocks of keys each block of queries needs."""
+"""Block-sparse attention: indices say which blocks of keys each block of queries needs."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from .feature import Feature
 class BlockSparseFeature(Feature):
     """The value is `BlockLists`; fitted to a problem, `Sparsity`."""
 
-    name, keywords, part = "sparse", ("block_mask",), "lists"
+    name, keywords, part = "sparse", ("block_mask",), "block_indices"
 
     def key(self, value):
         return value.blocks

@@ -71,8 +71,8 @@ def _tensor(name: str, x) -> torch.Tensor:
             f"{type_word(x)} does not share its memory",
             str(error).strip().splitlines() or [type(error).__name__],
         )
-        way_out = "flash_fwd runs eagerly, so call it outside of jax.jit; otherwise pass a dense bf16 or fp16 array"
-        raise TypeError(f"{name}: {came} ({said[0][:160]}); {way_out}") from error
+        hint = "flash_fwd runs eagerly, so call it outside of jax.jit; otherwise pass a dense bf16 or fp16 array"
+        raise TypeError(f"{name}: {came} ({said[0][:160]}); {hint}") from error
 
 
 def _forwards(name: str, x) -> None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..block_mask import BlockLists, as_lists
 from ..streams import is_captured
-from .transformers_models import WAY_OUT, asks
+from .transformers_models import HINT, asks
 
 BLOCK = 128  # of queries and of keys, in lists of blocks
 ATEN = torch.ops.aten
@@ -71,7 +71,7 @@ class LazyMask(torch.Tensor):
         if what in AS_NUMBERS or not allowed:
             raise NotImplementedError(
                 f"attn_implementation: {operation} of a mask is by a model that computes its attention itself, and "
-                f"would misread the masks of cute_attn; {WAY_OUT}"
+                f"would misread the masks of cute_attn; {HINT}"
             )
         return cls.of(found, hides ^ (what in NEGATIONS)) if found.dtype == torch.bool else found
 

@@ -16,7 +16,7 @@ from torch import nn
 ASKS = "ALL_ATTENTION_FUNCTIONS"
 ATTENDS = {"softmax", "Softmax", "scaled_dot_product_attention"}
 MASKS = {"attention_mask", "attn_mask", "causal_mask", "mask", "masks"}
-WAY_OUT = (
+HINT = (
     'use attn_implementation="eager", or for the parts of a composite model a dict such as '
     'attn_implementation={"text_config": "cute_attn", "vision_config": "eager"}'
 )
@@ -53,9 +53,9 @@ def refuse(model: type, name: str) -> None:
     """Raises ValueError for a model whose attention would not be `name`'s."""
     found = attention_of(model)
     if found.choose:
-        raise ValueError(f"{model.__name__}: {found.choose[0]} has nothing for {name}; {WAY_OUT}")
+        raise ValueError(f"{model.__name__}: {found.choose[0]} has nothing for {name}; {HINT}")
     if found.own and found.masked and not found.ask:
-        raise ValueError(f"{model.__name__}: {found.own[0]} computes its attention itself, not by {name}; {WAY_OUT}")
+        raise ValueError(f"{model.__name__}: {found.own[0]} computes its attention itself, not by {name}; {HINT}")
 
 
 @torch.compiler.assume_constant_result

@@ -14,12 +14,12 @@ from .candidates import HEAD_DIMS as HEAD_DIMS
 from .candidates import config as config
 from .candidates import kernel_dims as kernel_dims
 from .features import constant_time as constant_time
-from .features import modified as modified
+from .features import with_features as with_features
 from .planner import RULES as RULES
 from .planner import explain as explain
 from .planner import plan as plan
 from .planner import varlen as varlen
-from .prebuilt_set import MODIFIED as MODIFIED
+from .prebuilt_set import PREBUILT_FEATURES as PREBUILT_FEATURES
 from .prebuilt_set import KernelClass as KernelClass
 from .prebuilt_set import kernel_class as kernel_class
 from .prebuilt_set import prebuilt as prebuilt

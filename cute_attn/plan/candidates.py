@@ -33,7 +33,7 @@ def _of_pair(problem: Problem, config: FwdConfig) -> FwdConfig:
 
 
 def _layout(problem: Problem) -> str:
-    """Packed sequences begin as others do: their layout comes with their scheduler."""
+    """Varlen begins as other layouts do: its own comes with its scheduler."""
     return problem.layout if problem.layout in LAYOUTS else LAYOUTS[0]
 
 

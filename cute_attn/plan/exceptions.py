@@ -26,7 +26,6 @@ FEATURES: dict[str, Callable[[FwdConfig], bool]] = dict(
     alibi=lambda c: "alibi" in c.score.name,
     score_mod=lambda c: "score_mod" in c.score.name,
     sparse=lambda c: c.sparse is not None,
-    varlen=lambda c: c.packed,
     wider_v=lambda c: c.d_v > c.head_dim,
 )
 BOUNDS: dict[str, Callable[[Any, int], bool]] = {">=": ge, "<=": le, ">": gt, "<": lt}  # the longer ones first
@@ -85,7 +84,7 @@ def applied(config: FwdConfig) -> Iterator[tuple[Entry, FwdConfig]]:
             yield entry, config
 
 
-def settled(config: FwdConfig) -> FwdConfig:
+def with_exceptions(config: FwdConfig) -> FwdConfig:
     """A kernel with the exceptions that it needs."""
     found = [config, *(changed for _, changed in applied(config))]
     return found[-1]

@@ -5,9 +5,9 @@ from typing import Any
 
 from ..kernels.config import SMEM_BYTES, FwdConfig
 from ..kernels.mask import Mask, UserMask, Window
-from ..kernels.packed_scheduler import Packed, PackedLongest
 from ..kernels.score import Alibi, Plain, Softcap, UserScore
 from ..kernels.tile_scheduler import DynamicLongest
+from ..kernels.varlen_scheduler import VarlenLongest, VarlenScheduler
 from ..problem import FeatureKey, Problem
 from .candidates import HEAD_DIMS, unsized
 from .rule import Rule, Step, follow
@@ -16,7 +16,7 @@ from .rule import Rule, Step, follow
 FULL = {2: 184, 3: 120}
 
 
-def modified(config: FwdConfig, key: FeatureKey) -> FwdConfig:
+def with_features(config: FwdConfig, key: FeatureKey) -> FwdConfig:
     """Of a kernel the one with these features; of a causal one where there is a window."""
     problem = unsized(config.head_dim, config.dtype, config.layout, config.mask.causal, key, config.head_dim_v)
     return follow(RULES, problem, [Step("", "", config)])[-1].config
@@ -25,25 +25,26 @@ def modified(config: FwdConfig, key: FeatureKey) -> FwdConfig:
 def constant_time(config: FwdConfig) -> FwdConfig:
     """The same tiles and schedule, with a softmax of which no branch depends on a score."""
     score = replace(config.score, exact=True) if isinstance(config.score, Softcap) else config.score
-    return replace(config, redo=False, constant_time=True, score=score)
+    return replace(config, speculative=False, constant_time=True, score=score)
 
 
-def rows_of_lists(problem: Problem, config: FwdConfig) -> FwdConfig:
-    """A tile has the rows of the lists' blocks of queries, or a part of them. 192 rows are 64 keys wide."""
+def sparse_rows(problem: Problem, config: FwdConfig) -> FwdConfig:
+    """A tile has the rows of a sparse block of queries, or a part of them. 192 rows are 64 keys wide."""
     blocks, dropout = problem.features.sparse, problem.features.dropout
     assert blocks is not None
     has_192 = 64 < config.widest <= 128
-    sizes = (64,) if config.parts_v > 1 else (128, 192, 64) if has_192 else (128, 64)
+    sizes = (64,) if config.head_dim_splits > 1 else (128, 192, 64) if has_192 else (128, 64)
     tile_m = next(m for m in sizes if blocks.block_m % m == 0)
     tile_n = min(64, config.tile_n) if config.widest > HEAD_DIMS[-1] else 64
-    kind = config.head_dim, config.dtype, config.layout, config.mask
-    return FwdConfig(*kind, tile_m, tile_n, head_dim_v=config.head_dim_v, sparse=blocks, dropout=dropout)
+    same = config.head_dim, config.dtype, config.layout, config.mask
+    return FwdConfig(*same, tile_m, tile_n, head_dim_v=config.head_dim_v, sparse=blocks, dropout=dropout)
 
 
-def keys_of_lists(problem: Problem, config: FwdConfig) -> FwdConfig:
-    """Blocks as wide as the lists' where 128 rows or fewer leave registers for it. Tiles are drawn: their work differs.
+def sparse_keys(problem: Problem, config: FwdConfig) -> FwdConfig:
+    """Blocks as wide as the sparse ones where 128 rows or fewer leave registers for it.
 
-    A second tile of Q is loaded ahead where it fits, since tiles are short.
+    The scheduler is dynamic, since tiles differ in work. A second tile of Q is loaded ahead where it fits, since they
+    are short.
     """
     assert config.sparse is not None
     wide = config.widest <= 128 and config.tile_m <= 128 and config.sparse.block_n % 128 == 0
@@ -79,23 +80,23 @@ def fewer_keys(problem: Problem, config: FwdConfig) -> bool:
 
 def with_score(problem: Problem, config: FwdConfig) -> FwdConfig:
     score = score_of(problem.features, config)
-    return replace(config, score=score, redo=not problem.features.mask_mod and speculates(config, score))
+    return replace(config, score=score, speculative=not problem.features.mask_mod and speculates(config, score))
 
 
 def speculates(config: FwdConfig, score: Plain | Softcap | Alibi | UserScore) -> bool:
     """Whether the softmax is speculative with this score: three warpgroups gain by it, 5 to 20 % at d128."""
     if config.sparse:
         return False
-    return score.quick and (config.registers_held <= 112 if config.warpgroups == 3 else config.redo)
+    return score.quick and (config.registers_held <= 112 if config.warpgroups == 3 else config.speculative)
 
 
 def with_mask_mod(problem: Problem, config: FwdConfig) -> FwdConfig:
     assert problem.features.mask_mod is not None and not isinstance(config.mask, UserMask)
-    return replace(config, mask=UserMask(problem.features.mask_mod, config.mask), redo=False)
+    return replace(config, mask=UserMask(problem.features.mask_mod, config.mask), speculative=False)
 
 
 def with_dropout(problem: Problem, config: FwdConfig) -> FwdConfig:
-    return replace(config, dropout=True, redo=False, tile_n=config.tile_n // 32 * 32)
+    return replace(config, dropout=True, speculative=False, tile_n=config.tile_n // 32 * 32)
 
 
 def full(config: FwdConfig) -> bool:
@@ -109,22 +110,22 @@ def fit_registers(config: FwdConfig) -> FwdConfig:
 
 
 def for_varlen(problem: Problem, config: FwdConfig) -> FwdConfig:
-    scheduler = PackedLongest if problem.causal or problem.features.window else Packed
+    scheduler = VarlenLongest if problem.causal or problem.features.window else VarlenScheduler
     return replace(config, layout="thd", scheduler=scheduler, cluster=1)
 
 
 LISTS = (
     Rule(
         "block-sparse indices: rows",
-        "a tile has the rows of the lists' blocks or a part of them: narrower ones would read K and V more often",
+        "a tile has the rows of a sparse block or a part of them: narrower ones would read K and V more often",
         lambda problem, config: problem.features.sparse,
-        rows_of_lists,
+        sparse_rows,
     ),
     Rule(
         "block-sparse indices: keys and schedule",
-        "blocks as wide as the lists' where registers allow it, drawn since their tiles' work differs",
+        "blocks as wide as the sparse ones where registers allow it; a dynamic scheduler, since tiles differ in work",
         lambda problem, config: problem.features.sparse,
-        keys_of_lists,
+        sparse_keys,
     ),
 )
 WINDOW = Rule(
@@ -142,8 +143,8 @@ OWN_MASK = Rule(
 SCORES = (
     Rule(
         "scores: no cluster",
-        "with slower softmaxes the CTAs of a cluster that draws wait for each other too long",
-        lambda problem, config: scores(problem) and not config.sparse and config.scheduler.draws,
+        "with slower softmaxes the CTAs of a cluster with a dynamic scheduler wait for each other too long",
+        lambda problem, config: scores(problem) and not config.sparse and config.scheduler.dynamic,
         lambda problem, config: replace(config, cluster=1),
     ),
     Rule(
@@ -161,7 +162,7 @@ SCORES = (
     Rule(
         "scores: three stages",
         "a speculative softmax holds a block of K until its step is certain",
-        lambda problem, config: config.score.name and config.redo,
+        lambda problem, config: config.score.name and config.speculative,
         lambda problem, config: replace(config, stages=max(config.stages, 3)),
     ),
     Rule(
@@ -182,7 +183,7 @@ ROW_MAX = (
         "row_max",
         "each score is looked at once, before its exponential: no speculative softmax",
         lambda problem, config: problem.features.row_max,
-        lambda problem, config: replace(config, row_max=True, redo=False),
+        lambda problem, config: replace(config, row_max=True, speculative=False),
     ),
     Rule(
         "row_max: fit registers",

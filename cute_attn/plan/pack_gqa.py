@@ -14,7 +14,7 @@ from .rule import Rule
 
 SMS = 132  # of an H200: with more tiles than that, two CTAs on an SM are better than one
 SHOULD_PACK = 0.75  # of the rows that the tiles have otherwise: with more, packing is not worth a kernel of its own
-SPLITS = (8, 4, 2)  # CTAs that share the keys of a block of packed rows where the table has no kernel that splits them
+SPLITS = (8, 4, 2)  # CTAs that share the keys of a block of PackGQA rows where the table has no kernel that splits them
 SPLIT_KEYS = 256  # at least, for each: a merge must repay itself
 
 
@@ -43,13 +43,13 @@ def should_pack(config: FwdConfig, rows: Problem, base: FwdConfig, problem: Prob
 
 def few_rows(rows: Problem, table: FwdConfig) -> bool:
     """Whether heads have 64 rows at most, and the table no tiles of 64 rows for them."""
-    served = not table.packed and table.tile_m == 64 and rows.row_blocks <= SMS
+    served = not table.varlen and table.tile_m == 64 and rows.row_blocks <= SMS
     return rows.seqlen_q <= 64 and not served
 
 
 def one_block(config: FwdConfig) -> FwdConfig:
     """64 rows to a CTA; as many stages as let two CTAs share an SM, at least two where the table has as many."""
-    scheduler = config.scheduler if config.packed else OneTile
+    scheduler = config.scheduler if config.varlen else OneTile
     found = replace(config, tile_m=64, scheduler=scheduler, pingpong=False, q_in_regs=False, cluster=1, q_stages=1)
     fewer = (replace(found, stages=n) for n in range(config.stages, 1, -1))
     return next((x for x in fewer if 2 * x.smem_bytes <= SMEM_BYTES), replace(found, stages=min(config.stages, 2)))
@@ -57,9 +57,9 @@ def one_block(config: FwdConfig) -> FwdConfig:
 
 def splits(config: FwdConfig) -> list[FwdConfig]:
     """Of a kernel of one block those that share its keys, the most CTAs first."""
-    if config.mask.windowed or config.row_max or config.packed:
+    if config.mask.windowed or config.row_max or config.varlen:
         return []
-    return [replace(config, redo=False, split=n) for n in SPLITS if n <= config.split_max]
+    return [replace(config, speculative=False, split=n) for n in SPLITS if n <= config.split_max]
 
 
 def split_keys(rows: Problem, config: FwdConfig) -> FwdConfig:
@@ -70,11 +70,11 @@ def split_keys(rows: Problem, config: FwdConfig) -> FwdConfig:
 
 def packed(config: FwdConfig, ratio: int) -> FwdConfig:
     """The same tiles and schedule, of packed rows."""
-    return exceptions.settled(replace(config, pack=pack_of(ratio)))
+    return exceptions.with_exceptions(replace(config, pack=pack_of(ratio)))
 
 
 def sequences_kernels(configs: list[FwdConfig], ratio: int) -> list[FwdConfig]:
-    """Every kernel that packed sequences of few queries can reach where others reach these."""
+    """Every kernel that varlen sequences of few queries can reach where others reach these."""
     every = [x for config in configs for x in (config, one_block(config))]
     return list(dict.fromkeys(packed(config, ratio) for config in every))
 

@@ -32,7 +32,7 @@ def varlen(
     ratio: int = 1,
     max_seqlen_q: int | None = None,
 ) -> FwdConfig:
-    """The kernel for packed sequences: the tiles of the one that serves wherever no other row does, and no clusters.
+    """The kernel for varlen: the tiles of the one that serves wherever no other row does, and no clusters.
 
     Where no sequence has more than a few queries, the heads that share a K/V head are packed into a tile.
     """
@@ -46,12 +46,12 @@ def explain(problem: Problem, gpu: str | None = None) -> tuple[Step, ...]:
 
 
 def _steps(problem: Problem, gpu: str | None) -> list[Step]:
-    alone = _unpacked(problem, gpu)
+    alone = _without_pack_gqa(problem, gpu)
     base = alone[-1].config
     if problem.ratio < 2 or problem.empty or not base.packable:
         return alone
     rows = pack_gqa.rows_of(problem)
-    steps = _unpacked(rows, gpu)
+    steps = _without_pack_gqa(rows, gpu)
     if pack_gqa.few_rows(rows, steps[-1].config):
         steps = follow(pack_gqa.FEW_ROWS, rows, _of_row(rows, candidates.rows(rows, gpu)[-1]))
     if not pack_gqa.should_pack(steps[-1].config, rows, base, problem):
@@ -59,7 +59,7 @@ def _steps(problem: Problem, gpu: str | None) -> list[Step]:
     return follow([pack_gqa.PACK], problem, steps)
 
 
-def _unpacked(problem: Problem, gpu: str | None) -> list[Step]:
+def _without_pack_gqa(problem: Problem, gpu: str | None) -> list[Step]:
     """For as many heads, and rows of each, as the problem has."""
     rows = candidates.rows(problem, gpu)
     if problem.layout == "thd" or problem.features != PLAIN:  # what is tuned by lengths is the plain kernel

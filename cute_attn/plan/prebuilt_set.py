@@ -8,10 +8,10 @@ from ..kernels.config import DTYPES, LAYOUTS, FwdConfig
 from ..problem import PLAIN, FeatureKey
 from . import pack_gqa
 from .candidates import EQUAL_HEAD_DIMS, HEAD_DIMS, configs
-from .features import constant_time, modified
+from .features import constant_time, with_features
 from .planner import varlen
 
-MODIFIED = {
+PREBUILT_FEATURES = {
     False: [FeatureKey(alibi=True)],
     True: [FeatureKey(softcap=True), FeatureKey(softcap=True, alibi=True, sinks=True)],
 }
@@ -51,16 +51,16 @@ def prebuilt(
     every = product(dims, DTYPES, LAYOUTS, (False, True))
     rows = [configs(d, dtype, layout, causal, gpu, d_v) for (d, d_v), dtype, layout, causal in every]
     always, some = [found[-1] for found in rows], [c for found in rows for c in found[:-1]]
-    windows = [modified(config, FeatureKey(window=True)) for config in always if config.mask.causal]
+    windows = [with_features(config, FeatureKey(window=True)) for config in always if config.mask.causal]
     plain = [c for c in always if (c.dtype, c.layout) == ("bf16", "bhsd")]
-    others = [modified(config, key) for config in plain for key in MODIFIED[config.mask.causal]]
+    others = [with_features(config, key) for config in plain for key in PREBUILT_FEATURES[config.mask.causal]]
     others += map(constant_time, [*always, *(config for config in some if config.split > 1), *windows])
     packs = pack_gqa.kernels([*always, *windows, *others], some, ratio)
     return list(dict.fromkeys([*always, *some, *windows, *others, *packs]))
 
 
 def prebuilt_varlen(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:
-    """Every kernel that some call with packed sequences can reach; with a ratio those that pack heads too."""
+    """Every kernel that some varlen call can reach; with a ratio those with PackGQA too."""
     masks = (False, PLAIN), (True, PLAIN), (False, FeatureKey(window=True))
     found = [varlen(d, dtype, *mask, gpu) for d, dtype, mask in product(HEAD_DIMS, DTYPES, masks)]
     return found if ratio < 2 else found + pack_gqa.sequences_kernels(found, ratio)

@@ -1,9 +1,10 @@
 """What decides each conditional branch of a kernel's main loop, read from the machine code. Needs no GPU.
 
-For a prebuilt kernel: barriers, the trip count, the thread's index in some clusters, and one vote: on the exponents,
-where it skips rescaling O, or on sums of P, where it skips redoing the step. Beside the former there is another, made
-where offsets change: whether they still serve, or steps are slow ones, which look for their maxima. A split kernel has
-one branch for both. A softcap may have a vote of its own: on the scores, where a polynomial serves for its tanh.
+For a prebuilt kernel: barriers, the trip count, the thread's index in some clusters, and one vote. Lazy rescaling votes
+on the exponents, and skips the rescaling of O; the speculative softmax votes on the row sums of P (its overflow check),
+and skips the recomputation of the block. Lazy rescaling has a second vote where the running max changes: whether it
+still serves, or the next steps are slow ones, which compute their maxima. A split kernel has one branch for both. A
+softcap may have a vote of its own: on the scores, where a polynomial serves for its tanh.
 """
 
 import re
@@ -11,11 +12,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..kernels.config import FwdConfig
-from ..kernels.softmax import LARGEST_OFFSET, LARGEST_SUM, LEAST_OFFSET
+from ..kernels.softmax import LARGEST_RUNNING_MAX, LARGEST_SUM, LEAST_RUNNING_MAX
 from .inspect import _LINE, Instruction, LoopReport, _shortest, loops, parse, sass
 
 BARRIER, TRIP_COUNT, THREAD, UNKNOWN = "barrier", "trip count", "thread index", "unknown"
-LAZY_RESCALE, REDO, SLOW_STEP = "data: lazy rescale", "data: redo", "data: slow step"
+LAZY_RESCALE, OVERFLOW_CHECK, SLOW_STEP = "data: lazy rescale", "data: overflow check", "data: slow step"
 SOFTCAP = "data: softcap"
 _RESCALES = {LAZY_RESCALE, SLOW_STEP}  # what a split kernel's one branch reads
 
@@ -43,9 +44,9 @@ _HELD = re.compile(  # put into a register, or asked of one
 )
 _FALSE = re.compile(r"U?PLOP3\.LUT U?P\d, (?:U?PT, ){4}0x(?:8|40), 0x0|IMAD\.MOV\.U32 R\d+, RZ, RZ, RZ")
 _EITHER = re.compile(r"PLOP3\.LUT P\d, PT, (P\d), (P\d), PT, 0x(?:a8|2), 0x0")  # of two predicates; or neither
-_OF_OFFSET = re.compile(r"FSETP\.(\w+)\.(AND|OR) P\d, PT, R\d+(?:\.reuse)?, (\S+), (!?P[T\d])")
-_OUT_OF_BOUNDS = {("LTU", LEAST_OFFSET), ("GTU", LARGEST_OFFSET)}  # NaN is, too
-_IN_BOUNDS = {("GE", LEAST_OFFSET), ("LE", LARGEST_OFFSET)}
+_OF_MAXIMUM = re.compile(r"FSETP\.(\w+)\.(AND|OR) P\d, PT, R\d+(?:\.reuse)?, (\S+), (!?P[T\d])")
+_OUT_OF_BOUNDS = {("LTU", LEAST_RUNNING_MAX), ("GTU", LARGEST_RUNNING_MAX)}  # NaN is, too
+_IN_BOUNDS = {("GE", LEAST_RUNNING_MAX), ("LE", LARGEST_RUNNING_MAX)}
 
 
 class Branch(NamedTuple):
@@ -53,7 +54,7 @@ class Branch(NamedTuple):
 
     address: int  # of the instruction in the machine code
     text: str
-    depends: str  # BARRIER, TRIP_COUNT, THREAD, LAZY_RESCALE, REDO, SLOW_STEP, SOFTCAP or UNKNOWN
+    depends: str  # BARRIER, TRIP_COUNT, THREAD, LAZY_RESCALE, OVERFLOW_CHECK, SLOW_STEP, SOFTCAP or UNKNOWN
     writers: tuple[str, ...]  # of its predicate: the instructions that may have written it last
 
 
@@ -190,7 +191,7 @@ class _Flow:
         if kind == "VOTE" and self._votes_on_signs(i):
             return LAZY_RESCALE
         if kind == "VOTE" and self._tests_sums(i):
-            return REDO
+            return OVERFLOW_CHECK
         if kind == "VOTE" and self._tests_magnitude(i):
             return SOFTCAP
         if kind in ("ISETP", "UISETP"):
@@ -227,13 +228,13 @@ class _Flow:
         return self.code[i].opcode.startswith("FSETP.GTU") and _number(largest) in LARGEST_SUM.values() and tested
 
     def _says_slow(self, i: int, predicate: str) -> bool:
-        """Whether `predicate`, which `i` reads, is a vote on offsets: of this lap, of one before, or before the loop.
+        """Whether `predicate`, which `i` reads, is a vote on running maxima: of a lap, or before the loop.
 
         A step that finds none out of bounds may say so by a constant. A vote before the loop may have a guard, as where
         the loop may have no lap; what it leaves as it was is not followed.
         """
         votes = {j for j in self._origins(i, predicate) if not _FALSE.fullmatch(self.unguarded(j))}
-        return bool(votes) and all(self._votes_on_offsets(j) for j in votes)
+        return bool(votes) and all(self._votes_on_maxima(j) for j in votes)
 
     def _origins(self, i: int, predicate: str) -> set[int]:
         """What may have written `predicate`, which `i` reads, last: before the loop too, and behind all copies."""
@@ -259,25 +260,25 @@ class _Flow:
         kind, number = register.groups()
         return self._last(start, lambda i: self._covers(i, kind, int(number)), everywhere=True)
 
-    def _votes_on_offsets(self, i: int) -> bool:
-        return i >= 0 and self.code[i].opcode == "VOTE.ANY" and self._tests_offsets(i, self._operands(i)[-1], True)
+    def _votes_on_maxima(self, i: int) -> bool:
+        return i >= 0 and self.code[i].opcode == "VOTE.ANY" and self._tests_maxima(i, self._operands(i)[-1], True)
 
-    def _tests_offsets(self, i: int, operand: str, out: bool, after: frozenset[int] = frozenset()) -> bool:
-        """Whether the predicate that `i` reads says that some offset is out of bounds; or, not `out`, that none is."""
+    def _tests_maxima(self, i: int, operand: str, out: bool, after: frozenset[int] = frozenset()) -> bool:
+        """Whether the predicate that `i` reads says that a running max is out of bounds; without `out`, none."""
         out = out != operand.startswith("!")
         writers = self._writers_anywhere(i, operand.lstrip("!"))
-        return bool(writers) and all(self._is_offset_test(j, out, after) for j in writers)
+        return bool(writers) and all(self._is_maximum_test(j, out, after) for j in writers)
 
-    def _is_offset_test(self, i: int, out: bool, after: frozenset[int]) -> bool:
-        """Of one offset, and of those tested before it; `after`: the tests that led here, no answer a lap ago."""
-        test = _OF_OFFSET.fullmatch(self.unguarded(i))
+    def _is_maximum_test(self, i: int, out: bool, after: frozenset[int]) -> bool:
+        """Of one running max, and of those tested before it; `after`: the tests that led here, no answer a lap ago."""
+        test = _OF_MAXIMUM.fullmatch(self.unguarded(i))
         if test is None or i in after:
             return False
         compare, join, bound, before = test.groups()
         if (compare, _number(bound)) not in (_OUT_OF_BOUNDS if out else _IN_BOUNDS):
             return False
         alone = (join, before) == ("AND", "PT")
-        return alone or (join == ("OR" if out else "AND") and self._tests_offsets(i, before, out, after | {i}))
+        return alone or (join == ("OR" if out else "AND") and self._tests_maxima(i, before, out, after | {i}))
 
     def _tests_magnitude(self, i: int) -> bool:
         """Whether the predicate that `i` reads says that one of several floats is 2 or more."""

@@ -47,7 +47,7 @@ torch.cuda.profiler.stop()
 def test_one_of_each_class_is_prebuilt():
     usual = {plan.kernel_class(c) for c in plan.prebuilt() if not (c.constant_time or c.score.name or c.sinks)}
     assert {plan.kernel_class(c) for c in CONSTANT} == {one._replace(constant_time=True) for one in usual}
-    assert not any(c.redo for c in CONSTANT) and any(c.split > 1 for c in CONSTANT)
+    assert not any(c.speculative for c in CONSTANT) and any(c.split > 1 for c in CONSTANT)
 
 
 @pytest.mark.machine_code
@@ -128,7 +128,7 @@ def test_the_same_instructions_for_all_inputs(tmp_path, head_dim, mask, seqlen):
 @pytest.mark.gpu
 @pytest.mark.skipif(shutil.which("ncu") is None, reason="needs Nsight Compute (ncu)")
 def test_the_usual_kernel_differs(tmp_path):
-    """So the counts tell: sorted keys raise its offsets."""
+    """So the counts tell: sorted keys raise its running maxima."""
     assert unequal(executed(tmp_path, 64, False, False, 700))
 
 

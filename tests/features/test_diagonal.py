@@ -51,20 +51,20 @@ def test_which_kernels_begin_there():
         *(replace(ALIBI, score=score) for score in (Alibi(causal=True), Softcap(), UserScore(None))),
         *(replace(ALIBI, **how) for how in (dict(constant_time=True), dict(sparse=SparseBlocks(128, 128, True)))),
         replace(ALIBI, mask=Causal()),
-        plan.modified(ALIBI, FeatureKey(window=True, alibi=True)),
+        plan.with_features(ALIBI, FeatureKey(window=True, alibi=True)),
     ]
     for config in (*begins, *others):
         found = isinstance(parts_of(config).blocks, DiagonalFirst)
-        assert found == config.from_diagonal == (config in begins)
+        assert found == config.diagonal_first == (config in begins)
 
 
 @pytest.mark.machine_code
 @pytest.mark.parametrize("head_dim", sample(3, HEAD_DIMS))
 def test_only_the_first_steps_look_for_maxima_and_mask(head_dim):
     """Those of the blocks that the diagonal crosses; the steady loop neither, where the bias is linear."""
-    config = plan.modified(plan.config(head_dim, "bf16", "bhsd", False), FeatureKey(alibi=True))
+    config = plan.with_features(plan.config(head_dim, "bf16", "bhsd", False), FeatureKey(alibi=True))
     report = inspect.report(config)
-    assert config.from_diagonal and not report.problems()
+    assert config.diagonal_first and not report.problems()
     crossed, steady = report.loops
     assert crossed.maxima >= config.tile_n // 2 <= crossed.selects
     assert steady.maxima == 0 and steady.selects <= 4 and steady.instructions < crossed.instructions

@@ -107,10 +107,10 @@ def test_empty(where):
 @DEVICES
 @pairs([(64, 128), (192, 128), (320, 320), (64, 512)])
 @EACH_MASK
-def test_packed_sequences(mask, dims, where):
+def test_varlen(mask, dims, where):
     if where == "cpu" and dims[1] == 512:
         pytest.skip("as the others, and slow there")
-    q, k, v, how = varlen.packed(varlen.EDGES, 4, 2, dims[0], where=where)
+    q, k, v, how = varlen.varlen_inputs(varlen.EDGES, 4, 2, dims[0], where=where)
     v = torch.randn(*v.shape[:2], dims[1], device=where).to(v.dtype).masked_fill_(v[..., :1].isnan(), torch.nan)
     out = varlen.marked(v.new_empty(q.shape[0], 4, dims[1]))
     o, lse = flash_fwd_varlen(q, k, v, **how, **mask, return_lse=True, out=out)
@@ -120,7 +120,7 @@ def test_packed_sequences(mask, dims, where):
     assert again.shape == out.shape and torch.equal(again[rows], o[rows])
 
 
-def test_packed_sequences_without_keys():
+def test_varlen_without_keys():
     q, k, v = torch.randn(5, 2, 64).bfloat16(), torch.empty(0, 2, 64).bfloat16(), torch.empty(0, 2, 128).bfloat16()
     ends = torch.tensor([0, 5], dtype=torch.int32), torch.tensor([0, 0], dtype=torch.int32)
     assert (flash_fwd_varlen(q, k, v, *ends) == 0).all()
@@ -160,7 +160,7 @@ def test_torchs_own_attention_is_left_what_its_flash_attention_refuses(dims, mon
 Q, K, V = of((64, 128), 2, 4, 2, 10, 12, device="cpu")
 WIDE = of((320, 320), 2, 4, 2, 10, 12, device="cpu")
 ENDS = torch.tensor([0, 4, 10], dtype=torch.int32)
-PACKED = Q[0].transpose(0, 1), K[0].transpose(0, 1)[:10], V[0].transpose(0, 1)[:10]
+VARLEN = Q[0].transpose(0, 1), K[0].transpose(0, 1)[:10], V[0].transpose(0, 1)[:10]
 WRONG = {
     "520": (
         lambda: flash_fwd(*of((520, 64), 1, 1, 1, 1, 1, device="cpu")),
@@ -177,12 +177,12 @@ WRONG = {
         lambda: flash_fwd(Q, K, V, out=torch.empty_like(Q)),
         r"out: shape \(2, 4, 10, 64\) is not q's with v's head_dim, \(2, 4, 10, 128\)",
     ),
-    "packed out": (
-        lambda: flash_fwd_varlen(*PACKED, ENDS, ENDS, out=torch.empty_like(PACKED[0])),
+    "varlen out": (
+        lambda: flash_fwd_varlen(*VARLEN, ENDS, ENDS, out=torch.empty_like(VARLEN[0])),
         r"out: shape \(10, 4, 64\) is not q's with v's head_dim, \(10, 4, 128\)",
     ),
-    "packed v": (
-        lambda: flash_fwd_varlen(*PACKED[:2], PACKED[2][:9], ENDS, ENDS),
+    "varlen v": (
+        lambda: flash_fwd_varlen(*VARLEN[:2], VARLEN[2][:9], ENDS, ENDS),
         r"v: shape \(9, 2, 128\) does not fit k's \(10, 2, 64\); v is \(total_k, Hk, Dv\) with k's total_k, Hk",
     ),
     "gradients": (lambda: flash_fwd(Q.clone().requires_grad_(), K, V), "v: head_dim 128 beside q's 64 came .*no_grad"),
@@ -191,9 +191,9 @@ WRONG = {
         lambda: flash_fwd(WIDE[0].clone().requires_grad_(), *WIDE[1:]),
         "v: head_dim 320 beside q's 320 .* up to 256",
     ),
-    "gradients of packed": (
+    "gradients of varlen": (
         lambda: flash_fwd_varlen(
-            *(PACKED[0].clone().requires_grad_(), *PACKED[1:], ENDS, ENDS), max_seqlen_q=6, max_seqlen_k=6
+            *(VARLEN[0].clone().requires_grad_(), *VARLEN[1:], ENDS, ENDS), max_seqlen_q=6, max_seqlen_k=6
         ),
         "v: head_dim 128 beside q's 64 came with inputs that require grad",
     ),
@@ -252,9 +252,9 @@ def test_compile(where):
         torch.compile(lambda q, k, v: flash_fwd(q, k, v), backend="eager")(q.requires_grad_(), k, v)
 
 
-def test_the_packed_operator_makes_o_of_vs_columns():
+def test_the_varlen_operator_makes_o_of_vs_columns():
     how = (ENDS, ENDS, None, None, None, None, False, None, None, None, True)
-    torch.library.opcheck(torch.ops.cute_attn.flash_fwd_varlen.default, (*PACKED, *how), test_utils="test_faketensor")
+    torch.library.opcheck(torch.ops.cute_attn.flash_fwd_varlen.default, (*VARLEN, *how), test_utils="test_faketensor")
 
 
 # Plan, without a GPU
@@ -269,12 +269,12 @@ DIM = st.integers(1, 64).map(lambda n: 8 * n)
     heads_kv=st.sampled_from([1, 2, 8]),
     causal=st.booleans(),
     constant_time=st.booleans(),
-    kinds=st.sampled_from(
+    key=st.sampled_from(
         [FeatureKey(), FeatureKey(window=True), FeatureKey(softcap=True, alibi=True, sinks=True)]
         + [FeatureKey(sparse=SparseBlocks(m, n, True)) for m, n in ((64, 64), (128, 192), (192, 128))]
     ),
 )
-def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time, kinds):
+def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time, key):
     found = plan.plan(
         problem(
             dims,
@@ -282,16 +282,16 @@ def test_every_pair_has_a_kernel(dims, seqlens, heads_kv, causal, constant_time,
             seqlen_k=seqlens[1],
             heads_kv=heads_kv,
             causal=causal,
-            constant_time=constant_time and not kinds.sparse,
-            features=kinds,
+            constant_time=constant_time and not key.sparse,
+            features=key,
         )
     )
     assert found.smem_bytes <= SMEM_BYTES and found.registers_held <= 192
     for asked, have in zip(dims, (found.head_dim, found.d_v), strict=True):
         assert 0 <= have - asked < (32 if asked <= 256 else 64)
-    assert (found.parts_v, found.columns_v) == ((1, found.d_v) if found.d_v <= 256 else (2, found.d_v // 2))
-    packed = plan.varlen(dims[0], "fp16", causal, head_dim_v=dims[1])
-    assert (packed.head_dim, packed.d_v) == (found.head_dim, found.d_v) and packed.packed
+    assert (found.head_dim_splits, found.columns_v) == ((1, found.d_v) if found.d_v <= 256 else (2, found.d_v // 2))
+    of_varlen = plan.varlen(dims[0], "fp16", causal, head_dim_v=dims[1])
+    assert (of_varlen.head_dim, of_varlen.d_v) == (found.head_dim, found.d_v) and of_varlen.varlen
 
 
 def test_equal_dims_have_the_kernels_that_they_had():
@@ -355,7 +355,7 @@ OTHERS = {
     "window": dict(features=FeatureKey(window=True)),
     "scores": dict(features=FeatureKey(softcap=True, alibi=True, sinks=True)),
     "lists": dict(features=FeatureKey(sparse=SparseBlocks(128, 128, True))),
-    "packed heads": dict(heads_kv=1, seqlen_q=4, causal=True),
+    "PackGQA": dict(heads_kv=1, seqlen_q=4, causal=True),
     "split": dict(batch=1, seqlen_q=64),
 }
 
@@ -369,7 +369,7 @@ def test_machine_code_with_more(dims, other):
 
 @pytest.mark.machine_code
 @pytest.mark.parametrize("dims", sample(1, [(192, 128), (64, 256), (512, 512)]), ids=str)
-def test_machine_code_of_packed_sequences(dims):
+def test_machine_code_of_varlen_sequences(dims):
     assert inspect.report(plan.varlen(dims[0], "bf16", True, head_dim_v=dims[1])).problems() == []
 
 
@@ -377,7 +377,7 @@ def test_machine_code_of_packed_sequences(dims):
 def test_both_halves_load_v_and_one_of_them_stores_lse():
     """A stage of V comes as two boxes of its own columns each; fp16 and the other layout are the same machine code."""
     config = plan.plan(problem((512, 512)))
-    assert (config.warpgroups, config.row_blocks, config.parts_v, config.stages_o) == (2, 1, 2, False)
+    assert (config.warpgroups, config.row_blocks, config.head_dim_splits, config.stages_o) == (2, 1, 2, False)
     report = inspect.report(config)
     assert report.registers_asked == (40, 232) and report.tma_stores == 0
     assert inspect.sass(dataclasses.replace(config, layout="bshd")) == inspect.sass(config)

@@ -23,7 +23,7 @@ from cute_attn.tools import inspect
 from tests.support.attention import DTYPES, EDGES, bound, close_lse, inputs
 from tests.support.dropout import check
 from tests.support.nightly import sample
-from tests.support.score import modifiers
+from tests.support.score import score_features
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -158,8 +158,8 @@ def test_the_reference_by_definition(causal):
 @DEVICES
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
 def test_small(p, device):
-    ways = [{}, dict(causal=True), dict(window=(2, 3)), modifiers(2, 4, device)]
-    for sizes, scale, how in product([(5, 9), (9, 5), (1, 1)], (None, -0.7), ways):
+    calls = [{}, dict(causal=True), dict(window=(2, 3)), score_features(2, 4, device)]
+    for sizes, scale, how in product([(5, 9), (9, 5), (1, 1)], (None, -0.7), calls):
         check(*inputs(2, 4, 2, *sizes, 16, device=device), p, scale=scale, **how)
         check(*inputs(2, 4, 2, *sizes, 16, device=device, layout="bshd"), p, scale=scale, layout="bshd", **how)
 
@@ -209,7 +209,7 @@ def test_at_the_edges(head_dim, causal, dtype):
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_beside_everything_else(head_dim):
     """Heads, layouts, windows, scores and sinks, each alone and all; constant time; several tiles for each CTA."""
-    extra = modifiers(2, 4, "cuda")
+    extra = score_features(2, 4, "cuda")
     for how in (*({name: x} for name, x in extra.items()), extra, dict(window=(100, 30)), dict(scale=-0.3)):
         for sizes, constant_time in product([(203, 331), (1024, 1023)], (False, True)):
             check(*inputs(2, 4, 2, *sizes, head_dim), 0.3, constant_time=constant_time, **how)
@@ -371,9 +371,9 @@ def test_healthy(head_dim, causal):
 
 def with_the_rest() -> dict[str, FwdConfig]:
     blocks = SparseBlocks(128, 128, True)
-    kinds = dict(softcap=True, sinks=True, alibi=True), dict(window=True, row_max=True), dict(sparse=blocks)
+    keys = dict(softcap=True, sinks=True, alibi=True), dict(window=True, row_max=True), dict(sparse=blocks)
     configs = [
-        plan.modified(plan.config(128, "bf16", "bhsd", True), FeatureKey(dropout=True, **kind)) for kind in kinds
+        plan.with_features(plan.config(128, "bf16", "bhsd", True), FeatureKey(dropout=True, **key)) for key in keys
     ]
     return {config.name: config for config in (*configs, plan.constant_time(configs[0]))}
 
@@ -400,6 +400,6 @@ def test_the_plan():
     assert features.key(features.Features(dropout=dropout)) == FeatureKey(dropout=True)
     assert features.key(features.NONE) == FeatureKey()
     assert DropoutFeature().arguments(dropout)[1:] == (3 * LEVELS // 4, 4 / 3)
-    for kinds in (dict(dropout=True), dict(sinks=True, dropout=True, row_max=True)):
-        taken = plan.modified(plan.config(64, "bf16", "bhsd", True), FeatureKey(**kinds)).signature()
-        assert len(taken.dropout) == 3 and len(taken.sinks) == len(taken.row_max) == (len(kinds) == 3)
+    for keys in (dict(dropout=True), dict(sinks=True, dropout=True, row_max=True)):
+        taken = plan.with_features(plan.config(64, "bf16", "bhsd", True), FeatureKey(**keys)).signature()
+        assert len(taken.dropout) == 3 and len(taken.sinks) == len(taken.row_max) == (len(keys) == 3)

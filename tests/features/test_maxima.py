@@ -37,8 +37,8 @@ def test_the_reference_by_definition(causal, window):
 @DEVICES
 def test_small(device):
     """Masks, signs of the scale, layouts; rows without keys, which no sink helps."""
-    ways = [{}, dict(causal=True), dict(window=(2, 3)), dict(softcap=1.5, sinks=torch.full((4,), 50.0, device=device))]
-    for sizes, scale, how in product([(5, 9), (9, 5), (1, 1)], (None, -0.7, 0.0), ways):
+    calls = [{}, dict(causal=True), dict(window=(2, 3)), dict(softcap=1.5, sinks=torch.full((4,), 50.0, device=device))]
+    for sizes, scale, how in product([(5, 9), (9, 5), (1, 1)], (None, -0.7, 0.0), calls):
         check(*inputs(2, 4, 2, *sizes, 16, device=device), scale=scale, **how)
         check(*inputs(2, 4, 2, *sizes, 16, device=device, layout="bshd"), scale=scale, layout="bshd", **how)
 
@@ -95,7 +95,7 @@ def test_at_the_edges(head_dim, causal, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_everything_together(head_dim):
-    """Windows, scores, sinks, long sequences, constant time; and layouts of few queries, whose heads are packed."""
+    """Windows, scores, sinks, long sequences, constant time; and layouts of few queries, with PackGQA."""
     slopes, sinks = torch.randn(4, device="cuda") / 8, torch.linspace(-30, 30, 4, device="cuda")
     for how in (dict(window=(100, 30)), dict(softcap=1.5, alibi_slopes=slopes), dict(sinks=sinks, causal=True)):
         for sizes in (*EDGES, (2100, 2100)):
@@ -109,7 +109,7 @@ def test_everything_together(head_dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_growing_maximum(head_dim):
-    """Each block's scores exceed the last's, or are far below: offsets lag behind, the maximum does not."""
+    """Each block's scores exceed the last's, or are far below: the running max has a margin, row_max does not."""
     for log2_step in (0.7, 7.9, 8.1, 33.0, 1000.0, -33.0):
         q, k, v = inputs(1, 2, 2, 256, 2048, head_dim)
         q[..., 0], k[..., 0] = 1.0, 0.0
@@ -139,7 +139,7 @@ def test_lists_of_blocks_and_functions():
 
 @DEVICES
 @CAUSAL
-def test_packed_sequences(device, causal):
+def test_varlen(device, causal):
     """As each sequence for itself; -inf where a row is of no sequence."""
     lengths_q, lengths_k = (5, 0, 130, 64), (7, 3, 200, 0)
     cu_q, cu_k = (torch.tensor([2, *x], device=device).cumsum(0).int() for x in (lengths_q, lengths_k))
@@ -183,22 +183,22 @@ def test_wrong():
         with pytest.raises(TypeError, match=f"{name}: a bool is needed, 1 came"):
             flash_fwd(q, k, v, **{name: 1})
     with pytest.raises(AssertionError, match="RowMax sees each S once"):
-        FwdConfig(64, redo=True, row_max=True)
+        FwdConfig(64, speculative=True, row_max=True)
 
 
 @DEVICES
-def test_compiled_into_an_output_and_packed(device):
+def test_compiled_into_an_output_and_varlen(device):
     q, k, v = inputs(2, 4, 2, 40, 40, 64, device=device)
     cu = torch.tensor([0, 40], dtype=torch.int32, device=device)
-    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+    sequences = [x[0].transpose(0, 1) for x in (q, k, v)]
 
     def dense(out):
         return flash_fwd(q, k, v, out=out, return_lse=True, return_row_max=True, return_max_logit=True)
 
-    def of_packed(out):
-        return flash_fwd_varlen(*packed, cu, cu, softcap=3.0, return_row_max=True, return_max_logit=True)
+    def of_varlen(out):
+        return flash_fwd_varlen(*sequences, cu, cu, softcap=3.0, return_row_max=True, return_max_logit=True)
 
-    for function in (dense, of_packed):
+    for function in (dense, of_varlen):
         found = torch.compile(function, backend="aot_eager", fullgraph=True)(torch.full_like(q, torch.nan))
         want = function(torch.full_like(q, torch.nan))
         assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
@@ -206,12 +206,12 @@ def test_compiled_into_an_output_and_packed(device):
 
 def test_a_maximum_hinders_no_gradient():
     q, k, v = inputs(1, 2, 2, 40, 40, 64, device="cpu")
-    packed = [x[0].transpose(0, 1).clone().requires_grad_() for x in (q, k, v)]
+    sequences = [x[0].transpose(0, 1).clone().requires_grad_() for x in (q, k, v)]
     cu = torch.tensor([0, 40], dtype=torch.int32)
     how = dict(max_seqlen_q=40, max_seqlen_k=40, causal=True)
-    o, max_logit = flash_fwd_varlen(*packed, cu, cu, **how, return_max_logit=True)
+    o, max_logit = flash_fwd_varlen(*sequences, cu, cu, **how, return_max_logit=True)
     assert not max_logit.requires_grad
-    found, want = (torch.autograd.grad(x.sum(), packed) for x in (o, flash_fwd_varlen(*packed, cu, cu, **how)))
+    found, want = (torch.autograd.grad(x.sum(), sequences) for x in (o, flash_fwd_varlen(*sequences, cu, cu, **how)))
     assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
 
 
@@ -225,14 +225,14 @@ def test_healthy(head_dim, causal):
 
 
 def with_the_rest() -> dict[str, FwdConfig]:
-    kinds = (
+    keys = (
         dict(softcap=True, sinks=True),
         dict(window=True),
         dict(sparse=SparseBlocks(128, 128, True)),
         dict(alibi=True),
     )
     configs = [
-        plan.modified(plan.config(128, "bf16", "bhsd", True), FeatureKey(row_max=True, **kind)) for kind in kinds
+        plan.with_features(plan.config(128, "bf16", "bhsd", True), FeatureKey(row_max=True, **key)) for key in keys
     ]
     configs += [plan.constant_time(configs[0]), plan.varlen(128, "bf16", True, FeatureKey(row_max=True))]
     configs += [plan.plan(Problem(4, 32, 4, 1, 8192, 128, features=FeatureKey(row_max=True)))]
@@ -251,6 +251,6 @@ def test_it_is_not_asked_for_in_plain_calls():
     for causal in (False, True):
         config = plan.plan(Problem(4, 16, 16, 4096, 4096, 64, causal=causal))
         assert not config.row_max and parts_of(config).outputs == () == config.signature().row_max
-    asked = plan.modified(config, FeatureKey(sinks=True, row_max=True))
+    asked = plan.with_features(config, FeatureKey(sinks=True, row_max=True))
     assert [type(output) for output in parts_of(asked).outputs] == [RowMax, Sinks]
     assert len(asked.signature().row_max) == len(asked.signature().sinks) == 1

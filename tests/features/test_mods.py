@@ -110,7 +110,7 @@ def test_lists_of_ones_own(head_dim, size, device):
     mod, (m, n) = mask_mods(device)["of_heads"], size
     for batch, heads in ((2, 4), (1, 4), (2, 1), (1, 1)):
         kinds = torch.randint(0, 4, (batch, heads, -(-700 // m), -(-600 // n)), device=device)
-        kinds[:, :, 2] = 0  # 0, 1: none; 2: cut; 3: full
+        kinds[:, :, 2] = 0  # 0, 1: none; 2: partial; 3: full
 
         def seen(b, h, q_idx, kv_idx, kinds=kinds, batch=batch, heads=heads):
             kind = kinds[b % batch, h % heads, q_idx // m, kv_idx // n]
@@ -123,12 +123,12 @@ def test_lists_of_ones_own(head_dim, size, device):
         held_to_the_bound(q, k, v, block_mask=lists(kinds >= 2, block_size=size), dense=listed)
 
 
-def test_tiles_of_lists():
-    """Of the lists' own rows, where the registers allow it: narrower ones would read K and V more often."""
+def test_tiles_of_sparse_blocks():
+    """As many rows as the sparse blocks, where the registers allow it: narrower ones would read K and V more often."""
     found = {}
     for head_dim, rows, dropout in product((64, 128, 256), (64, 128, 192, 384), (False, True)):
-        kinds = FeatureKey(sparse=SparseBlocks(rows, 128, False), dropout=dropout)
-        found[head_dim, rows, dropout] = plan.plan(Problem(1, 8, 8, 4096, 4096, head_dim, features=kinds)).tile_m
+        key = FeatureKey(sparse=SparseBlocks(rows, 128, False), dropout=dropout)
+        found[head_dim, rows, dropout] = plan.plan(Problem(1, 8, 8, 4096, 4096, head_dim, features=key)).tile_m
     of_192 = {key: tile_m for key, tile_m in found.items() if key[1] == 192}
     assert of_192.pop((128, 192, False)) == 192 and set(of_192.values()) == {64}
     assert all(tile_m == min(rows, 128) for (_, rows, _), tile_m in found.items() if rows != 192)
@@ -273,8 +273,8 @@ def test_what_calls_itself():
     held_to_the_bound(q, k, v, score_mod=recursive)
 
 
-def kernel(head_dim=64, causal=False, **kinds):
-    return plan.modified(plan.config(head_dim, "bf16", "bhsd", causal), FeatureKey(**kinds))
+def kernel(head_dim=64, causal=False, **features):
+    return plan.with_features(plan.config(head_dim, "bf16", "bhsd", causal), FeatureKey(**features))
 
 
 def test_differences_of_places_are_places():

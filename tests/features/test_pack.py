@@ -1,4 +1,4 @@
-"""Packed heads: the query heads of a K/V head as rows of one tile; right at any ratio, chosen where queries are few."""
+"""PackGQA: the query heads of a K/V head as rows of one tile; right at any ratio, chosen where queries are few."""
 
 import dataclasses
 from itertools import product
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cute_attn import call, compile, device, flash_fwd, operands, plan, reference, warmup
 from cute_attn.kernels import blocks as blocks_room
 from cute_attn.kernels.config import PACKS, SMEM_BYTES, FwdConfig, SparseBlocks
-from cute_attn.kernels.mask import Causal, Full, PackedRows, Window, block_range, cuts
+from cute_attn.kernels.mask import Causal, Full, PackGqaMask, Window, block_range, is_partial
 from cute_attn.kernels.parts import parts_of
 from cute_attn.kernels.tile_scheduler import OneTile, Tile
 from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem, pack_gqa
@@ -49,7 +49,7 @@ def sees(mask, query, key, problem):
     tile_n=st.sampled_from([16, 80, 128]),
 )
 def test_blocks_of_packed_rows(mask, seqlen_q, seqlen_k, window, m_block, pack, tile_n):
-    rows, packed = 64, PackedRows(mask, pack)
+    rows, packed = 64, PackGqaMask(mask, pack)
     problem = SimpleNamespace(seqlen_q=seqlen_q, seqlen_k=seqlen_k, args=SimpleNamespace(mask=window))
     queries = {row // pack for row in range(m_block * rows, (m_block + 1) * rows)}
     for row in range(m_block * rows, (m_block + 1) * rows):
@@ -60,9 +60,9 @@ def test_blocks_of_packed_rows(mask, seqlen_q, seqlen_k, window, m_block, pack, 
     whole = [n for n, keys in enumerate(blocks) if all(sees(mask, i, j, problem) for i in queries for j in keys)]
     found = block_range(packed, m_block * rows, rows, tile_n, problem)
     assert 0 <= found.first < found.end and set(needed) <= set(range(found.first, found.end))
-    assert list(range(found.whole_first, found.whole_end)) == [n for n in whole if n < found.end - 1]
+    assert list(range(found.full_first, found.full_end)) == [n for n in whole if n < found.end - 1]
     for n in range(found.first, found.end):
-        assert cuts(packed, m_block * rows, rows, n, tile_n, problem) or n in whole
+        assert is_partial(packed, m_block * rows, rows, n, tile_n, problem) or n in whole
 
 
 def room(pack, **fields):
@@ -184,10 +184,10 @@ def test_many_tiles_of_few_rows_share_an_sm():
 
 
 @pytest.mark.parametrize(
-    "kinds", [FeatureKey(alibi=True), FeatureKey(sparse=SparseBlocks(128, 128, True))], ids=["alibi", "sparse"]
+    "key", [FeatureKey(alibi=True), FeatureKey(sparse=SparseBlocks(128, 128, True))], ids=["alibi", "sparse"]
 )
-def test_what_asks_for_a_tile_s_head_is_not_packed(kinds):
-    assert plan.plan(Problem(4, 32, 8, 1, 4096, 128, features=kinds)).pack == 1
+def test_what_asks_for_a_tile_s_head_is_not_packed(key):
+    assert plan.plan(Problem(4, 32, 8, 1, 4096, 128, features=key)).pack == 1
 
 
 def test_a_users_table_may_have_other_tiles():
@@ -458,7 +458,7 @@ def test_gradients(packs):
 
 @pytest.mark.gpu
 def test_compiled_and_in_a_graph(packs):
-    """In turn with an unpacked call, whose tiles are drawn from the same counter."""
+    """In turn with a call without PackGQA, by the same tile counter."""
     q, k, v = inputs(2, 12, 2, 5, 900, 64)
     want = flash_fwd(q, k, v, causal=True, return_lse=True)
     step = torch.compile(lambda *x: flash_fwd(*x, causal=True, return_lse=True), fullgraph=True, backend="aot_eager")

@@ -15,7 +15,7 @@ from cute_attn.kernels import score
 from cute_attn.plan import FeatureKey, Problem
 from cute_attn.tools import inspect
 from tests.support.attention import DTYPES, EDGES, check, inputs
-from tests.support.score import NAMES, modifiers
+from tests.support.score import NAMES, score_features
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 TOGETHER = [asked for asked in product((False, True), repeat=3) if any(asked)]
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("asked", TOGETHER)
 def test_the_reference_by_definition(asked):
     q, k, v = (x.double() for x in inputs(2, 4, 2, 5, 9, 8, device="cpu"))
-    how = modifiers(2, 4, "cpu", asked)
+    how = score_features(2, 4, "cpu", asked)
     o, lse = reference.attention(q, k, v, causal=True, **how)
     for b, h in product(range(2), range(4)):
         scores = q[b, h] @ k[b, h // 2].T * 8**-0.5
@@ -45,7 +45,7 @@ def test_small(asked, device):
     """Every combination, with causal, with a window, in both layouts; rows without keys; a negative scale."""
     for (seqlen_q, seqlen_k), how in product([(5, 9), (9, 5), (1, 1)], [{}, dict(causal=True), dict(window=(2, 3))]):
         q, k, v = inputs(2, 4, 2, seqlen_q, seqlen_k, 16, device=device)
-        extra = modifiers(2, 4, device, asked, per_batch=seqlen_q == 5)
+        extra = score_features(2, 4, device, asked, per_batch=seqlen_q == 5)
         check(q, k, v, **how, **extra)
         bshd = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
         check(*bshd, layout="bshd", scale=-0.7, **how, **extra)
@@ -57,16 +57,16 @@ def test_small(asked, device):
 @pytest.mark.parametrize("asked", TOGETHER)
 def test_at_the_edges(asked, head_dim, dtype):
     for (seqlen_q, seqlen_k), how in product(EDGES, [{}, dict(causal=True), dict(window=(100, 30))]):
-        check(*inputs(2, 4, 2, seqlen_q, seqlen_k, head_dim, dtype), **how, **modifiers(2, 4, "cuda", asked))
+        check(*inputs(2, 4, 2, seqlen_q, seqlen_k, head_dim, dtype), **how, **score_features(2, 4, "cuda", asked))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_long_and_constant_time(head_dim):
-    """Clusters and drawn tiles; no branch on a score."""
+    """Clusters and dynamic schedulers; no branch on a score."""
     for causal, constant_time in product((False, True), repeat=2):
         q, k, v = inputs(2, 4, 2, 4100, 4100, head_dim)
-        check(q, k, v, causal=causal, constant_time=constant_time, **modifiers(2, 4, "cuda"))
+        check(q, k, v, causal=causal, constant_time=constant_time, **score_features(2, 4, "cuda"))
 
 
 @pytest.mark.gpu
@@ -124,13 +124,13 @@ def test_the_two_powers_of_tanh():
 def test_which_scored_kernels_question_their_steps_afterwards():
     """Three warpgroups with registers for it; of four those of softcap, with fewer keys where causal."""
 
-    def of(head_dim, causal, **kinds):
-        return plan.modified(plan.config(head_dim, "bf16", "bhsd", causal), FeatureKey(**kinds))
+    def of(head_dim, causal, **features):
+        return plan.with_features(plan.config(head_dim, "bf16", "bhsd", causal), FeatureKey(**features))
 
     for causal in (False, True):
-        assert all(of(d, causal, **{kind: True}).redo for d in (96, 128) for kind in ("softcap", "alibi"))
-        assert of(64, causal, softcap=True).redo and not of(64, causal, alibi=True).redo
-        assert not any(of(d, causal, softcap=True, alibi=True).redo for d in plan.HEAD_DIMS)
+        assert all(of(d, causal, **{kind: True}).speculative for d in (96, 128) for kind in ("softcap", "alibi"))
+        assert of(64, causal, softcap=True).speculative and not of(64, causal, alibi=True).speculative
+        assert not any(of(d, causal, softcap=True, alibi=True).speculative for d in plan.HEAD_DIMS)
         assert of(64, causal, softcap=True).tile_n == (48 if causal else 64)
         assert of(128, causal, softcap=True).stages >= 3
         assert of(96, causal, softcap=True).tile_n == plan.config(96, "bf16", "bhsd", causal).tile_n - 16
@@ -172,7 +172,7 @@ def test_wrong(case):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_gradients(name):
     q, k, v = inputs(2, 4, 2, 8, 8, 16, device="cpu")
-    extra = {name: modifiers(2, 4, "cpu")[name]}
+    extra = {name: score_features(2, 4, "cpu")[name]}
     with pytest.raises(ValueError, match=f"{name}: given with inputs that require grad, and its backward is not"):
         flash_fwd(q.requires_grad_(), k, v, **extra)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_no_gradients(name):
 def test_every_way_in(device):
     """Compiled whole, by the operator, into `out`, from other arrays: as the eager call."""
     q, k, v = inputs(2, 4, 2, 33, 47, 64, torch.float16, device=device)
-    extra, graph = modifiers(2, 4, device), dict(backend="eager", fullgraph=True)
+    extra, graph = score_features(2, 4, device), dict(backend="eager", fullgraph=True)
     want, lse = flash_fwd(q, k, v, causal=True, return_lse=True, **extra)
     out = torch.full_like(q, torch.nan)
     assert torch.equal(flash_fwd(q, k, v, causal=True, out=out, **extra), want)
@@ -204,28 +204,28 @@ def test_every_way_in(device):
 @pytest.mark.gpu
 def test_new_values_compile_nothing(monkeypatch):
     q, k, v = inputs(2, 4, 2, 100, 100, 64)
-    flash_fwd(q, k, v, **modifiers(2, 4, "cuda"))
+    flash_fwd(q, k, v, **score_features(2, 4, "cuda"))
     monkeypatch.setattr(compile, "compile", None)
     for per_batch, cap in ((True, 2.0), (False, 50.0)):
-        check(q, k, v, **modifiers(2, 4, "cuda", per_batch=per_batch) | dict(softcap=cap))
+        check(q, k, v, **score_features(2, 4, "cuda", per_batch=per_batch) | dict(softcap=cap))
 
 
 @given(softcap=st.booleans(), alibi=st.booleans(), sinks=st.booleans(), window=st.booleans(), causal=st.booleans())
 def test_the_plan(softcap, alibi, sinks, window, causal):
-    kinds = FeatureKey(window=window, softcap=softcap, alibi=alibi, sinks=sinks)
-    config = plan.plan(Problem(1, 1, 1, 512, 512, 64, causal=causal and not window, features=kinds))
+    key = FeatureKey(window=window, softcap=softcap, alibi=alibi, sinks=sinks)
+    config = plan.plan(Problem(1, 1, 1, 512, 512, 64, causal=causal and not window, features=key))
     assert config.score.name == "softcap" * softcap + "alibi" * alibi
     assert config.sinks == sinks and config.mask.windowed == window
     assert len(config.divide(range(9)).score) == softcap + 2 * alibi
 
 
 def test_the_kernel_says_what_it_takes():
-    for kinds in (FeatureKey(softcap=True), FeatureKey(alibi=True), FeatureKey(sinks=True)):
-        config = plan.modified(plan.config(64, "bf16", "bhsd", True), kinds)
+    for key in (FeatureKey(softcap=True), FeatureKey(alibi=True), FeatureKey(sinks=True)):
+        config = plan.with_features(plan.config(64, "bf16", "bhsd", True), key)
         report = inspect.report(config)
         assert not report.problems()
         assert report.name.split("_causal_")[1].startswith(config.score.name or "sinks")
-    exact = plan.constant_time(plan.modified(plan.config(64, "bf16", "bhsd", True), FeatureKey(softcap=True)))
+    exact = plan.constant_time(plan.with_features(plan.config(64, "bf16", "bhsd", True), FeatureKey(softcap=True)))
     assert exact.score.exact and not inspect.report(exact).problems()
 
 
@@ -239,5 +239,5 @@ def test_a_symbolic_softcap_is_left_to_the_call():
 )
 def test_a_window_s_softcap_does_not_spill(head_dim):
     for dtype in ("bf16", "fp16"):
-        config = plan.modified(plan.config(head_dim, dtype, "bhsd", True), FeatureKey(window=True, softcap=True))
+        config = plan.with_features(plan.config(head_dim, dtype, "bhsd", True), FeatureKey(window=True, softcap=True))
         assert inspect.report(config).problems() == []

@@ -39,8 +39,8 @@ def test_every_block_is_one_cta_s(monkeypatch, split, mask, seqlen_q, seqlen_k):
         loaded = [n for (first, end), _ in found for n in range(first, end)]
         assert sorted(n for n in loaded if n < n_max) == list(range(n_max)), "each once"
         assert all(n == n_max for n in loaded if n >= n_max), "beyond the last is only what the mask hides"
-        for (first, end), (own_first, whole_first, whole_end, own_end) in found:
-            assert own_first == whole_first == first
+        for (first, end), (own_first, full_first, full_end, own_end) in found:
+            assert own_first == full_first == first
             assert own_end == end > first, "it multiplies all that it loads, at least one block"
-            assert first <= whole_end < end, "its first block is masked"
-            assert whole_end <= max(n_whole, first), "only whole blocks go without a mask"
+            assert first <= full_end < end, "its first block is masked"
+            assert full_end <= max(n_whole, first), "only whole blocks go without a mask"

@@ -24,14 +24,14 @@ from cute_attn import (
 )
 from cute_attn.features.window import UNBOUNDED
 from cute_attn.features.window import window as bounded
-from cute_attn.kernels import packed_scheduler, seqlen
-from cute_attn.kernels.packed_scheduler import Lane, Packed, PackedGrid, PackedLongest
-from cute_attn.kernels.seqlen import Packing, Part
+from cute_attn.kernels import seqlen, varlen_scheduler
+from cute_attn.kernels.seqlen import SeqlenInfo, Seqlens
+from cute_attn.kernels.varlen_scheduler import Lane, VarlenGrid, VarlenLongest, VarlenScheduler
 from cute_attn.plan import FeatureKey
 from cute_attn.tools import inspect
 from tests.support.attention import DTYPES, gradient_bound, inputs, visible
 from tests.support.nightly import HEAD_DIM_OF_EACH_CLASS, sample, where
-from tests.support.varlen import EDGES, MARK, check, int32, marked, one_sequence, packed, right
+from tests.support.varlen import EDGES, MARK, check, int32, marked, one_sequence, right, varlen_inputs
 
 DEVICES = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 HEAD_DIMS = (8, 32, 64, 72, 96, 128, 160, 192, 224, 256)
@@ -62,7 +62,7 @@ def as_written(jitted):
 
 @pytest.fixture
 def warp(monkeypatch):
-    """packed_scheduler on plain numbers: what a warp's lanes hold, and what it does together, by numpy."""
+    """varlen_scheduler on plain numbers: what a warp's lanes hold, and what it does together, by numpy."""
     arch = SimpleNamespace(
         warp_redux_sync=lambda x, op: int(dict(add=np.add, **{"or": np.bitwise_or})[op].reduce(x)),
         vote_ballot_sync=lambda x: x,
@@ -76,7 +76,7 @@ def warp(monkeypatch):
     def lane(g, group, tile_m):
         b = group + LANES
         own = np.minimum(b, g.batch - 1)
-        q, k = (Part(np.array(p.cu_seqlens)[own], np.diff(p.cu_seqlens)[own]) for p in (g.q, g.k))
+        q, k = (SeqlenInfo(np.array(p.cu_seqlens)[own], np.diff(p.cu_seqlens)[own]) for p in (g.q, g.k))
         tiles = np.where(b < g.batch, -(-q.length // tile_m) * g.heads, 0)
         return Lane(q, k, tiles, np.where(tiles > 0, [top(n) for n in k.length], 0))
 
@@ -88,34 +88,34 @@ def warp(monkeypatch):
         top=top,
         running_sum=np.cumsum,
         turn=lambda own, bits: np.where(own.bit == top(bits), own.tiles, 0),
-        **{name: as_written(getattr(packed_scheduler, name)) for name in ("seek", "_decode")},
+        **{name: as_written(getattr(varlen_scheduler, name)) for name in ("seek", "_decode")},
     )
     for name, value in names.items():
-        monkeypatch.setattr(packed_scheduler, name, value)
+        monkeypatch.setattr(varlen_scheduler, name, value)
 
 
 def grid(sizes, heads, ratio, l2_rows):
     q, k = ([0, *accumulate(lengths)] for lengths in zip(*sizes, strict=True))
-    return PackedGrid(Packing(q, 0, q[-1]), Packing(k, 0, k[-1]), heads, len(sizes), ratio, l2_rows)
+    return VarlenGrid(Seqlens(q, 0, q[-1]), Seqlens(k, 0, k[-1]), heads, len(sizes), ratio, l2_rows)
 
 
-def order(scheduler, g, tile_m, ctas=1, draws=None):
-    """The tiles in the order of their numbers; CTAs take turns in drawing, as `draws` says."""
-    first = as_written(Packed.first)
+def order(scheduler, g, tile_m, ctas=1, turns=None):
+    """The tiles in the order of their numbers; CTAs take them in the order that `turns` says."""
+    first = as_written(VarlenScheduler.first)
     places = [first(i, g, tile_m) for i in range(ctas)]
-    found, drawn = {}, ctas
+    found, taken = {}, ctas
     tiles = places[0].tiles
     while any(place.number < tiles for place in places):
-        i = next(draws) % ctas if draws else 0
+        i = next(turns) % ctas if turns else 0
         place = places[i]
         if place.number < tiles:
             tile = scheduler.decode(place, g, tile_m)
             assert tile.valid
             found[place.number] = tile
-            places[i] = packed_scheduler.seek(place._replace(number=drawn), g, tile_m)
-            drawn += 1
+            places[i] = varlen_scheduler.seek(place._replace(number=taken), g, tile_m)
+            taken += 1
     assert not any(scheduler.decode(place, g, tile_m).valid for place in places)
-    assert drawn - ctas == tiles, "so many draws, or the counter would not be 0 for the next launch"
+    assert taken - ctas == tiles, "so many increments, or the counter would not be 0 for the next launch"
     return [found[i] for i in sorted(found)]
 
 
@@ -128,9 +128,9 @@ def test_every_tile_once_and_long_sequences_first(warp, sizes, heads_kv, ratio, 
     heads = heads_kv * ratio
     g = grid(sizes, heads, ratio, l2_rows)
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    draws = iter(lambda: int(rng.integers(ctas)), None)
-    for scheduler, tile_m in ((Packed, 128), (PackedLongest, 192)):
-        tiles = order(scheduler, g, tile_m, ctas, draws)
+    turns = iter(lambda: int(rng.integers(ctas)), None)
+    for scheduler, tile_m in ((VarlenScheduler, 128), (VarlenLongest, 192)):
+        tiles = order(scheduler, g, tile_m, ctas, turns)
         want = [
             (b, h, m) for b, (n, _) in enumerate(sizes) for h in range(heads) for m in range((n + tile_m - 1) // tile_m)
         ]
@@ -145,20 +145,20 @@ def test_every_tile_once_and_long_sequences_first(warp, sizes, heads_kv, ratio, 
 def test_within_a_sequence(warp):
     """Head by head; or the longest rows of tiles first, of as many heads as L2 keeps the keys of."""
     g = grid([(512, 1000)], 4, 2, 1000)
-    assert [(t.head, t.m_block) for t in order(Packed, g, 256)] == list(product(range(4), range(2)))
-    found = [(t.head, t.m_block) for t in order(PackedLongest, g, 256)]
+    assert [(t.head, t.m_block) for t in order(VarlenScheduler, g, 256)] == list(product(range(4), range(2)))
+    found = [(t.head, t.m_block) for t in order(VarlenLongest, g, 256)]
     assert found == [(h + i, m) for h, m, i in product((0, 2), (1, 0), range(2))]
 
 
 def test_nothing_to_do(warp):
     g = grid([(0, 5)] * 40, 3, 1, 1000)
-    assert order(Packed, g, 128, 7) == []
+    assert order(VarlenScheduler, g, 128, 7) == []
 
 
 def test_ctas():
-    q = Packing(0, 0, 1000)
-    assert Packed.grid(PackedGrid(q, q, 4, 3, 1, 1), 132, 128) == 40
-    assert Packed.grid(PackedGrid(q, q, 64, 3, 1, 1), 132, 128) == 132
+    q = Seqlens(0, 0, 1000)
+    assert VarlenScheduler.grid(VarlenGrid(q, q, 4, 3, 1, 1), 132, 128) == 40
+    assert VarlenScheduler.grid(VarlenGrid(q, q, 64, 3, 1, 1), 132, 128) == 132
 
 
 @given(st.integers(0, 2**30), st.integers(0, 2**20), st.integers(0, 2**20), st.integers(1, 2**16))
@@ -177,12 +177,12 @@ def test_planned():
     for d, causal in product((64, 100, 256), (False, True)):
         config = plan.varlen(d, "fp16", causal)
         base = plan.config(-(-d // 32) * 32, "fp16", "bhsd", causal)
-        assert (config.tile_m, config.tile_n, config.redo) == (base.tile_m, base.tile_n, base.redo)
-        assert config.scheduler is (PackedLongest if causal else Packed)
-        assert config.packed and config.cluster == 1 and config.dtype == "fp16"
+        assert (config.tile_m, config.tile_n, config.speculative) == (base.tile_m, base.tile_n, base.speculative)
+        assert config.scheduler is (VarlenLongest if causal else VarlenScheduler)
+        assert config.varlen and config.cluster == 1 and config.dtype == "fp16"
     assert plan.varlen(64, "bf16", True, FeatureKey(window=True)).mask.windowed
     assert len(set(plan.prebuilt_varlen())) == 48
-    assert not any(config.packed for config in plan.prebuilt())
+    assert not any(config.varlen for config in plan.prebuilt())
 
 
 VARLEN = {dtype: [c for c in plan.prebuilt_varlen() if c.dtype == dtype] for dtype in ("bf16", "fp16")}
@@ -212,13 +212,13 @@ def test_five_dimensions():
 @EACH_MASK
 def test_on_the_cpu(mask, slack):
     for dtype in DTYPES:
-        q, k, v, how = packed(EDGES, 4, 2, 16, dtype, "cpu", slack=slack)
+        q, k, v, how = varlen_inputs(EDGES, 4, 2, 16, dtype, "cpu", slack=slack)
         check(q, k, v, how, **mask)
         check(q, k, v, how, scale=-0.3, lse=False, **mask)
 
 
 def test_the_reference_is_attention_of_each_sequence():
-    q, k, v, how = packed([(5, 9), (7, 3)], 2, 1, 8, where="cpu", margin=0)
+    q, k, v, how = varlen_inputs([(5, 9), (7, 3)], 2, 1, 8, where="cpu", margin=0)
     (a, o, lse), (b, _, _) = reference.varlen(q, k, v, *how.values(), causal=True, dtype=torch.float64)
     assert (a, b) == (slice(0, 5), slice(5, 12))
     want, want_lse = reference.attention(*one_sequence(q, k, v, a, slice(0, 9)), causal=True)
@@ -319,7 +319,7 @@ def test_wrong_with_gradients(case):
 def test_a_like_call_is_looked_up(monkeypatch):
     """Its kernel gets the addresses of this call's lengths, behind a window's sides; q's look-alike plans nothing."""
     launched, prepared = [], []
-    gpu = SimpleNamespace(index=0, num_sms=132, ticket=lambda: 7)
+    gpu = SimpleNamespace(index=0, num_sms=132, tile_counter=lambda: 7)
 
     def made(asked):
         prepared.append(asked)
@@ -344,7 +344,7 @@ def test_a_like_call_is_looked_up(monkeypatch):
 
 @DEVICES
 def test_opcheck(where):
-    q, k, v, how = packed([(9, 12), (40, 30)], 4, 2, 64, where=where, margin=0)
+    q, k, v, how = varlen_inputs([(9, 12), (40, 30)], 4, 2, 64, where=where, margin=0)
     cu = tuple(how.values())
     for sides in ((None, None), (7, 3)):
         torch.library.opcheck(OP.default, (q, k, v, *cu, None, None, 40, 30, False, None, *sides, True))
@@ -364,7 +364,7 @@ def test_compiled(mask, where):
     call = torch.compile(lambda *x, **how: flash_fwd_varlen(*x, **how, **mask, return_lse=True), fullgraph=True)
     step = torch.compile(lambda *x, **how: flash_fwd_varlen(*x, **how, **mask).sum(), fullgraph=True)
     for sizes in ([(9, 12), (40, 30)], [(70, 50), (1, 1), (5, 60)]):
-        q, k, v, how = packed(sizes, 4, 2, 64, where=where, margin=0)
+        q, k, v, how = varlen_inputs(sizes, 4, 2, 64, where=where, margin=0)
         want = flash_fwd_varlen(q, k, v, **how, **mask, return_lse=True)
         assert all(map(torch.equal, call(q, k, v, **how), want))
         out = torch.empty_like(q)
@@ -379,7 +379,7 @@ def test_compiled(mask, where):
 
 def check_gradients(sizes, *shape, where="cuda", dtype=torch.bfloat16, scale=None, **mask):
     """dq, dk, dv against float64 and torch's own, sequence by sequence; 0 in the rows of no sequence."""
-    q, k, v, how = packed(sizes, *shape, dtype, where)
+    q, k, v, how = varlen_inputs(sizes, *shape, dtype, where)
     plain, window = bounded(mask.get("window"), mask.get("causal", False))
     qkv = [x.requires_grad_() for x in (q, k, v)]
     longest = dict(zip(("max_seqlen_q", "max_seqlen_k"), map(max, zip(*sizes, strict=True)), strict=True))
@@ -419,7 +419,7 @@ def test_gradients(mask, where):
 
 
 def test_no_second_derivative():
-    q, k, v, how = packed([(9, 12)], 2, 1, 16, where="cpu")
+    q, k, v, how = varlen_inputs([(9, 12)], 2, 1, 16, where="cpu")
     q.requires_grad_()
     o = flash_fwd_varlen(q, k, v, **how, max_seqlen_q=9, max_seqlen_k=12)
     (dq,) = torch.autograd.grad(o.sum(), q, create_graph=True)
@@ -461,8 +461,8 @@ def test_the_ragged_descriptor(head_dim):
 @EACH_MASK
 def test_right(mask, head_dim, dtype):
     for sizes in (EDGES, LONG):
-        check(*packed(sizes, 4, 2, head_dim, dtype), **mask)
-    check(*packed(EDGES, 4, 2, head_dim, dtype, slack=5), **mask)
+        check(*varlen_inputs(sizes, 4, 2, head_dim, dtype), **mask)
+    check(*varlen_inputs(EDGES, 4, 2, head_dim, dtype, slack=5), **mask)
 
 
 @pytest.mark.gpu
@@ -470,7 +470,7 @@ def test_right(mask, head_dim, dtype):
 @EACH_MASK
 def test_heads_and_scales(heads, heads_kv, mask):
     for head_dim, scale in product((64, 128, 256), (None, 0.0, -0.3)):
-        check(*packed([(77, 333), (300, 130), (1, 9)], heads, heads_kv, head_dim), scale=scale, **mask)
+        check(*varlen_inputs([(77, 333), (300, 130), (1, 9)], heads, heads_kv, head_dim), scale=scale, **mask)
 
 
 @pytest.mark.gpu
@@ -478,12 +478,12 @@ def test_heads_and_scales(heads, heads_kv, mask):
 def test_strides(head_dim):
     """Parts of a packed qkv, heads outermost, a single row, a single head."""
     sizes = [(130, 130), (64, 64), (1, 1)]
-    _, _, _, how = packed(sizes, 2, 2, head_dim, margin=0)
+    _, _, _, how = varlen_inputs(sizes, 2, 2, head_dim, margin=0)
     qkv = torch.randn(195, 3, 2, head_dim, device="cuda", dtype=torch.bfloat16)
     check(*qkv.unbind(1), how, causal=True)
     q, k, v = torch.randn(3, 2, 195, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     check(q, k, v, how)
-    check(*packed([(1, 1)], 1, 1, head_dim, margin=0))
+    check(*varlen_inputs([(1, 1)], 1, 1, head_dim, margin=0))
     check(q[:, :1], k[:, :1], v[:, :1], how)
 
 
@@ -493,7 +493,7 @@ def test_strides(head_dim):
 def test_neighbours_are_not_read(mask, head_dim):
     """NaN in every row of every other sequence changes no bit of a sequence's rows."""
     sizes = [(100, 70), (65, 129), (1, 1), (200, 333), (64, 64), (31, 200)]
-    q, k, v, how = packed(sizes, 4, 2, head_dim, margin=0)
+    q, k, v, how = varlen_inputs(sizes, 4, 2, head_dim, margin=0)
     o, lse = check(q, k, v, how, **mask)
     rows = list(zip(*(reference.parts(how[f"cu_seqlens_{x}"], None, 10**6) for x in "qk"), strict=True))
     for a, b in rows:
@@ -511,22 +511,22 @@ def test_many_sequences(mask, head_dim):
     """300 of them, of all lengths; one huge among many tiny."""
     rng = np.random.default_rng(0)
     sizes = [(int(a), int(b)) for a, b in zip(rng.integers(0, 400, 300), rng.integers(0, 400, 300), strict=True)]
-    check(*packed(sizes, 4, 2, head_dim), **mask)
+    check(*varlen_inputs(sizes, 4, 2, head_dim), **mask)
     tiny = [(int(n), int(n)) for n in rng.integers(1, 20, 200)]
-    check(*packed([*tiny[:90], (8000, 8192), *tiny[90:]], 4, 2, head_dim), **mask)
+    check(*varlen_inputs([*tiny[:90], (8000, 8192), *tiny[90:]], 4, 2, head_dim), **mask)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_many_tiles_for_each_cta(head_dim):
     for mask in ({}, dict(causal=True), dict(window=(300, 0))):
-        check(*packed([(1500, 1800), (3000, 3000), (40, 2000), (2222, 1111)], 16, 4, head_dim), **mask)
+        check(*varlen_inputs([(1500, 1800), (3000, 3000), (40, 2000), (2222, 1111)], 16, 4, head_dim), **mask)
 
 
 @pytest.mark.gpu
 def test_wild_lengths_touch_nothing_else():
     """Negative, beyond the end and falling: no error on the device, and nothing written outside of out."""
-    q, k, v, _ = packed([(500, 500)], 4, 2, 128, margin=0)
+    q, k, v, _ = varlen_inputs([(500, 500)], 4, 2, 128, margin=0)
     most = 2**31 - 1
     for wild in ([-5, 400, 90_000, 2, -most, most], [0, most, 0, 0, 1, 1], [600, 700, 800, 900, 1000, 1100]):
         cu = int32(wild, "cuda")
@@ -540,12 +540,12 @@ def test_wild_lengths_touch_nothing_else():
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_counter_is_left_at_0(head_dim):
-    """No tiles, fewer than CTAs, more: a launch that draws from the same counter afterwards is right."""
+    """No tiles, fewer than CTAs, more: a launch by the same tile counter afterwards is right."""
     q, k, v = inputs(2, 8, 8, 1000, 1000, head_dim)
     want = flash_fwd(q, k, v, causal=True)
     for sizes in ([(0, 0)] * 40, [(0, 9)], [(5, 9), (0, 0)], [(3000, 3000), (1, 1)]):
-        check(*packed(sizes, 8, 8, head_dim))
-        check(*packed(sizes, 8, 8, head_dim), causal=True)
+        check(*varlen_inputs(sizes, 8, 8, head_dim))
+        check(*varlen_inputs(sizes, 8, 8, head_dim), causal=True)
         assert torch.equal(flash_fwd(q, k, v, causal=True), want)
     o = flash_fwd_varlen(q[0], k[0], v[0], int32([5], "cuda"), int32([3], "cuda"))
     assert o.shape == q[0].shape
@@ -568,7 +568,7 @@ def test_no_rows_at_all():
 def test_a_graph_follows_the_lengths(mask, head_dim):
     """Captured with some lengths, replayed with others, none of them known to the host; used lengths too."""
     total, batch = 3000, 6
-    q, k, v, _ = packed([(total, total)], 4, 2, head_dim, margin=0)
+    q, k, v, _ = varlen_inputs([(total, total)], 4, 2, head_dim, margin=0)
     how = {name: int32([0] * (batch + 1), "cuda") for name in ("cu_seqlens_q", "cu_seqlens_k")}
     used = {name: int32([0] * batch, "cuda") for name in ("seqused_q", "seqused_k")}
     rng = np.random.default_rng(1)
@@ -599,7 +599,7 @@ def test_a_graph_follows_the_lengths(mask, head_dim):
 def test_lengths_may_come_from_the_stream():
     """Written by the kernel just before, on a stream that is not the default one; and no call waits for the GPU."""
     sizes = [(700, 900), (5, 5), (1500, 600)]
-    q, k, v, how = packed(sizes, 8, 2, 128)
+    q, k, v, how = varlen_inputs(sizes, 8, 2, 128)
     check(q, k, v, how, causal=True)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -624,8 +624,8 @@ def test_lengths_may_come_from_the_stream():
 
 @pytest.mark.gpu
 def test_streams_at_once():
-    """Each draws from a counter of its own."""
-    cases = [packed([(900, 900), (33, 70), (400, 4)], 8, 2, 64) for _ in range(4)]
+    """Each has a tile counter of its own."""
+    cases = [varlen_inputs([(900, 900), (33, 70), (400, 4)], 8, 2, 64) for _ in range(4)]
     want = [flash_fwd_varlen(q, k, v, **how, causal=True) for q, k, v, how in cases]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
@@ -643,7 +643,7 @@ def test_streams_at_once():
 @pytest.mark.gpu
 def test_run_to_run_bitwise_equal():
     for head_dim, mask in product((64, 128, 256), ({}, dict(causal=True), dict(window=(200, 30)))):
-        q, k, v, how = packed(LONG, 8, 2, head_dim, margin=0)
+        q, k, v, how = varlen_inputs(LONG, 8, 2, head_dim, margin=0)
         first = flash_fwd_varlen(q, k, v, **how, **mask, return_lse=True)
         for _ in range(10):
             assert all(map(torch.equal, first, flash_fwd_varlen(q, k, v, **how, **mask, return_lse=True)))
@@ -672,7 +672,7 @@ def test_gradients_of_every_head_dim(mask, head_dim):
 
 @pytest.mark.gpu
 def test_the_call_says_what_is_wrong_with_an_address():
-    q, k, v, how = packed([(64, 64)], 2, 2, 64, margin=0)
+    q, k, v, how = varlen_inputs([(64, 64)], 2, 2, 64, margin=0)
     odd = torch.randn(q.numel() + 1, device="cuda", dtype=q.dtype)[1:].view_as(q)
     with pytest.raises(ValueError, match="q: its data starts 2 bytes past a multiple of 16"):
         flash_fwd_varlen(odd, k, v, **how)
@@ -687,6 +687,6 @@ def test_new_lengths_reuse_the_compiled_kernel(monkeypatch):
     monkeypatch.setattr(compile, "get", lambda config: got.append(config) or get(config))
     monkeypatch.setattr(call, "known", {})
     for sizes in ([(5, 9)], [(300, 200), (7, 7)], [(1000, 3)] * 40):
-        check(*packed(sizes, 4, 2, 64), causal=True)
+        check(*varlen_inputs(sizes, 4, 2, 64), causal=True)
     assert len(set(got)) == 1
-    assert dataclasses.replace(got[0], dtype="fp16").packed and device.get(0)
+    assert dataclasses.replace(got[0], dtype="fp16").varlen and device.get(0)

@@ -1,4 +1,4 @@
-"""What changes scores, in packed sequences: each sequence as if it were alone, under its own number."""
+"""What changes scores, in varlen sequences: each sequence as if it were alone, under its own number."""
 
 from itertools import product
 
@@ -11,7 +11,7 @@ from cute_attn.plan import HEAD_DIMS, FeatureKey
 from cute_attn.tools import inspect
 from tests.support.mods import mask_mods, score_mods
 from tests.support.nightly import sample
-from tests.support.varlen import packed
+from tests.support.varlen import varlen_inputs
 from tests.support.varlen_modifiers import HEADS, SEQUENCES, cases, check, functions
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", {**cases("cpu"), **functions("cpu")})
 def test_each_sequence_is_its_own(name, device):
     for head_dim, slack in ((64, 0), (128, 2)):
-        tensors = packed(SEQUENCES, HEADS, 2, head_dim, where=device, slack=slack)
+        tensors = varlen_inputs(SEQUENCES, HEADS, 2, head_dim, where=device, slack=slack)
         check(*tensors, **{**cases(device), **functions(device)}[name])
 
 
@@ -30,7 +30,7 @@ def test_each_sequence_is_its_own(name, device):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim(head_dim):
     sizes = [(300, 700), (1, 1025), (1023, 1024), (129, 127)]
-    tensors = packed(sizes, HEADS, 2, head_dim - 8)
+    tensors = varlen_inputs(sizes, HEADS, 2, head_dim - 8)
     heads = torch.linspace(-0.3, 0.5, HEADS, device="cuda")
     for mask in (dict(), dict(causal=True), dict(window=(200, 40))):
         check(*tensors, softcap=2.0, alibi_slopes=heads, sinks=heads, **mask)
@@ -38,14 +38,14 @@ def test_every_head_dim(head_dim):
 
 
 def test_the_interface_of_flash_attention_has_softcaps():
-    q, k, v, lengths = packed(SEQUENCES, HEADS, 2, 64, where="cpu", margin=0)
+    q, k, v, lengths = varlen_inputs(SEQUENCES, HEADS, 2, 64, where="cpu", margin=0)
     found = flash_attn_varlen_func(q, k, v, *lengths.values(), 70, 130, softcap=2.0, causal=True)
     assert torch.equal(found, flash_fwd_varlen(q, k, v, **lengths, softcap=2.0, causal=True))
 
 
 @pytest.mark.gpu
 def test_new_values_compile_nothing(monkeypatch):
-    tensors = packed(SEQUENCES, HEADS, 2, 64)
+    tensors = varlen_inputs(SEQUENCES, HEADS, 2, 64)
     for scale in (1.0, -2.0):
         heads = torch.linspace(-0.3, 0.5, HEADS, device="cuda") * scale
         check(*tensors, softcap=3.0 + scale, alibi_slopes=heads, sinks=heads)
@@ -64,21 +64,30 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong(name):
     how, error, words = WRONG[name]
-    q, k, v, lengths = packed(SEQUENCES, HEADS, 2, 64, where="cpu")
+    q, k, v, lengths = varlen_inputs(SEQUENCES, HEADS, 2, 64, where="cpu")
     with pytest.raises(error, match=words):
         flash_fwd_varlen(q, k, v, **lengths, **how)
 
 
-def test_neither_gradients_nor_graphs():
-    q, k, v, lengths = packed(SEQUENCES, HEADS, 2, 64, where="cpu")
+def test_no_gradients():
+    q, k, v, lengths = varlen_inputs(SEQUENCES, HEADS, 2, 64, where="cpu")
     heads = torch.ones(HEADS)
-    with pytest.raises(
-        ValueError, match="softcap, sinks: asked for of packed sequences, with inputs that require grad"
-    ):
+    with pytest.raises(ValueError, match="softcap: given with inputs that require grad"):
         flash_fwd_varlen(q.clone().requires_grad_(), k, v, **lengths, softcap=2.0, sinks=heads)
-    compiled = torch.compile(flash_fwd_varlen, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="alibi_slopes: asked for of packed sequences"):
-        compiled(q, k, v, **lengths, alibi_slopes=heads)
+
+
+def test_compiled():
+    """But for functions, which pass no operator."""
+    q, k, v, lengths = varlen_inputs(SEQUENCES, HEADS, 2, 64, where="cpu")
+    compiled = torch.compile(flash_fwd_varlen, backend="aot_eager", fullgraph=True)
+    how = dict(softcap=2.0, sinks=torch.ones(HEADS), alibi_slopes=torch.linspace(0.1, 0.5, HEADS), causal=True)
+    how |= dict(window=(9, None), return_lse=True, out=torch.zeros_like(q))
+    for found, want in zip(
+        compiled(q, k, v, **lengths, **how), flash_fwd_varlen(q, k, v, **lengths, **how), strict=True
+    ):
+        torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(Exception, match="they cannot pass the operator"):
+        compiled(q, k, v, **lengths, mask_mod=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
 
 
 @pytest.mark.machine_code
@@ -87,9 +96,9 @@ def test_neither_gradients_nor_graphs():
 )
 def test_healthy(head_dim, causal, masked):
     mod = mods.prepare("mask_mod", mask_mods("cpu")["documents"], ()).kernel
-    kinds = FeatureKey(mask_mod=mod, row_max=True) if masked else FeatureKey(softcap=True, alibi=True, sinks=True)
-    config = plan.varlen(head_dim, "bf16", causal, kinds)
-    assert config.packed and config.sinks == kinds.sinks and inspect.report(config).problems() == []
+    key = FeatureKey(mask_mod=mod, row_max=True) if masked else FeatureKey(softcap=True, alibi=True, sinks=True)
+    config = plan.varlen(head_dim, "bf16", causal, key)
+    assert config.varlen and config.sinks == key.sinks and inspect.report(config).problems() == []
 
 
 def test_plain_calls_have_the_kernels_that_they_had():

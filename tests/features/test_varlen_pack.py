@@ -1,4 +1,4 @@
-"""Packed sequences of few queries, whose heads that share a K/V head fill one tile: varlen with PackGQA."""
+"""Varlen sequences of few queries, whose heads that share a K/V head fill one tile: varlen with PackGQA."""
 
 from itertools import product
 
@@ -12,7 +12,7 @@ from tests.interpreter import interpreted
 from tests.support.attention import DTYPES
 from tests.support.nightly import sample
 from tests.support.requirements import interpreter
-from tests.support.varlen import check, packed
+from tests.support.varlen import check, varlen_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +24,7 @@ TESTED = [(ratio, mask) for ratio, mask in product(RATIOS, MASKS)]
 
 def few(ratio, head_dim=64, dtype=torch.bfloat16, where="cpu", heads_kv=2, sizes=FEW, **how):
     """Heads of K/V that lie behind each other, with NaN in every row that is in no sequence."""
-    *tensors, lengths = packed(sizes, ratio * heads_kv, heads_kv, head_dim, dtype, where, **how)
+    *tensors, lengths = varlen_inputs(sizes, ratio * heads_kv, heads_kv, head_dim, dtype, where, **how)
     return *tensors, lengths | dict(max_seqlen_q=max(n for n, _ in sizes))
 
 
@@ -34,7 +34,7 @@ def few(ratio, head_dim=64, dtype=torch.bfloat16, where="cpu", heads_kv=2, sizes
 def test_interpreted(ratio, mask):
     with interpreted() as asked:
         check(*few(ratio, sizes=FEW[1:] if ratio < 71 else FEW[:2], slack=2), **MASKS[mask])
-    assert all(config.packed and config.pack == pack_gqa.pack_of(ratio) for config in asked)
+    assert all(config.varlen and config.pack == pack_gqa.pack_of(ratio) for config in asked)
 
 
 @interpreter

@@ -30,7 +30,7 @@ from cute_attn.tools import inspect
 
 FILE = Path(exceptions.__file__).with_name("exceptions.json")
 HEAD_DIMS = (*plan.EQUAL_HEAD_DIMS, *[(a, b) for a, b in product(plan.HEAD_DIMS, repeat=2) if a < b <= 128], (192, 128))
-# many tiles; several heads to a tile; packed sequences, and several heads to a tile of theirs
+# many tiles; several heads to a tile; varlen, and several heads to a tile of it
 SIZES = ((2, 12, 12, 3000, 3000), (32, 32, 8, 64, 4096), (1, 1, 1, 0, 1), (1, 4, 1, 70, 1))
 bias, document = torch.zeros(4, 100, 100, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.int32)
 
@@ -59,7 +59,7 @@ class Case(NamedTuple):
     without: FwdConfig
 
 
-def kinds() -> Iterator[FeatureKey]:
+def feature_keys() -> Iterator[FeatureKey]:
     """Every set of up to three features, the functions with and without a tensor that they read."""
     asked: dict[str, list] = {name: [True] for name in ("window", "softcap", "alibi", "sinks", "row_max", "dropout")}
     asked |= dict(score_mod=[prepare("score_mod", f, ()).kernel for f in (biased, distance)])
@@ -71,7 +71,7 @@ def kinds() -> Iterator[FeatureKey]:
 
 
 def problems() -> Iterator[Problem]:
-    for kind, size, (d, d_v), causal in product(kinds(), SIZES, HEAD_DIMS, (False, True)):
+    for kind, size, (d, d_v), causal in product(feature_keys(), SIZES, HEAD_DIMS, (False, True)):
         varlen = size[3] * size[4] < 100
         if not (varlen and kind.sparse):
             yield Problem(*size, d, "bf16", "thd" if varlen else "bhsd", causal, features=kind, head_dim_v=d_v)

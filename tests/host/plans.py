@@ -25,7 +25,7 @@ MANY, FEW, SHARED = (2, 12, 12, 3000, 3000), (1, 8, 8, 64, 1024), (2, 32, 4, 8, 
 VARLEN = (1, 1, 1, 0, 1), (1, 8, 1, 3, 1)
 
 
-def kinds() -> Iterator[FeatureKey]:
+def feature_keys() -> Iterator[FeatureKey]:
     """Each set of up to three features."""
     asked = dict.fromkeys(("window", "softcap", "alibi", "sinks", "row_max", "dropout"), True)
     asked["score_mod"] = prepare("score_mod", distance, ()).kernel
@@ -39,11 +39,11 @@ def kinds() -> Iterator[FeatureKey]:
 def problems(head_dim: int, head_dim_v: int, causal: bool) -> Iterator[Problem]:
     """With each set of features; the plain one also of other lengths, batches and heads."""
     how = dict(causal=causal, head_dim_v=head_dim_v)
-    for kind, constant in product(kinds(), (False, True)):
-        for size in (MANY, FEW, SHARED) if not (kind.sparse and constant) else ():
-            yield Problem(*size, head_dim, constant_time=constant, features=kind, **how)
-        for size in VARLEN if not (kind.sparse or constant) else ():
-            yield Problem(*size, head_dim, layout="thd", features=kind, **how)
+    for key, constant in product(feature_keys(), (False, True)):
+        for size in (MANY, FEW, SHARED) if not (key.sparse and constant) else ():
+            yield Problem(*size, head_dim, constant_time=constant, features=key, **how)
+        for size in VARLEN if not (key.sparse or constant) else ():
+            yield Problem(*size, head_dim, layout="thd", features=key, **how)
     for b, (h, h_kv), (q, k) in product(
         (1, 4, 32), ((1, 1), (8, 8), (32, 4)), ((1, 8192), (16, 500), (64, 2048), (600, 600), (4096, 4096))
     ):

@@ -1,4 +1,4 @@
-"""Everything wrong raises before any launch, naming the argument, what came, what is allowed and the way out."""
+"""Everything wrong raises before any launch, naming the argument, what came, what is allowed, with a hint."""
 
 import subprocess
 import sys
@@ -218,7 +218,7 @@ class Named(torch.Tensor):
 
 
 ONE = torch.ones(4)
-PACKED = x(22, 4, 64), x(22, 2, 64), x(22, 2, 64)
+VARLEN = x(22, 4, 64), x(22, 2, 64), x(22, 2, 64)
 CU = torch.tensor([0, 10, 22], dtype=torch.int32)
 LISTS = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
 WRAPPED = {
@@ -231,8 +231,8 @@ WRAPPED = {
     "rng_state": lambda: flash_fwd(Q, K, K, dropout_p=0.5, rng_state=Wrapped(torch.ones(2, dtype=torch.int64))),
     "score_mod": lambda: flash_fwd(Q, K, K, score_mod=lambda s, b, h, i, j, t: s + t[h], aux=(Wrapped(ONE),)),
     "block_mask: kv_num_blocks": lambda: flash_fwd(Q, K, K, block_mask=BlockLists(Wrapped(LISTS[0]), LISTS[1])),
-    "cu_seqlens_q": lambda: flash_fwd_varlen(*PACKED, Wrapped(CU), CU),
-    "seqused_k": lambda: flash_fwd_varlen(*PACKED, CU, CU, seqused_k=Wrapped(CU[1:] - CU[:-1])),
+    "cu_seqlens_q": lambda: flash_fwd_varlen(*VARLEN, Wrapped(CU), CU),
+    "seqused_k": lambda: flash_fwd_varlen(*VARLEN, CU, CU, seqused_k=Wrapped(CU[1:] - CU[:-1])),
 }
 
 
@@ -274,8 +274,8 @@ def test_subclasses_with_memory_run(kind):
     want = flash_fwd(Q, K, K)
     with torch.no_grad():
         assert torch.equal(flash_fwd(kind(Q), kind(K), kind(K)), want)
-        packed = flash_fwd_varlen(*map(kind, PACKED), CU.as_subclass(Named), CU)
-    assert torch.equal(packed, flash_fwd_varlen(*PACKED, CU, CU))
+        packed = flash_fwd_varlen(*map(kind, VARLEN), CU.as_subclass(Named), CU)
+    assert torch.equal(packed, flash_fwd_varlen(*VARLEN, CU, CU))
 
 
 def test_stand_ins_of_tracers_get_the_operator():
@@ -314,10 +314,10 @@ def test_numpys_integers_are_integers():
         plain = tuple(None if side is None else int(side) for side in sides)
         assert torch.equal(flash_fwd(Q, K, K, window=sides), flash_fwd(Q, K, K, window=plain))
         assert all(type(side) is int for side in bounded(sides, False)[1])
-    learns = [y.clone().requires_grad_() for y in PACKED]
-    for qkv in (PACKED, learns):
+    learns = [y.clone().requires_grad_() for y in VARLEN]
+    for qkv in (VARLEN, learns):
         o = flash_fwd_varlen(*qkv, CU, CU, max_seqlen_q=np.int64(12), max_seqlen_k=np.int32(12))
-        assert torch.equal(o, flash_fwd_varlen(*PACKED, CU, CU))
+        assert torch.equal(o, flash_fwd_varlen(*VARLEN, CU, CU))
     o.sum().backward()
     assert warmup(64, dtype="bf16", layout="bhsd", causal=True, ratio=np.int64(1))
     lists = BlockLists(*LISTS, block_size=(np.int64(64), np.int32(64)))
@@ -329,4 +329,4 @@ def test_what_is_no_integer(wrong):
     with pytest.raises(TypeError, match=r"window: left .* came; an int of at least 0 is needed"):
         flash_fwd(Q, K, K, window=(wrong, None))
     with pytest.raises(TypeError, match=r"max_seqlen_q: an int or None is needed"):
-        flash_fwd_varlen(*PACKED, CU, CU, max_seqlen_q=wrong)
+        flash_fwd_varlen(*VARLEN, CU, CU, max_seqlen_q=wrong)

@@ -18,7 +18,7 @@ from tests.interpreter import device as ptx_device
 from tests.interpreter import host
 from tests.support.attention import inputs
 from tests.support.away import Away
-from tests.support.mixes import MIXES, lengths, look_alikes, mixes, packed, qkv
+from tests.support.mixes import MIXES, lengths, look_alikes, mixes, qkv, varlen_inputs
 from tests.support.requirements import interpreter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +60,7 @@ class Gpu:
         self.index, self.name, self.num_sms = index, name, num_sms
         self.guarded = device.Device.guarded.__get__(self)
 
-    def ticket(self):
+    def tile_counter(self):
         return 1000 + self.index
 
 
@@ -108,13 +108,13 @@ def test_a_launch_is_on_the_tensors_own_gpu(two, current):
     for gpu in (0, 1, 0, 1):
         two.launches.clear()
         assert flash_fwd(*(put(many_tiles, gpu) for _ in range(3)), causal=True).get_device() == gpu
-        assert flash_fwd_varlen(*packed(put, gpu)).get_device() == gpu
+        assert flash_fwd_varlen(*varlen_inputs(put, gpu)).get_device() == gpu
         (dense, of_sequences), sms = two.launches, two.gpus[gpu].num_sms
         assert dense[:2] == of_sequences[:2] == (gpu, gpu) and two.current == current
         assert dense[3][4:] == (0, 1000 + gpu, 0.125, sms)
         assert of_sequences[3][4:8] == (0, 1000 + gpu, 0.125, sms)
     two.failing = True
-    for call in (lambda: flash_fwd(*qkv(put, 1)), lambda: flash_fwd_varlen(*packed(put, 1))):
+    for call in (lambda: flash_fwd(*qkv(put, 1)), lambda: flash_fwd_varlen(*varlen_inputs(put, 1))):
         with pytest.raises(ValueError, match="Mismatched"):
             call()
         assert two.current == current
@@ -127,7 +127,7 @@ def test_each_gpu_has_its_table(two, monkeypatch):
     monkeypatch.setattr(operands, "plan_varlen", lambda *kind: asked.append(kind[4]) or plan.varlen(*kind))
     for gpu in (0, 1, 0, 1):
         flash_fwd(*qkv(put, gpu))
-        flash_fwd_varlen(*packed(put, gpu))
+        flash_fwd_varlen(*varlen_inputs(put, gpu))
     assert asked == [gpu.name for gpu in two.gpus for _ in range(2)]
 
 
@@ -147,8 +147,8 @@ def test_a_mix_is_named(two, mix, known):
 def test_no_keys_hide_no_mix(two):
     """The kernel gets others in place of a k and a v without rows."""
     for _ in range(2):
-        flash_fwd_varlen(*packed(put, 1, keys=0)[:4], lengths(put, 1, 0, 0, 0))
-    q, k, v, cu_q, _ = packed(put, 1, keys=0)
+        flash_fwd_varlen(*varlen_inputs(put, 1, keys=0)[:4], lengths(put, 1, 0, 0, 0))
+    q, k, v, cu_q, _ = varlen_inputs(put, 1, keys=0)
     with pytest.raises(ValueError, match="k: on cuda:0, but q is on cuda:1"):
         flash_fwd_varlen(q, put(k, 0), v, cu_q, lengths(put, 1, 0, 0, 0))
 
@@ -200,19 +200,19 @@ def test_streams_of_two_gpus_share_no_counter(monkeypatch):
 
     def slab(self):
         start = 1_000_000 * (1 + self.index)
-        slabs[self.index] = range(start, start + 4 * device.TICKETS, 4)
+        slabs[self.index] = range(start, start + 4 * device.TILE_COUNTERS, 4)
         return list(slabs[self.index])
 
     monkeypatch.setattr(device.Device, "_slab", slab)
     monkeypatch.setattr(device, "_devices", {})
-    of = [device.get(index).ticket() for index in (0, 1)]
+    of = [device.get(index).tile_counter() for index in (0, 1)]
     assert [x in slabs[index] for index, x in enumerate(of)] == [True, True] and current == [0]
-    assert [device.get(index).ticket() for index in (0, 1)] == of
+    assert [device.get(index).tile_counter() for index in (0, 1)] == of
     handles[1] = 77
-    assert device.get(1).ticket() in set(slabs[1]) - set(of) and device.get(0).ticket() == of[0]
+    assert device.get(1).tile_counter() in set(slabs[1]) - set(of) and device.get(0).tile_counter() == of[0]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
-    captured = [device.get(1).ticket() for _ in range(3)]
-    assert len({*captured, *of}) == 5 and set(captured) < set(slabs[1]) and device.get(0).ticket() == of[0]
+    captured = [device.get(1).tile_counter() for _ in range(3)]
+    assert len({*captured, *of}) == 5 and set(captured) < set(slabs[1]) and device.get(0).tile_counter() == of[0]
 
 
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)

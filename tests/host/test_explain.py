@@ -21,7 +21,7 @@ from tests.support.requirements import interpreter
 SIZES = 1, 4, 2, 33, 47, 64
 Q, K, V = inputs(*SIZES, device="cpu")
 CU = torch.tensor([0, 33], dtype=torch.int32), torch.tensor([0, 47], dtype=torch.int32)
-PACKED = *(x[0].transpose(0, 1).contiguous() for x in (Q, K, V)), *CU
+VARLEN = *(x[0].transpose(0, 1).contiguous() for x in (Q, K, V)), *CU
 MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)
 
 
@@ -50,7 +50,7 @@ def test_our_kernel_by_its_name(how, gpu):
 
 @interpreter
 def test_packed_sequences_by_their_kernel(gpu):
-    found = explain(*PACKED, function=flash_fwd_varlen, causal=True, return_lse=True)
+    found = explain(*VARLEN, function=flash_fwd_varlen, causal=True, return_lse=True)
     assert (found.by, found.kernel) == ("cute_attn", plan.varlen(64, "bf16", True, gpu="NVIDIA H200").name)
 
 
@@ -69,7 +69,7 @@ def test_the_cpu_is_torchs():
     assert explain(Q, K, V) == ("torch in float32", None, "CPU tensors are computed by torch, in float32", None)
     assert explain(Q.clone().requires_grad_(), K, V).backward == "torch in float32"
     assert explain(*(x.half().numpy() for x in (Q, K, V))).by == "torch in float32"
-    assert explain(*PACKED, function=flash_fwd_varlen).by == "torch in float32"
+    assert explain(*VARLEN, function=flash_fwd_varlen).by == "torch in float32"
 
 
 NUMPY = np.ones((1, 2, 8, 16), np.float16)
@@ -101,8 +101,8 @@ def test_what_raises_is_told_in_its_own_words(wrong):
 def test_what_packed_sequences_raise():
     for wrong in (dict(max_seqlen_q=-1), dict(window=3), dict(scale="1"), dict(seqused_q=torch.ones(1))):
         with pytest.raises((TypeError, ValueError)) as error:
-            flash_fwd_varlen(*PACKED, **wrong)
-        assert str(error.value) in explain(*PACKED, function=flash_fwd_varlen, **wrong).reason
+            flash_fwd_varlen(*VARLEN, **wrong)
+        assert str(error.value) in explain(*VARLEN, function=flash_fwd_varlen, **wrong).reason
 
 
 def test_only_what_is_ours_is_explained():

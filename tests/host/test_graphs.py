@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def several_tiles(head_dim):
-    """q, k, v long enough for several tiles per CTA, drawn from a counter where that is planned."""
+    """q, k, v long enough for several tiles per CTA, by a dynamic scheduler where that is planned."""
     gc.collect()  # graphs of earlier tests, which would die, and call CUDA, in the middle of a capture
     return inputs(4, 16, 4, 1024, 1024, head_dim)
 

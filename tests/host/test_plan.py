@@ -65,7 +65,7 @@ def test_prebuilt_kernels_are_distinct_by_name_dtype_and_layout():
     assert all(c.dtype in c.name and f"d{c.head_dim}" in c.name and c.mask.name in c.name for c in configs)
 
 
-def test_uneven_tiles_are_drawn():
+def test_uneven_tiles_have_a_dynamic_scheduler():
     """256 rows a tile: 600 queries leave warpgroups of the third tile without rows, 760 do not."""
     assert plan(Problem(16, 16, 16, 600, 512, 64)).scheduler is DynamicLongest
     assert plan(Problem(16, 16, 16, 760, 512, 64)).scheduler is StaticTiles
@@ -86,7 +86,7 @@ def test_the_config_is_the_compile_key():
     """Each field makes another key, and prints, since the disk cache's key is the printed config."""
     base = FwdConfig(128)
     others = dict(dtype="fp16", layout="bshd", mask=Causal(), tile_m=192, tile_n=64, stages=1, scheduler=DynamicLongest)
-    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, redo=True)
+    others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, speculative=True)
     others |= dict(constant_time=True, timeline=True, overlap=False)
     others |= dict(score=Softcap(), sinks=True, dropout=True, row_max=True, sparse=SparseBlocks(128, 128, True), pack=8)
     others |= dict(head_dim_v=64)
@@ -107,14 +107,14 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=64, tile_m=64, split=2),
         dict(head_dim=64, tile_m=128, split=2, scheduler=OneTile),
         dict(head_dim=256, tile_m=64, tile_n=64, split=8, scheduler=OneTile),
-        dict(head_dim=64, redo=True, q_in_regs=True),
-        dict(head_dim=64, redo=True, overlap=False),
-        dict(head_dim=64, redo=True, tile_m=64, split=2, scheduler=OneTile),
+        dict(head_dim=64, speculative=True, q_in_regs=True),
+        dict(head_dim=64, speculative=True, overlap=False),
+        dict(head_dim=64, speculative=True, tile_m=64, split=2, scheduler=OneTile),
         dict(head_dim=64, tile_n=24),
         dict(head_dim=64, dtype="fp8"),
         dict(head_dim=256, tile_n=128),
         dict(head_dim=64, cluster=4),
-        dict(head_dim=64, constant_time=True, redo=True),
+        dict(head_dim=64, constant_time=True, speculative=True),
         dict(head_dim=64, mask=Window(), overlap=False),
         dict(head_dim=64, mask=Window(), tile_m=64, scheduler=OneTile, split=2),
         dict(head_dim=64, tile_m=64, scheduler=OneTile, split=2, timeline=True),
@@ -127,7 +127,7 @@ def test_the_config_is_the_compile_key():
         dict(head_dim=64, head_dim_v=288, tile_m=64),
         dict(head_dim=64, head_dim_v=512),
         dict(head_dim=64, head_dim_v=512, tile_m=64, scheduler=OneTile, split=2),
-        dict(head_dim=64, head_dim_v=512, tile_m=64, redo=True),
+        dict(head_dim=64, head_dim_v=512, tile_m=64, speculative=True),
         dict(head_dim=64, head_dim_v=512, tile_m=64, pack=8),
     ],
     ids=str,
@@ -197,9 +197,9 @@ def test_what_explain_says():
 
 
 def test_varlen_is_a_problem_of_its_own_layout():
-    kinds = FeatureKey(softcap=True)
-    found = plan(Problem(1, 8, 1, 3, 1, 64, layout="thd", causal=True, features=kinds))
-    assert found == room.varlen(64, "bf16", True, kinds, ratio=8, max_seqlen_q=3) and found.pack == 8
+    key = FeatureKey(softcap=True)
+    found = plan(Problem(1, 8, 1, 3, 1, 64, layout="thd", causal=True, features=key))
+    assert found == room.varlen(64, "bf16", True, key, ratio=8, max_seqlen_q=3) and found.pack == 8
 
 
 @pytest.mark.parametrize("dims", [(128, 0), (64, 128), (96, 128)], ids=str)

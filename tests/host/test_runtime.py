@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 
 def cases():
-    """Shapes that draw tiles from a counter, several for each CTA."""
+    """Shapes of the dynamic scheduler, several tiles for each CTA."""
     return [inputs(4, 16, 4, 1024, 1024, d) for d in (64, 128)]
 
 
@@ -120,21 +120,21 @@ def test_graphs_and_eager_calls_at_once():
 def test_counters_are_distinct_and_zero_after_use():
     gpu = device.Device(torch.cuda.current_device())
     streams = [torch.cuda.Stream() for _ in range(8)]
-    tickets = []
+    tile_counters = []
     for stream in streams:
         with torch.cuda.stream(stream):
-            tickets += [gpu.ticket(), gpu.ticket()]
-    assert tickets[::2] == tickets[1::2]
+            tile_counters += [gpu.tile_counter(), gpu.tile_counter()]
+    assert tile_counters[::2] == tile_counters[1::2]
     graph, captured = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
-        captured = [gpu.ticket() for _ in range(device.TICKETS)]
-    addresses = tickets[::2] + captured
+        captured = [gpu.tile_counter() for _ in range(device.TILE_COUNTERS)]
+    addresses = tile_counters[::2] + captured
     assert len(set(addresses)) == len(addresses)
     for x in cases():
         flash_fwd(*x, causal=True)
     torch.cuda.synchronize()
     mine = device.get(torch.cuda.current_device())
-    mine.ticket()  # the launches' own
+    mine.tile_counter()  # the launches' own
     assert mine._memory
     assert not any(counters.any() for counters in mine._memory)
 

@@ -63,8 +63,8 @@ def ints(gpu, *values):
     return put(torch.tensor(values, dtype=torch.int32), gpu)
 
 
-def dense(*shape, modifiers=lambda gpu: {}, **how):
-    return lambda gpu: flash_fwd(*given(gpu, *shape), return_lse=True, **how, **modifiers(gpu))
+def dense(*shape, features=lambda gpu: {}, **how):
+    return lambda gpu: flash_fwd(*given(gpu, *shape), return_lse=True, **how, **features(gpu))
 
 
 def scores(gpu):
@@ -164,29 +164,27 @@ SPLIT, PACKED = (1, 8, 8, 512, 4096, 64), (2, 12, 2, 1, 700, 64)
 EXACT = {  # the forward's sums have a fixed order
     "full": dense(),
     "causal": dense(causal=True),
-    "few tiles, d128": dense(1, 3, 3, 200, 300, 128, modifiers=lambda gpu: dict(scale=0.2)),
+    "few tiles, d128": dense(1, 3, 3, 200, 300, 128, features=lambda gpu: dict(scale=0.2)),
     "many tiles": dense(4, 16, 4, 1024, 1024, 64, causal=True),
     "two head dims": lambda gpu: flash_fwd(*given(gpu, 2, 4, 2, 200, 300, 192, head_dim_v=128)),
     "bshd": lambda gpu: flash_fwd(*given(gpu, layout="bshd"), layout="bshd", causal=True),
     "constant time": dense(constant_time=True),
     "window": dense(window=(100, 20)),
     "keys split over a cluster": dense(*SPLIT),
-    "packed heads": dense(*PACKED, causal=True),
-    "dropout": dense(modifiers=thinned),
+    "PackGQA": dense(*PACKED, causal=True),
+    "dropout": dense(features=thinned),
     "softcap, alibi_slopes, sinks": dense(
-        modifiers=lambda gpu: dict(softcap=20.0, alibi_slopes=random(gpu, 2, 4), sinks=random(gpu, 4))
+        features=lambda gpu: dict(softcap=20.0, alibi_slopes=random(gpu, 2, 4), sinks=random(gpu, 4))
     ),
-    "score_mod": dense(modifiers=scores),
-    "mask_mod, aux": dense(modifiers=masks),
-    "block lists": dense(modifiers=lists),
+    "score_mod": dense(features=scores),
+    "mask_mod, aux": dense(features=masks),
+    "block lists": dense(features=lists),
     "maxima": dense(causal=True, return_row_max=True, return_max_logit=True),
     "out": into_out,
-    "no keys": dense(2, 4, 2, 30, 0, 64, modifiers=lambda gpu: dict(sinks=random(gpu, 4))),
-    "packed sequences": lambda gpu: of_sequences(gpu, return_lse=True),
-    "packed sequences, scores": lambda gpu: of_sequences(
-        gpu, sinks=random(gpu, 4), return_max_logit=True, **scores(gpu)
-    ),
-    "packed sequences, seqused": lambda gpu: of_sequences(
+    "no keys": dense(2, 4, 2, 30, 0, 64, features=lambda gpu: dict(sinks=random(gpu, 4))),
+    "varlen": lambda gpu: of_sequences(gpu, return_lse=True),
+    "varlen, scores": lambda gpu: of_sequences(gpu, sinks=random(gpu, 4), return_max_logit=True, **scores(gpu)),
+    "varlen, seqused": lambda gpu: of_sequences(
         gpu, out=torch.zeros(600, 4, 64, dtype=torch.bfloat16, device=f"cuda:{gpu}"), seqused_k=ints(gpu, 150, 20, 300)
     ),
     "the operator": by_operator,
@@ -200,7 +198,7 @@ EXACT = {  # the forward's sums have a fixed order
 CLOSE = {  # torch's backward adds in any order
     "cuDNN's backward": lambda gpu: gradients(gpu, causal=True),
     "FlashAttention-2's backward": lambda gpu: gradients(gpu, 2, 4, 2, 200, 300, 64, window=(150, 30)),
-    "packed sequences' backward": gradients_of_sequences,
+    "varlen' backward": gradients_of_sequences,
     "F.scaled_dot_product_attention": by_sdpa,
 }
 
@@ -335,7 +333,7 @@ def current_stream(stream):
 
 @pytest.mark.parametrize("own", [False, True], ids=["the first current in both", "each its own"])
 def test_two_threads_at_once(own, cache):
-    """First calls and many more, of kernels that draw tiles, split keys and do neither."""
+    """First calls and many more, of kernels with a dynamic scheduler, with split keys and with neither."""
     problems = [((4, 16, 4, 1024, 1024, 64), True), (SPLIT, False), ((1, 3, 3, 200, 300, 64), False)]
     every = [[given(gpu, *shape) for shape, _ in problems] for gpu in (0, 1)]
     found, failures, start = [[], []], [], threading.Barrier(2, timeout=100)
@@ -405,10 +403,10 @@ def test_counters_are_of_each_gpu(monkeypatch):
     for gpu in (1, 0):
         flash_fwd(*given(gpu, *many), causal=True)
         assert device.get(gpu)._memory and all(x.get_device() == gpu for x in device.get(gpu)._memory)
-    tickets = [device.get(gpu).ticket() for gpu in (0, 1)]
+    tile_counters = [device.get(gpu).tile_counter() for gpu in (0, 1)]
     with current_stream(torch.cuda.Stream(1)):
-        tickets.append(device.get(1).ticket())
-    assert len(set(tickets)) == 3 and torch.cuda.current_device() == 0
+        tile_counters.append(device.get(1).tile_counter())
+    assert len(set(tile_counters)) == 3 and torch.cuda.current_device() == 0
     for gpu in (0, 1):
         torch.cuda.synchronize(gpu)
         assert not any(counters.any() for counters in device.get(gpu)._memory)

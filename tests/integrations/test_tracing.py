@@ -20,7 +20,7 @@ from cute_attn import call as calls
 from tests.support.attention import inputs
 
 Q, K, V = inputs(2, 4, 2, 20, 24, 16, device="cpu")
-PACKED = [x[0].transpose(0, 1) for x in (Q, K, V)]
+VARLEN = [x[0].transpose(0, 1) for x in (Q, K, V)]
 CU_Q, CU_K = (torch.tensor([0, n], dtype=torch.int32) for n in (20, 24))
 NAMES = "attention", "attention_out"
 ALIASES = "flash_fwd", "flash_fwd_row_max", "flash_fwd_out", "flash_fwd_varlen", "flash_fwd_varlen_out"
@@ -49,7 +49,7 @@ FUNCTIONS = {
     "dense": (dense, (Q, K, V), "attention"),
     "maxima": (maxima, (Q, K, V), "attention"),
     "into": (into, (Q, K, V), "attention_out"),
-    "packed": (packed, [*PACKED, CU_Q, CU_K], "attention"),
+    "packed": (packed, [*VARLEN, CU_Q, CU_K], "attention"),
 }
 EACH = pytest.mark.parametrize(("function", "tensors", "name"), FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -180,7 +180,7 @@ def test_a_mode_of_functions_alone_traces_nothing(monkeypatch):
     monkeypatch.setattr(by_operator, "attention", None)
     with torch.device("cpu"):
         flash_fwd(Q, K, V)
-        flash_fwd_varlen(*PACKED, CU_Q, CU_K)
+        flash_fwd_varlen(*VARLEN, CU_Q, CU_K)
 
 
 MODS = {
@@ -219,10 +219,10 @@ CALLS = {
     "q": lambda x: flash_fwd(x, K, V),
     "v": lambda x: flash_fwd(Q, K, x),
     "sinks": lambda x: flash_fwd(Q, K, V, sinks=x),
-    "packed k": lambda x: flash_fwd_varlen(PACKED[0], x, PACKED[2], CU_Q, CU_K, max_seqlen_q=20, max_seqlen_k=24),
+    "packed k": lambda x: flash_fwd_varlen(VARLEN[0], x, VARLEN[2], CU_Q, CU_K, max_seqlen_q=20, max_seqlen_k=24),
     "operator": lambda x: torch.ops.cute_attn.flash_fwd(x, K, V, False, None, "bhsd", True),
 }
-GIVEN = {"q": Q, "v": V, "sinks": torch.zeros(4), "packed k": PACKED[1], "operator": Q}
+GIVEN = {"q": Q, "v": V, "sinks": torch.zeros(4), "packed k": VARLEN[1], "operator": Q}
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -283,7 +283,7 @@ def test_a_plain_call_asks_no_tracer(monkeypatch):
         assert not module._dispatch_modes() and not module._function_modes()
     monkeypatch.setattr(request, "traced", None)
     flash_fwd(Q, K, V)
-    flash_fwd_varlen(*PACKED, CU_Q, CU_K)
+    flash_fwd_varlen(*VARLEN, CU_Q, CU_K)
 
 
 def test_a_program_exported_before_runs():
@@ -307,7 +307,7 @@ def test_a_program_exported_before_runs():
 def test_a_pickle_that_names_an_operator_of_before_runs(name):
     """With its gradients, as a compiled graph's."""
     q = Q.clone().requires_grad_(not name.endswith("_out"))
-    dense, packed = (q, K, V), (*[x.clone() for x in PACKED], CU_Q, CU_K, None, None, 9, 9)
+    dense, packed = (q, K, V), (*[x.clone() for x in VARLEN], CU_Q, CU_K, None, None, 9, 9)
     how = (True, None, None, None, True) if "varlen" in name else (True, None, "bhsd", True)
     tensors = packed if "varlen" in name else dense
     tensors = (*tensors[:3], torch.empty_like(tensors[0]), *tensors[3:]) if name.endswith("_out") else tensors
@@ -318,7 +318,7 @@ def test_a_pickle_that_names_an_operator_of_before_runs(name):
     with pytest.warns(DeprecationWarning, match=f"torch.ops.cute_attn.{name} is for programs of version 0.1; use"):
         found = module(*tensors)
     if "varlen" in name:
-        o, lse = flash_fwd_varlen(*PACKED, CU_Q, CU_K, causal=True, return_lse=True)
+        o, lse = flash_fwd_varlen(*VARLEN, CU_Q, CU_K, causal=True, return_lse=True)
     else:
         o, lse = flash_fwd(Q, K, V, causal=True, return_lse=True)
     got = (tensors[3], found) if name.endswith("_out") else found[:2]
@@ -327,3 +327,41 @@ def test_a_pickle_that_names_an_operator_of_before_runs(name):
         (dq,) = torch.autograd.grad(got[0].float().sum(), q)
         (want,) = torch.autograd.grad(flash_fwd(q, K, V, causal=True).float().sum(), q)
         assert torch.equal(dq, want)
+
+
+def test_fx_of_packed_maxima():
+    traced = torch.fx.symbolic_trace(lambda q, k, v, a, b: flash_fwd_varlen(q, k, v, a, b, return_max_logit=True))
+    found, want = traced(*VARLEN, CU_Q, CU_K), flash_fwd_varlen(*VARLEN, CU_Q, CU_K, return_max_logit=True)
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+SOME = (True, None, True)
+OPERATOR_MISUSE = {
+    "constant time": ((*VARLEN, *SOME, "thd", CU_Q, CU_K), dict(constant_time=True), "constant_time: given"),
+    "dropout": (
+        (*VARLEN, *SOME, "thd", CU_Q, CU_K),
+        dict(dropout_p=0.5),
+        "dropout_p: given with cu_seqlens",
+    ),
+    "a dense layout": ((*VARLEN, *SOME, "bhsd", CU_Q, CU_K), {}, "cu_seqlens_q, cu_seqlens_k: given with"),
+    "lengths alone": ((Q, K, V, *SOME, "bhsd"), dict(seqused_q=CU_Q[1:]), "seqused_q: given with layout"),
+    "no lengths": ((*VARLEN, *SOME, "thd"), {}, "cu_seqlens_q: a torch.Tensor is needed"),
+    "no such layout": ((Q, K, V, *SOME, "nonsense"), {}, "layout: 'nonsense' is not known"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "how", "words"), OPERATOR_MISUSE.values(), ids=OPERATOR_MISUSE)
+def test_the_operator_drops_nothing(arguments, how, words):
+    """It has the arguments of both functions, and no call has all of them."""
+    if how.get("dropout_p"):
+        how = how | dict(rng_state=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises((TypeError, ValueError), match=words):
+        torch.ops.cute_attn.attention(*arguments, **how)
+
+
+def test_flags_are_asked_before_anything_else():
+    for name in ("return_row_max", "return_max_logit", "causal", "constant_time"):
+        with pytest.raises(TypeError, match=f"{name}: a bool is needed"):
+            flash_fwd(Q, K, V, **{name: torch.ones(2)}, softcap=3.0)
+    with pytest.raises(Exception, match="causal: a bool is needed"):
+        torch.compile(lambda: flash_fwd(Q, K, V, causal=1, softcap=5.0), backend="eager", fullgraph=True)()

@@ -352,12 +352,10 @@ def bloom(implementation):
 
 
 def test_a_model_that_never_asks_raises_when_it_is_made():
-    """With the way out; also where the whole model asks, but a part of it does not."""
-    way_out = r'attn_implementation="eager", or for the parts of a composite model .*"vision_config": "eager"'
+    """With a hint; also where the whole model asks, but a part of it does not."""
+    hint = r'attn_implementation="eager", or for the parts of a composite model .*"vision_config": "eager"'
     name = room.register()
-    with pytest.raises(
-        ValueError, match=f"BloomForCausalLM: BloomAttention computes .* not by cute_attn; use {way_out}"
-    ):
+    with pytest.raises(ValueError, match=f"BloomForCausalLM: BloomAttention computes .* not by cute_attn; use {hint}"):
         bloom(name)
     config = transformers.FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=199)
     with pytest.raises(ValueError, match="FALCON_ATTENTION_CLASSES has nothing for cute_attn; use"):

@@ -167,7 +167,7 @@ def test_listed_blocks(causal, window, queries, keys):
     mod = mods.prepare("mask_mod", masks.only(real), ())
     of_near, of_real = _blocks(near[None])[0], _blocks(real[:, None].expand(-1, queries, -1))
     for b in range(5):
-        assert torch.equal(fitted.visible(mod, b, 0, q, k) & near, near & real[b])
+        assert torch.equal(fitted.visible(mod.function, b, 0, q, k) & near, near & real[b])
         whole = block_mask._dense(lists.full_kv_num_blocks, lists.full_kv_indices, b, 0)
         asked = block_mask._dense(lists.kv_num_blocks, lists.kv_indices, b, 0)
         assert torch.equal(whole | asked, of_near & of_real[b]) and not (whole & asked).any()

@@ -43,7 +43,7 @@ def outcome(config, asked) -> str:
     shapes = [tuple(map(int, shape.split("x"))) for shape in asked.shape]
     try:
         for n, (seqlen_q, seqlen_k) in enumerate(shapes * asked.seeds):
-            scale = 40.0 if n % 2 else None  # scores that overtake the rows' offsets, and so run the rarer code
+            scale = 40.0 if n % 2 else None  # scores that exceed the rows' running maxima, and so run the rarer code
             run(config, seqlen_q, seqlen_k, seed=n, num_sms=asked.sms, scale=scale)
     except (AssertionError, NotImplementedError) as e:
         return f"{type(e).__name__} at {seqlen_q} x {seqlen_k}, seed {n}: {e}"

@@ -81,8 +81,8 @@ def interpreted(
     config: what to run, whatever the plan says; kernel: in place of what it is compiled to. seed: of every chance.
     """
     asked: list[FwdConfig] = []
-    tickets = torch.zeros(1, dtype=torch.int32)
-    gpu = SimpleNamespace(index=0, name="NVIDIA H200", num_sms=num_sms, ticket=tickets.data_ptr)
+    tile_counters = torch.zeros(1, dtype=torch.int32)
+    gpu = SimpleNamespace(index=0, name="NVIDIA H200", num_sms=num_sms, tile_counter=tile_counters.data_ptr)
 
     def found(wanted: FwdConfig) -> Compiled:
         asked.append(wanted)
@@ -102,4 +102,4 @@ def interpreted(
         ):
             stack.enter_context(mock.patch.object(where, name, what))
         yield asked
-    assert tickets.item() == 0, "a launch left its ticket behind"
+    assert tile_counters.item() == 0, "a launch left its tile counter behind"

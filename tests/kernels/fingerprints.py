@@ -42,7 +42,7 @@ def nearby(b, h, q_idx, kv_idx):
     return q_idx - kv_idx < 100
 
 
-def kinds() -> Iterator[FeatureKey]:
+def feature_keys() -> Iterator[FeatureKey]:
     """Every set of features that a call can ask for at once, each with a value of its own."""
     asked = dict(
         window=True,
@@ -63,7 +63,7 @@ def planned() -> Iterator[FwdConfig]:
     """The kernels of all calls, as far as they may differ in more than their sizes."""
     yield from prebuilt(ratio=8, dims=(*EQUAL_HEAD_DIMS, *HEAD_DIMS[2:], (64, 512)))
     yield from prebuilt_varlen(ratio=8)
-    for (d, d_v), asked, causal in product(HEAD_DIMS, kinds(), (False, True)):
+    for (d, d_v), asked, causal in product(HEAD_DIMS, feature_keys(), (False, True)):
         for size, constant in product(SIZES, (False, True)):
             how = dict(causal=causal, constant_time=constant, features=asked, head_dim_v=d_v)
             yield from legal(lambda size=size, d=d, how=how: plan(Problem(*size, d, **how)))
@@ -83,10 +83,10 @@ def legal(make: Callable[[], FwdConfig]) -> Iterator[FwdConfig]:
 
 def combination(c: FwdConfig) -> tuple:
     """Which features a kernel is made of."""
-    of_lists = "lists" if c.sparse else ""
+    sparse = "sparse" if c.sparse else ""
     return (
-        *(schedule(c), c.timeline, c.parts_v > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
-        *(c.mask.windowed and not c.sparse, c.from_diagonal, of_lists, c.packed, c.pack > 1),
+        *(schedule(c), c.timeline, c.head_dim_splits > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
+        *(c.mask.windowed and not c.sparse, c.diagonal_first, sparse, c.varlen, c.pack > 1),
     )
 
 
@@ -95,18 +95,18 @@ def schedule(c: FwdConfig) -> str:
         return "split"
     if not c.overlap:
         return "serial"
-    return "constant" if c.constant_time else "redo" if c.redo else "lazy"
+    return "constant" if c.constant_time else "speculative" if c.speculative else "lazy"
 
 
 def values(c: FwdConfig) -> tuple:
     """Which mask and score it has."""
-    return c.mask.name, c.score.name, c.from_diagonal, schedule(c)
+    return c.mask.name, c.score.name, c.diagonal_first, schedule(c)
 
 
 def tiles(c: FwdConfig) -> tuple:
     """How its tiles come and go."""
     rings = c.q_stages > 1, c.q_in_regs, c.stages_o, bool(c.registers)
-    return (c.warpgroups, c.parts_v, c.cluster, c.scheduler.name, c.pingpong, schedule(c), *rings)
+    return (c.warpgroups, c.head_dim_splits, c.cluster, c.scheduler.name, c.pingpong, schedule(c), *rings)
 
 
 @lru_cache(maxsize=1)

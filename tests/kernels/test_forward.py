@@ -87,7 +87,7 @@ def test_scale_of_every_head_dim_reaches_q_in_registers_and_in_shared_memory():
 @CAUSAL
 @pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 160, 256])
 def test_growing_maximum(head_dim, causal, dtype, planned_by):
-    """Each block's scores exceed the last's: every lazy rescale and every redo is taken, or just not."""
+    """Each block's scores exceed the last's: every lazy rescale and every recomputed step is taken, or just not."""
     kernels = kernels_of(head_dim, causal, dtype)
     for log2_step in (0.7, 2.9, 7.9, 8.1, 14.0, 17.0, 29.0, 33.0, 144.0, 1000.0):
         q, k, v = inputs(1, 2, 2, 256, 2048, head_dim, dtype)
@@ -113,7 +113,7 @@ def test_a_late_sink():
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_rows_whose_first_blocks_count_for_nothing(head_dim, planned_by):
-    """Scores of -inf up to the block in the middle: a row's offset is found late, and its first keys are not lost."""
+    """Scores of -inf up to the block in the middle: the running max is found late, and the first keys are not lost."""
     for config in kernels_of(head_dim, False, torch.bfloat16):
         planned_by(config)
         q, k, v = inputs(1, 2, 2, 300, 1600, head_dim)

@@ -30,10 +30,10 @@ from tests.support.requirements import interpreter
 from tests.support.score_sizes import check as check_sizes
 from tests.support.score_sizes import chunked
 from tests.support.varlen import check as check_varlen
-from tests.support.varlen import packed
-from tests.support.varlen_modifiers import cases as modifiers_of_packed
+from tests.support.varlen import varlen_inputs
+from tests.support.varlen_modifiers import cases as features_of_varlen
 from tests.support.varlen_modifiers import check as check_more
-from tests.support.varlen_modifiers import functions as functions_of_packed
+from tests.support.varlen_modifiers import functions as functions_of_varlen
 
 pytestmark = [pytest.mark.machine_code, pytest.mark.usefixtures("one_thread"), interpreter]
 LONG = 4096
@@ -45,14 +45,14 @@ def planned(head_dim, causal=False, batch=4, heads=16, seqlen_q=LONG, seqlen_k=L
     return plan.plan(Problem(*sizes, causal=causal, **how))
 
 
-KINDS = {
-    "d64 full, redo": planned(64),
-    "d64 causal, drawn": planned(64, True),
+KERNELS = {
+    "d64 full, speculative softmax": planned(64),
+    "d64 causal, dynamic": planned(64, True),
     "d64 fp16": planned(64, dtype="fp16"),
     "d96 causal": planned(96, True),
     "d128 full, long, cluster, Q in registers": planned(128, batch=16, heads=32),
-    "d128 causal, drawn by a cluster": planned(128, True),
-    "d128 fp16, asked before the exponentials": planned(128, batch=16, heads=32, dtype="fp16"),
+    "d128 causal, dynamic, cluster": planned(128, True),
+    "d128 fp16, lazy rescale": planned(128, batch=16, heads=32, dtype="fp16"),
     "d128 bshd": planned(128, seqlen_q=1024, seqlen_k=1024, layout="bshd"),
     "d256 full, O from registers": planned(256),
     "d256 causal": planned(256, True),
@@ -67,7 +67,7 @@ KINDS = {
 
 
 def launches(config: FwdConfig) -> list[tuple]:
-    """One row; ends within a tile; causal rows that see no key; scores that overtake the rows' offsets all the time."""
+    """One row; ends within a tile; causal rows that see no key; scores that exceed the running maxima all the time."""
     return [
         (1, 1, None),
         (113, 203, None),
@@ -77,10 +77,10 @@ def launches(config: FwdConfig) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KERNELS)
 def test_right(kind):
     """And nine tenths of the instructions are run: the rest is for negative scales, or jumps back to a wait."""
-    config = KINDS[kind]
+    config = KERNELS[kind]
     for seed, (seqlen_q, seqlen_k, scale) in enumerate(launches(config)):
         run(config, seqlen_q, seqlen_k, seed=seed, scale=scale)
     with interpreted(config):  # scores of any size, in three blocks of keys of each CTA
@@ -92,17 +92,17 @@ def test_right(kind):
 
 
 def test_every_choice_of_a_schedule_is_there():
-    configs = KINDS.values()
-    assert any(c.cluster > 1 and c.scheduler.draws for c in configs)
-    assert any(c.cluster > 1 and not c.scheduler.draws for c in configs)
+    configs = KERNELS.values()
+    assert any(c.cluster > 1 and c.scheduler.dynamic for c in configs)
+    assert any(c.cluster > 1 and not c.scheduler.dynamic for c in configs)
     assert {c.warpgroups for c in configs} == {1, 2, 3, 4}
-    for choice in ("redo", "q_in_regs", "constant_time", "stages_o", "overlap", "pingpong"):
+    for choice in ("speculative", "q_in_regs", "constant_time", "stages_o", "overlap", "pingpong"):
         assert {bool(getattr(c, choice)) for c in configs} == {False, True}, choice
     for choice in ("q_stages", "split"):
         assert {getattr(c, choice) > 1 for c in configs} == {False, True}, choice
 
 
-MODIFIED = {
+WITH_FEATURES = {
     "window": dict(window=(40, 10)),
     "window, constant time": dict(window=(40, None), constant_time=True),
     "softcap, causal": dict(softcap=5.0, causal=True),
@@ -113,8 +113,8 @@ MODIFIED = {
 }
 
 
-@pytest.mark.parametrize("how", MODIFIED.values(), ids=MODIFIED)
-def test_modifiers(how):
+@pytest.mark.parametrize("how", WITH_FEATURES.values(), ids=WITH_FEATURES)
+def test_features(how):
     for seqlen_q, seqlen_k in ((1, 1), (113, 203), (130, 65)):
         with interpreted() as asked:
             check(*inputs(1, 2, 2, seqlen_q, seqlen_k, 64, device="cpu"), **how)
@@ -125,7 +125,7 @@ def relative(score, b, h, q_idx, kv_idx):
     return score + (kv_idx - q_idx) * 0.05
 
 
-QUESTIONED = {
+SCORED = {
     "softcap, causal": (64, dict(softcap=20.0, causal=True)),
     "softcap": (128, dict(softcap=20.0)),
     "softcap far below every score": (64, dict(softcap=1e-6)),
@@ -137,20 +137,20 @@ QUESTIONED = {
 }
 
 
-@pytest.mark.parametrize(("name", "factor"), sample(6, QUESTIONED, [1, 8]))
+@pytest.mark.parametrize(("name", "factor"), sample(6, SCORED, [1, 8]))
 def test_scores_of_the_speculative_softmax(name, factor):
     """With scores that all lie near 0; and with some that softcap's short polynomial is not for, or that overtake."""
-    head_dim, how = QUESTIONED[name]
+    head_dim, how = SCORED[name]
     for seqlen_q, seqlen_k in ((113, 203), (70, 330)):
         q, k, v = inputs(1, 2, 2, seqlen_q, seqlen_k, head_dim, device="cpu")
         with interpreted() as asked:
             (held_to_the_bound if "score_mod" in how else check)(q * factor, k, v, **how)
         (config,) = set(asked)
-        assert config.redo and config.score.name
+        assert config.speculative and config.score.name
 
 
 @pytest.mark.parametrize(("seqlen_q", "heads"), [(1, 8), (3, 6)])
-def test_packed_heads(seqlen_q, heads):
+def test_pack_gqa(seqlen_q, heads):
     """Of six heads, two of a query's eight rows are nobody's."""
     with interpreted() as asked:
         check(*inputs(1, heads, 1, seqlen_q, 203, 128, device="cpu"), causal=seqlen_q > 1)
@@ -162,21 +162,21 @@ def test_packed_heads(seqlen_q, heads):
     [(64, 0, {}), (128, 2, dict(causal=True)), (64, 2, dict(window=(30, 5)))],
     ids=["full", "causal", "window"],
 )
-def test_packed_sequences(head_dim, slack, mask):
+def test_varlen(head_dim, slack, mask):
     """What lies between the sequences is NaN, and stays as it was."""
     with interpreted() as asked:
-        check_varlen(*packed(SEQUENCES, 2, 1, head_dim, where="cpu", slack=slack), **mask)
-    assert asked[0].packed
+        check_varlen(*varlen_inputs(SEQUENCES, 2, 1, head_dim, where="cpu", slack=slack), **mask)
+    assert asked[0].varlen
 
 
 @pytest.mark.parametrize("name", ["alibi", "all", "both, window"])
-def test_packed_sequences_with_more(name):
+def test_varlen_with_more(name):
     """Without their maxima, and with them; ALiBi alone begins at each sequence's own diagonal."""
-    how = {**modifiers_of_packed("cpu"), **functions_of_packed("cpu")}[name]
+    how = {**features_of_varlen("cpu"), **functions_of_varlen("cpu")}[name]
     with interpreted() as asked:
-        check_more(*packed(SEQUENCES, 4, 2, 64, where="cpu", slack=2), **how)
+        check_more(*varlen_inputs(SEQUENCES, 4, 2, 64, where="cpu", slack=2), **how)
     assert [config.row_max for config in asked] == [True, False]
-    assert asked[0].from_diagonal == (name == "alibi")
+    assert asked[0].diagonal_first == (name == "alibi")
 
 
 @pytest.mark.parametrize("name", ["by_table", "many"])
@@ -264,13 +264,13 @@ def test_alibi_begins_at_the_diagonal(head_dim, seqlen_q, seqlen_k):
     slopes = torch.tensor([0.3, -0.05])
     with interpreted() as asked:
         check(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu"), alibi_slopes=slopes, softcap=5.0)
-    assert asked[0].from_diagonal and asked[0].cluster == (2 if head_dim == 128 else 1)
+    assert asked[0].diagonal_first and asked[0].cluster == (2 if head_dim == 128 else 1)
 
 
 @pytest.mark.parametrize(
     ("size", "whole"), sample(3, [(64, 128, 128), (128, 192, 64), (256, 64, 64)], [False, True]), ids=str
 )
-def test_lists_of_blocks(size, whole):
+def test_block_sparse(size, whole):
     """Of each head its own, some of them empty; causal applies too. size: head_dim, and the blocks'."""
     head_dim, m, n = size
     q, k, v = inputs(1, 2, 1, 300, 430, head_dim, device="cpu")
@@ -280,7 +280,7 @@ def test_lists_of_blocks(size, whole):
     dense = lambda b, h, q_idx, kv_idx: which[b, h, q_idx // m, kv_idx // n] > 0  # noqa: E731
     with interpreted() as asked:
         held_to_the_bound(q, k, v, causal=True, block_mask=lists, dense=dense)
-    assert asked[0].sparse.whole == whole
+    assert asked[0].sparse.has_full == whole
 
 
 @beyond_lists
@@ -315,7 +315,7 @@ def test_head_dims(dims, mask):
     for seqlen_q, seqlen_k in ((1, 1), (70, 130)):
         with interpreted() as asked:
             check(*inputs(1, 2, 1, seqlen_q, seqlen_k, head_dim, device="cpu", head_dim_v=head_dim_v), **MASKS[mask])
-        assert (asked[0].parts_v > 1) == (head_dim_v > 256)
+        assert (asked[0].head_dim_splits > 1) == (head_dim_v > 256)
 
 
 BESIDE = {
@@ -348,27 +348,27 @@ def test_maxima(beside):
         assert asked[0].row_max
 
 
-SCALED = pytest.mark.parametrize("kind", ["d64 full, redo", "d128 full, long, cluster, Q in registers"])
+SCALED = pytest.mark.parametrize("kind", ["d64 full, speculative softmax", "d128 full, long, cluster, Q in registers"])
 
 
 @SCALED
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales(kind, scale):
-    run(KINDS[kind], 70, 65, scale=scale)
+    run(KERNELS[kind], 70, 65, scale=scale)
 
 
 @pytest.mark.parametrize("num_sms", [1, 2])
 def test_many_tiles_for_each_cta(num_sms):
-    """Rings, tickets and phases go round."""
-    for seed, kind in enumerate(["d64 causal, drawn", "d128 causal, drawn by a cluster"]):
-        config = KINDS[kind]
+    """Rings, tile counters and phases go round."""
+    for seed, kind in enumerate(["d64 causal, dynamic", "d128 causal, dynamic, cluster"]):
+        config = KERNELS[kind]
         q, k, v = inputs(2, 2, 1, 260, 70, config.head_dim, device="cpu")
         with interpreted(config, num_sms=max(num_sms, config.cluster), seed=seed):
             check(q, k, v, causal=True)
 
 
 def test_without_lse_and_with_strides():
-    config = KINDS["d64 full, redo"]
+    config = KERNELS["d64 full, speculative softmax"]
     q, k, v = inputs(2, 3, 1, 70, 260, config.head_dim, device="cpu")
     with interpreted(config):
         check(q[:, :, 3:], k.expand(2, 3, 260, 64)[:, :, ::2], v.expand(2, 3, 260, 64)[:, :, 130:], lse=False)
@@ -445,7 +445,7 @@ def test_the_host_code_checks_its_arguments(plain):
 
 def test_the_order_of_the_warps_does_not_matter():
     """To the last bit."""
-    config = KINDS["d64 causal, drawn"]
+    config = KERNELS["d64 causal, dynamic"]
     q, k, v = inputs(1, 2, 1, 130, 203, 64, device="cpu")
     found = []
     for seed in range(3):

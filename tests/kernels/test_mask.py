@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cute_attn.kernels.mask import Causal, Full, Window, block_range, cuts
+from cute_attn.kernels.mask import Causal, Full, Window, block_range, is_partial
 
 MASKS = pytest.mark.parametrize("mask", [Full(), Causal(), Window()], ids=lambda mask: mask.name)
 SIDES = st.one_of(st.integers(0, 400), st.just(1 << 30))
@@ -42,13 +42,13 @@ def test_block_range(mask, seqlen_q, seqlen_k, window, m_block, rows, tile_n):
     assert 0 <= found.first < found.end
     assert set(needed) <= set(range(found.first, found.end))
     if not mask.windowed:
-        assert found.first == found.whole_first == 0 and found.end == max(len(needed), 1)
+        assert found.first == found.full_first == 0 and found.end == max(len(needed), 1)
     elif needed and row0 + rows <= seqlen_q:
         assert (found.first, found.end) == (needed[0], needed[-1] + 1), "no block that nobody sees"
-    assert found.whole_end < found.end
-    assert list(range(found.whole_first, found.whole_end)) == [n for n in whole if n < found.end - 1]
+    assert found.full_end < found.end
+    assert list(range(found.full_first, found.full_end)) == [n for n in whole if n < found.end - 1]
     for n in range(found.first, found.end):
-        if not cuts(mask, row0, rows, n, tile_n, problem):
+        if not is_partial(mask, row0, rows, n, tile_n, problem):
             assert n in whole
 
 

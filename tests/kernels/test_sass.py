@@ -20,7 +20,7 @@ PREBUILT = [c for c in dict.fromkeys(plan.prebuilt()) if c.layout == "bhsd"]
 
 
 def case(config):
-    return f"{config.name.removeprefix('flash_fwd_sm90_')}_{'drawn' if config.scheduler.draws else 'static'}"
+    return f"{config.name.removeprefix('flash_fwd_sm90_')}_{'dynamic' if config.scheduler.dynamic else 'static'}"
 
 
 def parts(config):
@@ -76,7 +76,7 @@ def test_steady_loop(config):
     if config.constant_time:
         assert loop.maxima >= config.tile_n // 2
     else:
-        assert loop.maxima == 0, "the maximum is looked for only where a score exceeds the offset"
+        assert loop.maxima == 0, "the maximum is looked for only where a score exceeds the running max"
     assert loop.selects < config.tile_n // 4, "a mask would take tile_n / 2"
     assert loop.instructions <= loop.length
 
@@ -134,7 +134,7 @@ def test_a_kernel_that_spills_is_reported():
 
 
 # The checker on text written by hand: a kernel of two loops, the edge loop with a mask. A barrier is polled behind the
-# end, and the steady loop may pass over the rescale of O.
+# end, and the steady loop may skip the rescale of O.
 LOG = """
 \x1b[96mremark[ptxas info]:\x1b[0m ptxas output: ptxas info    : 0 bytes gmem
 ptxas         .     0 bytes stack frame, 0 bytes spill

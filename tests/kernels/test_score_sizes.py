@@ -16,7 +16,7 @@ from tests.support.attention import DTYPES, bound, inputs
 from tests.support.plans import kernels_of
 from tests.support.requirements import interpreter
 from tests.support.score_sizes import CHUNKS, LARGE, SMALL, check, chunked, rounded
-from tests.support.varlen import packed
+from tests.support.varlen import varlen_inputs
 
 FINFO = torch.finfo(torch.float32)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,11 +74,11 @@ def check_alibi(head_dim, device, causal, rows, chunk):
 def test_alibi_from_the_diagonal():
     with interpreted() as asked:
         check_alibi(64, "cpu", False, **SMALL)
-    assert all(config.from_diagonal for config in asked)
+    assert all(config.diagonal_first for config in asked)
 
 
 @interpreter
-def test_packed_heads():
+def test_pack_gqa():
     with interpreted() as asked:
         check(*chunked(128, torch.bfloat16, "cpu", 1, 31, heads_kv=5))
         check(*chunked(128, torch.bfloat16, "cpu", 5, 31, heads_kv=1))
@@ -86,9 +86,9 @@ def test_packed_heads():
 
 
 @interpreter
-def test_packed_sequences():
+def test_varlen():
     """Of which one has hidden keys at its end, by the first column, and another at its start."""
-    q, k, v, lengths = packed(((65, 163), (33, 170)), 2, 2, 64, where="cpu")
+    q, k, v, lengths = varlen_inputs(((65, 163), (33, 170)), 2, 2, 64, where="cpu")
     first, second, _ = (int(x) for x in lengths["cu_seqlens_k"])
     q[..., 0], k[..., 0] = 1.0, 0.0
     k[first + 100 : second, :, 0], k[second : second + 130, :, 0] = -1e9, -1e30
@@ -125,12 +125,12 @@ def test_additive_masks(head_dim):
     """Kernels that ask before the exponentials, and after them."""
     with interpreted() as asked:
         check_masks(head_dim, "cpu", 40, 260)
-    assert all(config.redo == (head_dim == 128 and not config.score.mod.arrays) for config in asked)
+    assert all(config.speculative == (head_dim == 128 and not config.score.mod.arrays) for config in asked)
 
 
 SCORED = {
     "softcap": dict(softcap=20.0),
-    "softcap far above an offset": dict(softcap=1e7),
+    "softcap far above a running max": dict(softcap=1e7),
     "alibi, causal": dict(alibi_slopes=torch.full((len(CHUNKS),), 0.5), causal=True),
     "softcap, alibi": dict(softcap=20.0, alibi_slopes=torch.full((len(CHUNKS),), 0.5)),
 }

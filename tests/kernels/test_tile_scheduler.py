@@ -15,7 +15,7 @@ SCHEDULERS = pytest.mark.parametrize("scheduler", [StaticTiles, DynamicLongest])
 def test_every_tile_once(scheduler, grid, num_sms):
     ctas = scheduler.grid(grid, num_sms)
     assert 1 <= ctas <= min(num_sms, tiles(grid))
-    # a CTA strides over the tiles, or draws: either way the indices from 0 on are handed out one by one
+    # a static or a dynamic scheduler: either way the indices from 0 on come one by one
     decoded = [scheduler.decode(i, grid) for i in range(tiles(grid) + ctas)]
     valid = [(t.m_block, t.head, t.batch) for t in decoded if t.valid]
     assert all(t.valid == (i < tiles(grid)) for i, t in enumerate(decoded))

@@ -34,7 +34,7 @@ def inputs(
 
 
 def check(q, k, v, *, causal=False, scale=None, layout="bhsd", lse=True, constant_time=False, **call):
-    """flash_fwd on a poisoned output, against float64; returns o and lse. call: `out`, and modifiers."""
+    """flash_fwd on a poisoned output, against float64; returns o and lse. call: `out`, and features."""
     out = call.pop("out", None)
     if out is None:
         out = q.new_full((*q.shape[:3], v.shape[3]), torch.nan)

@@ -16,7 +16,7 @@ def lengths(put, gpu, *ends):
     return put(torch.tensor(ends, dtype=torch.int32), gpu)
 
 
-def packed(put, gpu, keys=12):
+def varlen_inputs(put, gpu, keys=12):
     q, k, v = (put(torch.randn(n, 2, 64, dtype=torch.bfloat16), gpu) for n in (10, keys, keys))
     return q, k, v, lengths(put, gpu, 0, 3, 10), lengths(put, gpu, 0, 5, keys)
 
@@ -30,8 +30,8 @@ def mixes(put: Callable) -> dict[str, tuple[Callable, str]]:
     def one_of_three(i, put_other=put):
         return flash_fwd(*(qkv(put_other, 0)[n] if n == i else x for n, x in enumerate(qkv(put, 1))))
 
-    def of_packed(i):
-        given = [packed(put, 0)[n] if n == i else x for n, x in enumerate(packed(put, 1))]
+    def of_varlen(i):
+        given = [varlen_inputs(put, 0)[n] if n == i else x for n, x in enumerate(varlen_inputs(put, 1))]
         return flash_fwd_varlen(*given)
 
     def lists(name):
@@ -59,16 +59,19 @@ def mixes(put: Callable) -> dict[str, tuple[Callable, str]]:
         "lists' counts": (lambda: dense(block_mask=lists("kv_num_blocks")), f"block_mask: kv_num_blocks: {on}"),
         "lists": (lambda: dense(block_mask=lists("kv_indices")), f"block_mask: kv_indices: {on}"),
         "rng_state": (lambda: dense(dropout_p=0.1, rng_state=state), f"rng_state: {on}"),
-        "packed k": (lambda: of_packed(1), f"k: {on}"),
-        "packed v": (lambda: of_packed(2), f"v: {on}"),
-        "cu_seqlens_q": (lambda: of_packed(3), f"cu_seqlens_q: {on}"),
-        "cu_seqlens_k": (lambda: of_packed(4), f"cu_seqlens_k: {on}"),
+        "varlen k": (lambda: of_varlen(1), f"k: {on}"),
+        "varlen v": (lambda: of_varlen(2), f"v: {on}"),
+        "cu_seqlens_q": (lambda: of_varlen(3), f"cu_seqlens_q: {on}"),
+        "cu_seqlens_k": (lambda: of_varlen(4), f"cu_seqlens_k: {on}"),
         "seqused_k": (
-            lambda: flash_fwd_varlen(*packed(put, 1), seqused_k=lengths(put, 0, 3, 4)),
+            lambda: flash_fwd_varlen(*varlen_inputs(put, 1), seqused_k=lengths(put, 0, 3, 4)),
             f"seqused_k: {on}",
         ),
-        "packed out": (lambda: flash_fwd_varlen(*packed(put, 1), out=packed(put, 0)[0]), f"out: {on}"),
-        "packed sinks": (lambda: flash_fwd_varlen(*packed(put, 1), sinks=put(torch.zeros(2), 0)), f"sinks: {on}"),
+        "varlen out": (lambda: flash_fwd_varlen(*varlen_inputs(put, 1), out=varlen_inputs(put, 0)[0]), f"out: {on}"),
+        "varlen sinks": (
+            lambda: flash_fwd_varlen(*varlen_inputs(put, 1), sinks=put(torch.zeros(2), 0)),
+            f"sinks: {on}",
+        ),
     }
 
 
@@ -79,5 +82,5 @@ def look_alikes(put) -> None:
     """Calls that are known from then on by all that the look-up asks."""
     flash_fwd(*qkv(put, 1))
     flash_fwd(*qkv(put, 1), out=qkv(put, 1)[0])
-    flash_fwd_varlen(*packed(put, 1))
-    flash_fwd_varlen(*packed(put, 1), out=packed(put, 1)[0])
+    flash_fwd_varlen(*varlen_inputs(put, 1))
+    flash_fwd_varlen(*varlen_inputs(put, 1), out=varlen_inputs(put, 1)[0])

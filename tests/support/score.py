@@ -5,7 +5,7 @@ import torch
 NAMES = ("softcap", "alibi_slopes", "sinks")
 
 
-def modifiers(batch, heads, device, asked=(True, True, True), per_batch=True):
+def score_features(batch, heads, device, asked=(True, True, True), per_batch=True):
     """A softcap that scores of a few units feel, slopes of both signs, and sinks from negligible to dominant."""
     slopes = torch.randn((batch, heads) if per_batch else (heads,), device=device) / 8
     values = 1.5, slopes, torch.linspace(-30, 12, heads, device=device)

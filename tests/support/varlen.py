@@ -1,4 +1,4 @@
-"""Packed sequences, and flash_fwd_varlen held to float64, sequence by sequence."""
+"""Varlen sequences, and flash_fwd_varlen held to float64, sequence by sequence."""
 
 from itertools import accumulate
 
@@ -23,7 +23,7 @@ def placed(lengths, margin, slack):
     return [*starts, end], end + margin
 
 
-def packed(sizes, heads, heads_kv, head_dim, dtype=torch.bfloat16, where="cuda", margin=3, slack=0):
+def varlen_inputs(sizes, heads, heads_kv, head_dim, dtype=torch.bfloat16, where="cuda", margin=3, slack=0):
     """q, k, v with NaN in every row that is in no sequence, or not used; and the lengths as flash_fwd_varlen's."""
     sides = []
     for lengths in zip(*sizes, strict=True):

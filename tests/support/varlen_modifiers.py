@@ -1,4 +1,4 @@
-"""What changes scores, in packed sequences, held to float64 sequence by sequence."""
+"""What changes scores, in varlen sequences, held to float64 sequence by sequence."""
 
 import torch
 

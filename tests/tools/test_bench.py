@@ -284,7 +284,7 @@ def test_inputs_lie_in_the_layout_and_are_the_same_again():
 
 
 class Peer:
-    """A contender that returns what `make` makes of the right output."""
+    """A implementation that returns what `make` makes of the right output."""
 
     def __init__(self, make):
         self.name, self._make = "peer", make
@@ -363,7 +363,7 @@ def test_graphs_add_rows_and_host_times(monkeypatch):
     assert eager["host_us"] == 10.0 and graph["host_us"] is None
 
 
-# Contenders
+# Implementations
 
 
 def test_absent_peers_are_named_with_the_module():
@@ -675,9 +675,9 @@ def test_ours_over_the_best_peer(fake_gpu, tmp_path, capsys):
     assert stop.value.code == 2 and "its numbers are for bf16" in capsys.readouterr().err
 
 
-def synthetic(contender, us, seqlen=16, head_dim=16, heads=2, causal=False, mode="eager", batch=1):
+def synthetic(implementation, us, seqlen=16, head_dim=16, heads=2, causal=False, mode="eager", batch=1):
     problem = Problem(batch, heads, heads, seqlen, seqlen, head_dim, "bf16", "bshd", causal)
-    attempt = frame.Attempt(contender, mode, max_error=1.2e-3, relative_error=2.4e-3)
+    attempt = frame.Attempt(implementation, mode, max_error=1.2e-3, relative_error=2.4e-3)
     stats = timing.summarise([[us * 0.99, us, us * 1.02], [us * 0.995, us * 1.001, us * 1.05]], 1, 650.0, 1500.0)
     return frame.record(frame.Row(Spec(problem), {}, EightHeads()), attempt, stats, fake_setup(cublas_tflops=674.0))
 
@@ -804,9 +804,9 @@ def test_a_plot_shows_every_contender(tmp_path, kind):
     pixels = plot.plt.imread(path)
     assert pixels.shape[0] > 500 and pixels.shape[1] > 900
     seen = colours(path)
-    for contender in ("cute_attn", "cudnn", "flash", "fa3", "fa4"):
-        code = plot.STYLE[contender][0].lstrip("#")
-        assert tuple(int(code[i : i + 2], 16) for i in (0, 2, 4)) in seen, contender
+    for implementation in ("cute_attn", "cudnn", "flash", "fa3", "fa4"):
+        code = plot.STYLE[implementation][0].lstrip("#")
+        assert tuple(int(code[i : i + 2], 16) for i in (0, 2, 4)) in seen, implementation
 
 
 def test_a_plot_leaves_out_who_has_no_time(tmp_path):

@@ -58,12 +58,12 @@ def test_what_the_sanitizer_runs_is_whole(scripts, monkeypatch):
     """One case of each sort, on the CPU; each names the kernel that it runs on a GPU."""
     sanitize = scripts["sanitize"]
     monkeypatch.setattr(sanitize, "DEVICE", CPU)
-    modified = [p for p in sanitize.problems(32) if p.features.softcap or p.features.alibi]
-    found = [sanitize.run_problem(p._replace(heads=2, heads_kv=2)) for p in modified]
+    problems = [p for p in sanitize.problems(32) if p.features.softcap or p.features.alibi]
+    found = [sanitize.run_problem(p._replace(heads=2, heads_kv=2)) for p in problems]
     assert [config.score.name for config in found] == ["alibi", "softcap", "softcapalibi"]
-    assert sanitize.run_packed(32, "fp16", "window") in prebuilt_varlen()
+    assert sanitize.run_varlen(32, "fp16", "window") in prebuilt_varlen()
     lists = sanitize.run_lists(32)
-    assert lists.sparse.whole and lists.mask.name == "causal_mask_mod" and lists.score.name == "score_mod"
+    assert lists.sparse.has_full and lists.mask.name == "causal_mask_mod" and lists.score.name == "score_mod"
 
 
 def test_a_kernel_is_clean_where_a_run_of_each_tool_was(scripts, tmp_path):

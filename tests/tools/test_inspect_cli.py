@@ -59,8 +59,8 @@ def depends(sass):
 def test_constant_time(capsys):
     assert inspect_cli.main(["--shape", "4,16,2048,64", "--constant-time"]) == 0
     out = capsys.readouterr().out
-    assert "constant_time=True" in out and "0 data: lazy rescale, 0 data: redo, 0 unknown" in out
-    assert "the tuned table" in out and "constant time" in out and "redo False, constant_time True" in out
+    assert "constant_time=True" in out and "0 data: lazy rescale, 0 data: overflow check, 0 unknown" in out
+    assert "the tuned table" in out and "constant time" in out and "speculative False, constant_time True" in out
 
 
 @kernels
@@ -80,16 +80,21 @@ def test_output_has_the_reports_numbers(argv, problem, capsys):
         f"{loop.instructions} instructions: {loop.wgmma} WGMMA",
         f"{loop.mufu} MUFU, {loop.barriers} barriers, {loop.branches} branches",
         f"mma {bounds.mma:.0f}, mufu {bounds.mufu:.0f}, issue {bounds.issue:.0f}, smem {bounds.smem:.0f}",
-        f"1 trip count, {1 - config.redo} data: lazy rescale, {config.redo:d} data: redo, 0 unknown",
+        branches_of(config),
     ):
         assert words in out
+
+
+def branches_of(config) -> str:
+    lazy, speculative = int(not config.speculative), int(config.speculative)
+    return f"1 trip count, {lazy} data: lazy rescale, {speculative} data: overflow check, 0 unknown"
 
 
 @kernels
 def test_one_branch_depends_on_data(argv, problem):
     config = plan.plan(problem)
     found = [branch.depends for branch in audit.audit(config)]
-    on_data = audit.REDO if config.redo else audit.LAZY_RESCALE
+    on_data = audit.OVERFLOW_CHECK if config.speculative else audit.LAZY_RESCALE
     assert found.count(on_data) == found.count(audit.TRIP_COUNT) == 1
     assert set(found) == {audit.BARRIER, on_data, audit.TRIP_COUNT}
 
@@ -143,16 +148,16 @@ LESS, MORE = SUMS.replace("R4, 1073741824", "R4, 256"), SUMS.replace("PT ;\n", "
 
 
 def test_sums_that_are_too_large_are_known():
-    redo = [audit.REDO if kind == audit.LAZY_RESCALE else kind for kind in EXPLAINED]
-    assert depends(SASS.replace(SIGNS, SUMS)) == redo
+    recomputed = [audit.OVERFLOW_CHECK if kind == audit.LAZY_RESCALE else kind for kind in EXPLAINED]
+    assert depends(SASS.replace(SIGNS, SUMS)) == recomputed
 
 
 CAPPED = SUMS + "\nISETP.GT.OR P0, PT, R14, -0x1, P0 ;"
 
 
 def test_a_softcaps_doubt_joins_the_sums():
-    redo = [audit.REDO if kind == audit.LAZY_RESCALE else kind for kind in EXPLAINED]
-    assert depends(SASS.replace(SIGNS, CAPPED)) == redo
+    recomputed = [audit.OVERFLOW_CHECK if kind == audit.LAZY_RESCALE else kind for kind in EXPLAINED]
+    assert depends(SASS.replace(SIGNS, CAPPED)) == recomputed
     assert audit.UNKNOWN in depends(SASS.replace(SIGNS, CAPPED.replace("-0x1, P0", "0x7, P0")))
     assert audit.UNKNOWN in depends(SASS.replace(SIGNS, CAPPED.replace("-0x1, P0", "-0x1, P3")))
 
@@ -285,7 +290,7 @@ def test_a_branch_on_another_integer_is_not(lane):
     assert depends(SASS.replace(STEP, lane + ARRIVE + STEP))[2] == audit.UNKNOWN
 
 
-# A vote on two offsets, before the loop and in a slow step; a usual step says by a constant that the next is one, too.
+# A vote on two running maxima, before the loop and in a slow step; a usual step leaves a constant: so is the next.
 OFFSETS = """FSETP.GE.AND P6, PT, R10, -256, PT ;
 FSETP.LTU.OR P6, PT, R12, -256, !P6 ;
 VOTE.ANY P5, P6 ;
@@ -357,7 +362,7 @@ def test_a_slow_steps_register_with_something_else_is_not(old, new):
         pytest.param(START + OFFSETS, OFFSETS, "", id="no vote before the loop"),
         pytest.param(START + OFFSETS, "VOTE", "@P2 BRA `(.L_steady) ;\nVOTE", id="a way round the one before the loop"),
         pytest.param(START + OFFSETS, "VOTE.ANY P5, P6 ;\n", "VOTE.ANY P5, P6 ;\nCALL ;\n", id="a call behind it"),
-        pytest.param(START + OFFSETS, "!P6", "P6", id="an offset in bounds"),
+        pytest.param(START + OFFSETS, "!P6", "P6", id="a running max in bounds"),
         pytest.param(SLOW, "R12, -256", "R24, 0.5", id="a score"),
         pytest.param(SLOW, "GE.AND", "GE.OR", id="one in bounds of two"),
         pytest.param(SLOW, "R12, -256", "R12, R24", id="below a score"),
@@ -414,7 +419,7 @@ def test_a_branch_on_a_slow_step_and_something_else_is_not(old, new):
         pytest.param("P5, P0", "P3, P0", id="another predicate"),
         pytest.param("P5, P0", "P5, P5", id="one of them twice"),
         pytest.param("R17, -0x1", "R17, 0x7", id="no signs"),
-        pytest.param("R10, -256", "R10, 0.5", id="no offset"),
+        pytest.param("R10, -256", "R10, 0.5", id="no running max"),
         pytest.param("VOTE.ANY P0, P0 ;\n", "", id="no vote"),
         pytest.param(JOINED, JOINED.split("\n", 1)[1].replace("P0", "P4"), id="its own value of the lap before"),
     ],
@@ -428,7 +433,7 @@ SPLIT = plan.Problem(1, 8, 8, 512, 512, 64, layout="bshd")
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "data"), [(64, {audit.REDO}), (224, {audit.LAZY_RESCALE, audit.SLOW_STEP, audit.SOFTCAP})]
+    ("head_dim", "data"), [(64, {audit.OVERFLOW_CHECK}), (224, {audit.LAZY_RESCALE, audit.SLOW_STEP, audit.SOFTCAP})]
 )
 def test_a_softcaps_kernel_is_explained(head_dim, data):
     kinds = plan.FeatureKey(softcap=True)
@@ -444,7 +449,7 @@ def test_a_softcaps_kernel_is_explained(head_dim, data):
 def test_a_kernel_with_slow_steps_is_explained(head_dim, window):
     config = plan.plan(plan.Problem(4, 16, 16, 2048, 2048, head_dim, features=plan.FeatureKey(window=window)))
     found = [branch.depends for branch in audit.audit(config)]
-    assert not config.redo
+    assert not config.speculative
     assert set(found) == {audit.BARRIER, audit.TRIP_COUNT, audit.LAZY_RESCALE, audit.SLOW_STEP}
     assert found.count(audit.LAZY_RESCALE) == found.count(audit.SLOW_STEP) == 1
 
@@ -454,9 +459,7 @@ def test_a_split_kernel_is_explained(capsys):
     config = plan.plan(SPLIT)
     assert config.split > 1
     assert inspect_cli.main(["--shape", "1,8,512,64"]) == 0
-    assert f"1 trip count, {1 - config.redo} data: lazy rescale, {config.redo:d} data: redo, 0 unknown" in (
-        capsys.readouterr().out
-    )
+    assert branches_of(config) in capsys.readouterr().out
 
 
 def test_a_split_kernel_that_counts_by_a_score_is_not():
@@ -474,7 +477,7 @@ def test_a_split_kernel_that_counts_by_a_score_is_not():
 
 
 def test_a_split_kernel_that_rescales_by_another_test_is_not():
-    """In place of a vote on offsets, before the loop or in it, or of that on signs."""
+    """In place of a vote on running maxima, before the loop or in it, or of that on signs."""
     sass = inspect.sass(plan.plan(SPLIT))
     offsets = re.findall(r"FSETP\.LTU\.OR P\d, PT, R\d+, -256, !P\d", sass)
     signs = re.findall(r"ISETP\.GT\.AND P\d, PT, R\d+, -0x1, PT", sass)

@@ -52,7 +52,7 @@ def test_stages_of_shared_rows(head_dim, causal):
     """Where two warpgroups share them, in tiles that fit from the first stage on."""
     problem = SHAPE._replace(head_dim=head_dim, causal=causal)
     stages = ablation.configs(problem)
-    assert {(c.tile_m, c.tile_n, c.parts_v) for c in stages} == {(64, plan(problem).tile_n, 2)}
+    assert {(c.tile_m, c.tile_n, c.head_dim_splits) for c in stages} == {(64, plan(problem).tile_n, 2)}
     assert [sorted(ablation.changed(*pair)) for pair in pairwise(stages[:-1])] == [
         ["stages"],
         ["scheduler"],
@@ -90,7 +90,9 @@ def test_what_a_stage_adds_is_what_its_config_changes():
         "a CTA per SM, tiles in turn",
         "ping-pong, PV beside the next softmax",
     ]
-    assert ablation.STAGES[2].adds(SHAPE._replace(causal=True)) == "a CTA per SM draws tiles, longest first"
+    assert (
+        ablation.STAGES[2].adds(SHAPE._replace(causal=True)) == "a CTA per SM takes tiles by a counter, longest first"
+    )
     one = ablation.configs(SHAPE)[3]
     assert ablation.difference(one, one) == "the same kernel"
     assert ablation.difference(one, replace(one, tile_m=192, q_in_regs=True)) == "192x128 tiles, Q in registers"
@@ -108,7 +110,7 @@ def test_a_stage_is_launched_as_flash_fwd_launches_it(layout, causal, monkeypatc
     class Gpu:
         num_sms = 132
 
-        def ticket(self):
+        def tile_counter(self):
             return 4096
 
     def kernel(q, k, v, o, *rest):
@@ -122,8 +124,8 @@ def test_a_stage_is_launched_as_flash_fwd_launches_it(layout, causal, monkeypatc
         prepared = stage.prepare(inputs)
         assert torch.equal(prepared.bhsd(prepared.call.run()), right_output(inputs))
     q, k = ((2, 24, 4, 16), (2, 24, 2, 16)) if layout == "bshd" else ((2, 4, 24, 16), (2, 2, 24, 16))
-    tickets = [0, 0, *([4096 if causal else 0] * 2)]
-    assert seen == [(q, k, True, 0, ticket, 0.25, 132) for ticket in tickets]
+    counters = [0, 0, *([4096 if causal else 0] * 2)]
+    assert seen == [(q, k, True, 0, counter, 0.25, 132) for counter in counters]
 
 
 # Command line

@@ -32,7 +32,7 @@ GPU = "NVIDIA H100 NVL"
 CONDITIONS = dict(gpu=GPU, date="2026-01-02", kernels_sha256="5eed") | dict.fromkeys(results.VERSIONS, "1")
 KEY = (64, False, "bf16")
 A, B, C = (FwdConfig(64, tile_n=n) for n in (128, 112, 96))
-DRAWN = FwdConfig(64, tile_m=192, scheduler=DynamicLongest)
+DYNAMIC = FwdConfig(64, tile_m=192, scheduler=DynamicLongest)
 SMALL = FwdConfig(64, tile_m=64, scheduler=OneTile, pingpong=False)
 SPLIT = replace(SMALL, split=2)
 FEW_ROWS = (Row(SPLIT, max_row_blocks=64, min_seqlen_k=384), Row(SMALL, max_row_blocks=132))
@@ -75,14 +75,14 @@ def many_tiles(head_dim, causal, seqlen_q):
         tiles = -(-seqlen_q // 256)
         uneven = 1 < tiles <= 18 and tiles * 256 - seqlen_q >= 64
         scheduler = DynamicLongest if causal or uneven else StaticTiles
-        return dict(tile_m=256, tile_n=64, stages=4, q_stages=2, scheduler=scheduler, redo=True)
+        return dict(tile_m=256, tile_n=64, stages=4, q_stages=2, scheduler=scheduler, speculative=True)
     if head_dim == 96 and (causal or seqlen_q > 1024):
         scheduler = DynamicLongest if causal else StaticTiles
-        return dict(tile_m=192, tile_n=96, q_stages=2, scheduler=scheduler, redo=True)
+        return dict(tile_m=192, tile_n=96, q_stages=2, scheduler=scheduler, speculative=True)
     cluster = 2 if causal and head_dim != 160 and seqlen_q > (2896 if head_dim in (128, 224) else 1448) else 1
     if causal and head_dim == 128:
         stages = 5 - cluster
-        return dict(tile_m=192, tile_n=64, stages=stages, scheduler=DynamicLongest, cluster=cluster, redo=True)
+        return dict(tile_m=192, tile_n=64, stages=stages, scheduler=DynamicLongest, cluster=cluster, speculative=True)
     if causal:
         tile_m, tile_n = {160: (192, 64), 192: (128, 96), 224: (128, 96), 256: (128, 64)}[head_dim]
         return dict(tile_m=tile_m, tile_n=tile_n, scheduler=DynamicLongest, cluster=cluster)
@@ -108,7 +108,7 @@ def few_tiles(head_dim, causal, blocks, seqlen_k):
     if blocks <= 264 and (head_dim, causal) == (128, True):
         return one | dict(stages=4, scheduler=DynamicLongest)
     if blocks <= 264:
-        return dict(tile_m=128, tile_n=64, stages=4, scheduler=OneTile, redo=True, pingpong=head_dim == 64)
+        return dict(tile_m=128, tile_n=64, stages=4, scheduler=OneTile, speculative=True, pingpong=head_dim == 64)
     return None
 
 
@@ -338,7 +338,7 @@ def test_a_row_serves_within_all_its_bounds():
     assert [few.serves(512, 512, blocks) for blocks in (0, 1, 64, 65, None)] == [True, True, True, False, False]
     keys = Row(A, min_seqlen_k=384)
     assert [keys.serves(512, seqlen_k) for seqlen_k in (0, 383, 384, 385)] == [False, False, True, True]
-    row = Row(DRAWN, None, 1000, 64, 64, 384)
+    row = Row(DYNAMIC, None, 1000, 64, 64, 384)
     assert row.serves(500, 384, 64)
     assert not any(row.serves(*no) for no in ((1001, 384, 64), (576, 384, 64), (500, 383, 64), (500, 384, 65)))
 
@@ -363,7 +363,7 @@ def test_rows_in_words():
     large = Row(FwdConfig(64, tile_m=256, tile_n=64, stages=4, q_stages=2, cluster=2), None, 512, 64)
     said = "256x64, 4 stages, static, cluster of 2, 2 Q tiles; S <= 512; free rows >= 64"
     assert row_word(large) == said
-    assert row_word(Row(replace(A, redo=True))) == "128x128, 2 stages, static, redo"
+    assert row_word(Row(replace(A, speculative=True))) == "128x128, 2 stages, static, speculative softmax"
 
 
 # Candidates
@@ -379,7 +379,7 @@ def test_candidates(key):
     assert {c.pingpong for c in found} == {False, True}
     assert {c.scheduler for c in found} == {StaticTiles, DynamicLongest}
     assert {c.cluster for c in found} == {1, 2}
-    assert all(c.scheduler.draws == c.mask.causal for c in found if c.cluster == 2)
+    assert all(c.scheduler.dynamic == c.mask.causal for c in found if c.cluster == 2)
     assert {c.split for c in found} == {1}, "kernels for few tiles are not on trial"
     if key[0] <= 64:
         assert {c.tile_m for c in found} == {128, 192, 256}
@@ -453,7 +453,7 @@ S = (512, 1024, 2048, 4096)
 
 def times(**us):
     """Config -> S -> three rounds, 0.1 % apart: `A=[100, 100, ...]`, a number for each length."""
-    by_name = dict(A=A, B=B, C=C, DRAWN=DRAWN, STATIC=replace(DRAWN, scheduler=StaticTiles))
+    by_name = dict(A=A, B=B, C=C, DYNAMIC=DYNAMIC, STATIC=replace(DYNAMIC, scheduler=StaticTiles))
     noise = (0.9995, 1.0, 1.0005)
     return {
         by_name[name]: {s: [x * n for n in noise] for s, x in zip(S, each, strict=True)} for name, each in us.items()
@@ -494,8 +494,8 @@ def test_lengths_are_split_where_that_wins():
 
 
 def test_bounds_that_are_there_are_kept_in_a_split():
-    rows = (Row(DRAWN, max_seqlen_q=4608, min_free_rows=64), Row(replace(DRAWN, scheduler=StaticTiles)))
-    measured = times(DRAWN=[100] * 4, STATIC=[110] * 4, B=[120, 120, 120, 90])
+    rows = (Row(DYNAMIC, max_seqlen_q=4608, min_free_rows=64), Row(replace(DYNAMIC, scheduler=StaticTiles)))
+    measured = times(DYNAMIC=[100] * 4, STATIC=[110] * 4, B=[120, 120, 120, 90])
     found = choose.choose(measured, rows, S)
     assert found == (rows[0]._replace(max_seqlen_q=2896), rows[1]._replace(max_seqlen_q=2896), Row(B))
     table = tuned.parse(dict(gpu=GPU, rows=[row.entry() for row in found]))
@@ -506,12 +506,13 @@ def test_bounds_that_are_there_are_kept_in_a_split():
     ]
 
 
-def test_drawn_tiles_are_for_uneven_lengths_where_only_those_were_timed():
-    static = replace(DRAWN, scheduler=StaticTiles)
-    found = choose.choose(times(A=[100] * 4, DRAWN=[90] * 4, STATIC=[95] * 4), (Row(A),), S)
-    assert found == (Row(DRAWN, min_free_rows=64), Row(static))
-    assert choose.choose(times(A=[100] * 4, DRAWN=[90] * 4), (Row(A),), S) == (Row(DRAWN),), "static was not healthy"
-    assert choose.choose(times(A=[100] * 4, DRAWN=[90] * 4), (Row(A),), S, {static}) == found
+def test_a_dynamic_scheduler_is_for_uneven_lengths_where_only_those_were_timed():
+    static = replace(DYNAMIC, scheduler=StaticTiles)
+    found = choose.choose(times(A=[100] * 4, DYNAMIC=[90] * 4, STATIC=[95] * 4), (Row(A),), S)
+    assert found == (Row(DYNAMIC, min_free_rows=64), Row(static))
+    dynamic = times(A=[100] * 4, DYNAMIC=[90] * 4)
+    assert choose.choose(dynamic, (Row(A),), S) == (Row(DYNAMIC),), "static was not healthy"
+    assert choose.choose(dynamic, (Row(A),), S, {static}) == found
 
 
 def test_rows_for_few_tiles_stay_in_front():

@@ -218,7 +218,7 @@ def test_what_is_checked_by_default():
     assert Problem(16, 16, 16, 2048, 2048, 64, "fp16", "bhsd", False) == validate.HEADLINE
     assert {plan.plan(problem) for problem in (*lab.edges, *lab.cells.values(), validate.HEADLINE)} == set(lab.kernels)
     assert {problem.causal for problem in lab.edges} == {False, True}
-    assert any(config.split > 1 for config in lab.kernels) and any(config.redo for config in lab.kernels)
+    assert any(config.split > 1 for config in lab.kernels) and any(config.speculative for config in lab.kernels)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def configs(problem: Problem) -> tuple[FwdConfig, ...]:
     tuned = plan(problem, device.name())
     kind = tuned.head_dim, tuned.dtype, tuned.layout, tuned.mask
     tile_m, tile_n = 128, 128 if tuned.head_dim <= 128 else 64  # two stages of it fit
-    if tuned.parts_v > 1:  # two warpgroups share the rows, with fewer keys at a time
+    if tuned.head_dim_splits > 1:  # two warpgroups share the rows, with fewer keys at a time
         tile_m, tile_n = tuned.tile_m, tuned.tile_n
     one_tile = FwdConfig(*kind, tile_m, tile_n, stages=1, scheduler=OneTile, pingpong=False, overlap=False)
     ring = replace(one_tile, stages=2)
@@ -70,7 +70,7 @@ def launch(config: FwdConfig, inputs: Inputs) -> Prepared:
 
     def run():
         o = torch.empty_like(q)
-        kernel(q, k, v, o, 0, gpu.ticket() if config.scheduler.draws else 0, scale, gpu.num_sms)
+        kernel(q, k, v, o, 0, gpu.tile_counter() if config.scheduler.dynamic else 0, scale, gpu.num_sms)
         return o
 
     return Prepared(Call(run), lambda o: o.transpose(1, 2) if bshd else o)
@@ -79,7 +79,7 @@ def launch(config: FwdConfig, inputs: Inputs) -> Prepared:
 SCHEDULES = {
     OneTile.name: "a CTA per tile",
     StaticTiles.name: "a CTA per SM, tiles in turn",
-    DynamicLongest.name: "a CTA per SM draws tiles, longest first",
+    DynamicLongest.name: "a CTA per SM takes tiles by a counter, longest first",
 }
 # What a choice means, where a stage makes it.
 WORDS: dict[str, Callable[[Any], str]] = {
@@ -90,7 +90,7 @@ WORDS: dict[str, Callable[[Any], str]] = {
     "q_in_regs": lambda yes: "Q in registers" if yes else "Q in shared memory",
     "cluster": lambda n: f"clusters of {n} share K/V" if n > 1 else "no clusters",
     "q_stages": lambda n: "next Q loaded ahead" if n > 1 else "one Q tile",
-    "redo": lambda yes: "speculative softmax" if yes else "lazy rescaling",
+    "speculative": lambda yes: "speculative softmax" if yes else "lazy rescaling",
     "split": lambda n: f"keys split over {n} CTAs" if n > 1 else "keys not split",
 }
 

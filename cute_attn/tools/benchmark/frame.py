@@ -79,7 +79,7 @@ def gpu_setup(monitor: Callable[[], AbstractContextManager] = lambda: nullcontex
 class Attempt:
     """An implementation of a row in one mode (eager, or graph replays): why it has no time, or its call and errors."""
 
-    contender: str
+    implementation: str
     mode: str = EAGER
     reason: str | None = None
     call: Call | None = None
@@ -98,7 +98,7 @@ def measure(make: Maker, setup: Setup) -> list[Record]:
 
 def _measure(rows: Sequence[Row], setup: Setup) -> list[Record]:
     attempts = {
-        f"{row.case}: {attempt.contender} {attempt.mode}": (row, attempt)
+        f"{row.case}: {attempt.implementation} {attempt.mode}": (row, attempt)
         for row in rows
         for name in row.implementations
         for attempt in _checked(row, name, setup)
@@ -183,9 +183,9 @@ def record(row: Row, attempt: Attempt, stats: Stats | None, setup: Setup) -> Rec
     return {
         "case": row.case,
         **spec.facts(),
-        "contender": attempt.contender,
+        "contender": attempt.implementation,
         "mode": attempt.mode,
-        "kernel": plan(p, device.name()).name if attempt.contender == OURS and not spec.features else None,
+        "kernel": plan(p, device.name()).name if attempt.implementation == OURS and not spec.features else None,
         "reason": attempt.reason,
         **(asdict(stats) if stats else dict.fromkeys(STATS)),
         "tflops": tflops,

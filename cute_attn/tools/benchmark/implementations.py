@@ -1,4 +1,4 @@
-"""Who is compared. A contender says whether it can be here, what it refuses, and what of it is timed."""
+"""Who is compared. An implementation says whether it can be here, what it refuses, and what of it is timed."""
 
 import importlib
 import importlib.metadata

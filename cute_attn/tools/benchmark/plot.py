@@ -144,15 +144,15 @@ NAME_POINTS, LINE_POINTS = 13.0, 10.5  # heights of a caption's lines
 
 def _caption(record: Record) -> tuple[str, list[str]]:
     """Who a bar is, and what it adds, in lines."""
-    contender, stage = record["contender"], record["stage"]
-    name, words = (f"{stage}. {contender}", record["adds"]) if stage else (contender, BASELINE_WORDS.get(contender, ""))
-    return name, textwrap.wrap(words, CAPTION_CHARACTERS)
+    name, stage = record["contender"], record["stage"]
+    words = record["adds"] if stage else BASELINE_WORDS.get(name, "")
+    return f"{stage}. {name}" if stage else name, textwrap.wrap(words, CAPTION_CHARACTERS)
 
 
 def _rung(axes: Axes, y: float, record: Record) -> None:
     """A bar, who it is on the left, what it reaches in it, or beside it where it is short."""
-    contender, stage, tflops = record["contender"], record["stage"], record["tflops"]
-    colour = ABLATION[stage - 1] if stage else _colour(contender)
+    implementation, stage, tflops = record["contender"], record["stage"], record["tflops"]
+    colour = ABLATION[stage - 1] if stage else _colour(implementation)
     axes.barh(y, tflops, 0.74, color=colour, zorder=2)
     name, words = _caption(record)
     top = (NAME_POINTS + LINE_POINTS * len(words)) / 2
@@ -308,10 +308,10 @@ def _bars(records: Sequence[Record], title: str, handles: Sequence[Artist], note
     page = Page(max(WIDTH, 1.5 + 0.75 * len(cells) * len(keys)), title, handles, notes)
     figure, grid = page.panels([3.2], 1, left=0.6, above=0.1, below=0.6)
     axes, width = grid[0, 0], 0.84 / max(len(keys), 1)
-    for i, (contender, mode) in enumerate(keys[::-1]):
-        own = {_cell(r): r["tflops"] for r in records if (r["contender"], r["mode"]) == (contender, mode)}
+    for i, (implementation, mode) in enumerate(keys[::-1]):
+        own = {_cell(r): r["tflops"] for r in records if (r["contender"], r["mode"]) == (implementation, mode)}
         x = [cells.index(cell) + (i - (len(keys) - 1) / 2) * width for cell in own]
-        colour = _colour(contender)
+        colour = _colour(implementation)
         hatch = None if mode == EAGER else "///"
         bars = axes.bar(x, list(own.values()), width * 0.9, color=colour, hatch=hatch, edgecolor="white", zorder=2)
         axes.bar_label(bars, fmt="%.0f", fontsize=9, padding=2)
@@ -330,18 +330,18 @@ def _cell(record: Record) -> str:
 
 
 def _keys(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """(contender, mode) in the order to draw: eager over graph, ours on top. Legend and bars have it reversed."""
+    """(implementation, mode) in the order to draw: eager over graph, ours on top. Legend and bars have it reversed."""
     keys = dict.fromkeys((record["contender"], record["mode"]) for record in reversed(records))
     return sorted(keys, key=lambda key: (key[1] == EAGER, key[0] == OURS))
 
 
-def _colour(contender: str) -> str:
-    return STYLE.get(contender, (INK, "."))[0]
+def _colour(implementation: str) -> str:
+    return STYLE.get(implementation, (INK, "."))[0]
 
 
-def _line_style(contender: str, mode: str) -> dict[str, Any]:
-    colour, marker = STYLE.get(contender, (INK, "."))
-    ours = contender == OURS
+def _line_style(implementation: str, mode: str) -> dict[str, Any]:
+    colour, marker = STYLE.get(implementation, (INK, "."))
+    ours = implementation == OURS
     return {
         "color": colour,
         "marker": marker,
@@ -364,11 +364,11 @@ def _finish(axes: Axes, cublas: float | None) -> None:
 def _handles(records: Sequence[Record], bars: bool) -> list[Artist]:
     """A sample of each line, or bar, with its name."""
     handles: list[Artist] = []
-    for contender, mode in _keys(records)[::-1]:
-        style = _line_style(contender, mode)
+    for implementation, mode in _keys(records)[::-1]:
+        style = _line_style(implementation, mode)
         if bars:
             style |= {"linestyle": "", "marker": "s", "markersize": 9, "markeredgecolor": style["color"]}
-        name = NAMES.get(contender, contender)
+        name = NAMES.get(implementation, implementation)
         handles.append(Line2D([], [], label=name if mode == EAGER else f"{name}, {mode}", **style))
     return handles
 

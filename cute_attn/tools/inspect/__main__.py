@@ -136,7 +136,7 @@ def _word(value) -> str:
 
 def print_audit(console: Console, branches: Sequence[audit.Branch]) -> None:
     first = audit.BARRIER, audit.THREAD, audit.SOFTCAP, audit.SLOW_STEP
-    kinds = *first, audit.TRIP_COUNT, audit.LAZY_RESCALE, audit.REDO, audit.UNKNOWN
+    kinds = *first, audit.TRIP_COUNT, audit.LAZY_RESCALE, audit.OVERFLOW_CHECK, audit.UNKNOWN
     counts = ", ".join(f"{sum(branch.depends == kind for branch in branches)} {kind}" for kind in kinds)
     console.print(Text("\ncontrol flow of the steady loop, its polling included", style="bold"))
     print_facts(console, {"branches": counts})

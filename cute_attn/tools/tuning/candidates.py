@@ -18,9 +18,9 @@ LAYOUT = "bshd"  # of the timed tensors; both layouts have the same machine code
 TILE_M, TILE_N = (128, 192, 256), range(48, 257, 16)
 STAGES, Q_STAGES = (2, 3, 4), (1, 2)
 PATHS = (  # of Q to the MMAs, and of S to P
-    dict(q_in_regs=False, redo=False),
-    dict(q_in_regs=True, redo=False),
-    dict(q_in_regs=False, redo=True),
+    dict(q_in_regs=False, speculative=False),
+    dict(q_in_regs=True, speculative=False),
+    dict(q_in_regs=False, speculative=True),
 )
 SPARE_REGISTERS = 24  # ptxas spilled wherever 24 or fewer of a thread's registers were left, nowhere with 28 (CUDA 13)
 
@@ -58,8 +58,8 @@ def candidates(key: Key, incumbents: Iterable[FwdConfig], wide: bool = False) ->
 
 def _grids(causal: bool) -> list[dict[str, Any]]:
     """How CTAs come by their tiles."""
-    static, drawn = (dict(scheduler=SCHEDULERS[name], cluster=1) for name in ("static", "drawn"))
-    return [static, drawn, (drawn if causal else static) | dict(cluster=2)]
+    static, dynamic = (dict(scheduler=SCHEDULERS[name], cluster=1) for name in ("static", "drawn"))
+    return [static, dynamic, (dynamic if causal else static) | dict(cluster=2)]
 
 
 def _config(base: FwdConfig, fields: dict[str, Any]) -> FwdConfig | None:

@@ -26,7 +26,7 @@ def config_word(config: FwdConfig) -> str:
     words = f"{config.tile_m}x{config.tile_n}", f"{config.stages} stages", config.scheduler.name
     extras = {"cluster of 2": config.cluster == 2, f"split over {config.split}": config.split > 1}
     extras |= {"2 Q tiles": config.q_stages == 2, "Q in registers": config.q_in_regs}
-    extras |= {"no ping-pong": not config.pingpong, "redo": config.redo}
+    extras |= {"no ping-pong": not config.pingpong, "speculative softmax": config.speculative}
     return ", ".join([*words, *(word for word, on in extras.items() if on)])
 
 

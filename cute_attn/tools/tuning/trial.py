@@ -126,9 +126,9 @@ def gpu_launch(config: FwdConfig, inputs: Inputs, o: torch.Tensor) -> Callable[[
     """The compiled call itself, as `flash_fwd` makes it."""
     kernel, gpu = compile.get(config), device.get(o.device.index)
     q, k, v = inputs.bshd()
-    ticket = gpu.ticket() if config.scheduler.draws else 0
+    counter = gpu.tile_counter() if config.scheduler.dynamic else 0
     scale = inputs.problem.head_dim**-0.5
-    return lambda: kernel(q, k, v, o, 0, ticket, scale, gpu.num_sms)
+    return lambda: kernel(q, k, v, o, 0, counter, scale, gpu.num_sms)
 
 
 def gpu_wait(seconds: float = SECONDS) -> None:

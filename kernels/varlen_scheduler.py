@@ -1,8 +1,8 @@
-"""Tiles of packed sequences, whose lengths only the device knows: drawn, those of the longest sequences first.
+"""Dynamic persistent scheduler for varlen: only the device knows the lengths; the longest sequences come first (LPT).
 
-The order: sequences by the highest bit of their number of keys, from the highest down; among equals as they are
-packed; within one as `within` says. A warp looks at 32 sequences at a time, one a lane. A CTA's draws only grow, so it
-goes on from where it was: in all it sees every sequence once for each of the bits that occur.
+The order: sequences by the highest bit of their number of keys, from the highest down; among equals as they
+lie; within one as `within` says. A warp looks at 32 sequences at a time, one a lane. A CTA's tile numbers only grow,
+so it goes on from where it was: in all it sees every sequence once for each of the bits that occur.
 """
 
 from typing import NamedTuple
@@ -10,22 +10,22 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Boolean, Int32, cute
 
-from .seqlen import Packing, Part, part
-from .tile_scheduler import Dynamic, Grid, HeadByHead, LongestFirst, draw
+from .seqlen import SeqlenInfo, Seqlens, seqlen_info
+from .tile_scheduler import Dynamic, Grid, HeadByHead, LongestFirst, next_tile
 
 LANES = 32
 
 
-class PackedGrid(NamedTuple):
-    q: Packing
-    k: Packing
+class VarlenGrid(NamedTuple):
+    q: Seqlens
+    k: Seqlens
     heads: Int32
     batch: Int32
     ratio: Int32  # query heads per K/V head
     l2_rows: Int32  # of one head's K and V together, that L2 keeps
 
 
-class PackedTile(NamedTuple):
+class VarlenTile(NamedTuple):
     m_block: Int32  # of its sequence
     head: Int32
     batch: Int32
@@ -49,17 +49,17 @@ class Place(NamedTuple):
 class Lane(NamedTuple):
     """What a lane knows of its sequence."""
 
-    q: Part
-    k: Part
+    q: SeqlenInfo
+    k: SeqlenInfo
     tiles: Int32
     bit: Int32  # the highest of its number of keys; 0: it has no tiles
 
 
 @cute.jit
-def lane(g: PackedGrid, group: Int32, tile_m: cutlass.Constexpr) -> Lane:
+def lane(g: VarlenGrid, group: Int32, tile_m: cutlass.Constexpr) -> Lane:
     b = group + cute.arch.lane_idx()
     own = cutlass.min(b, g.batch - 1)
-    q, k = part(g.q, own), part(g.k, own)
+    q, k = seqlen_info(g.q, own), seqlen_info(g.k, own)
     tiles = (q.length + tile_m - 1) // tile_m * g.heads if b < g.batch else Int32(0)
     bit = top(k.length) if tiles > 0 else Int32(0)
     return Lane(q, k, tiles, bit)
@@ -79,19 +79,19 @@ def running_sum(x: Int32) -> Int32:
     return x
 
 
-class Packed(Dynamic):
+class VarlenScheduler(Dynamic):
     """`within` orders the tiles of a sequence."""
 
-    packed, tile, within, name = True, PackedTile, HeadByHead, "packed"
+    varlen, tile, within, name = True, VarlenTile, HeadByHead, "packed"
 
     @staticmethod
-    def grid(g: PackedGrid, room: Int32, tile_m: int) -> Int32:
+    def grid(g: VarlenGrid, room: Int32, tile_m: int) -> Int32:
         """How many CTAs: no more than there may be tiles, if no row is in two sequences; enough for any in any case."""
         return cutlass.min((g.q.total // tile_m + g.batch) * g.heads, room)
 
     @staticmethod
     @cute.jit
-    def first(number: Int32, g: PackedGrid, tile_m: cutlass.Constexpr) -> Place:
+    def first(number: Int32, g: VarlenGrid, tile_m: cutlass.Constexpr) -> Place:
         """A CTA's first place. Run, like all that follows, by one warp; cu_seqlens must be there."""
         tiles, bits = Int32(0), Int32(0)
         for i in cutlass.range((g.batch + LANES - 1) // LANES, unroll=1):
@@ -103,20 +103,22 @@ class Packed(Dynamic):
 
     @staticmethod
     @cute.jit
-    def upcoming(place: Place, g: PackedGrid, ticket: cute.Tensor, ctas: Int32, tile_m: cutlass.Constexpr) -> Place:
-        return seek(place._replace(number=draw(ticket, place.tiles) + ctas), g, tile_m)
+    def upcoming(
+        place: Place, g: VarlenGrid, tile_counter: cute.Tensor, ctas: Int32, tile_m: cutlass.Constexpr
+    ) -> Place:
+        return seek(place._replace(number=next_tile(tile_counter, place.tiles) + ctas), g, tile_m)
 
     @classmethod
-    def decode(cls, place: Place, g: PackedGrid, tile_m: int) -> PackedTile:
+    def decode(cls, place: Place, g: VarlenGrid, tile_m: int) -> VarlenTile:
         return _decode(place, g, tile_m, cls.within)
 
 
-class PackedLongest(Packed):
+class VarlenLongest(VarlenScheduler):
     within, name = LongestFirst, "packed_longest"
 
 
 @cute.jit
-def seek(place: Place, g: PackedGrid, tile_m: cutlass.Constexpr) -> Place:
+def seek(place: Place, g: VarlenGrid, tile_m: cutlass.Constexpr) -> Place:
     """Forward to the 32 sequences that the place's number belongs to."""
     bits, group, before = place.bits, place.group, place.before
     after = before + tiles_of(lane(g, group, tile_m), bits)
@@ -141,7 +143,7 @@ def turn(own: Lane, bits: Int32) -> Int32:
 
 
 @cute.jit
-def _decode(place: Place, g: PackedGrid, tile_m: cutlass.Constexpr, within: cutlass.Constexpr) -> PackedTile:
+def _decode(place: Place, g: VarlenGrid, tile_m: cutlass.Constexpr, within: cutlass.Constexpr) -> VarlenTile:
     own = lane(g, place.group, tile_m)
     mine = turn(own, place.bits)
     after = place.before + running_sum(mine)
@@ -153,4 +155,4 @@ def _decode(place: Place, g: PackedGrid, tile_m: cutlass.Constexpr, within: cutl
     group = cutlass.max(g.l2_rows // cutlass.max(seqlen_k, 1) * g.ratio, 1)
     tile = within.decode(place.number - first, Grid(m_blocks, g.heads, Int32(1), group))
     valid = place.number < place.tiles
-    return PackedTile(tile.m_block, tile.head, place.group + who, valid, start_q, seqlen_q, start_k, seqlen_k)
+    return VarlenTile(tile.m_block, tile.head, place.group + who, valid, start_q, seqlen_q, start_k, seqlen_k)
