@@ -12,7 +12,12 @@ class FeatureKey(tuple):
     __slots__ = ()
 
     def __new__(cls, **features: Any) -> "FeatureKey":
-        return super().__new__(cls, sorted(pair for pair in features.items() if pair[1]))
+        return cls.of(sorted(pair for pair in features.items() if pair[1]))
+
+    @classmethod
+    def of(cls, pairs: list[tuple[str, Any]]) -> "FeatureKey":
+        """Of the features that there are, in the order of their names."""
+        return super().__new__(cls, pairs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

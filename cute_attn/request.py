@@ -11,8 +11,10 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import arrays, by_operator, call, checks, compile, features, notices, reference, strides
+from .features import NONE
 from .integrations import dlpack
 from .operands import Dense, Operands, Ragged, gpu_of
+from .problem import PLAIN
 
 
 class Outputs(NamedTuple):
@@ -84,6 +86,14 @@ class Request(NamedTuple):
         else:
             o, lse, row_max = self._on_gpu(found, scale, asked)
         return self.outputs.of(o, lse, row_max, rng_state, isinstance(self.operands, Ragged))
+
+    def run_again(self, found: call.Call) -> tuple:
+        """o and lse of a call without features, on tensors like those that `found` was prepared for."""
+        q, k, v, out = self.operands[:4]
+        if out is not None:
+            checks.out_memory(out, q, k, v, found.nbytes)
+        scale = found.scale if self.scale is None else checks.scale(self.scale)
+        return self._on_gpu(found, scale, NONE)[:2]
 
     def prepared(self) -> call.Call | None:
         """Checked, planned and compiled; a look-up where the like has come before. None under torch.jit.trace, whose
@@ -183,6 +193,20 @@ def request(operands: Operands, outputs: Outputs, causal, scale, constant_time, 
         arrays.flags(causal=causal, constant_time=constant_time)
     causal, found = features.collect(causal, given)
     return Request(operands, causal, scale, constant_time, found, outputs)
+
+
+def seen_before(operands: Operands, causal: bool) -> call.Call | None:
+    """What was prepared for an eager call like this, without features and gradients; None sends it the whole way."""
+    if is_compiling() or _dispatch_modes() or _function_modes() or forward_ad._current_level >= 0:
+        return None
+    q, k, v = operands[:3]  # type: ignore[index]
+    if not type(q) is type(k) is type(v) is Tensor or arrays.learns(q, k, v):
+        return None
+    operands.check()
+    try:
+        return call.known.get((operands.key(), causal, False, PLAIN))
+    except (AttributeError, RuntimeError, TypeError):  # one without strides, or what has no hash
+        return None
 
 
 def traced(request: Request) -> bool:

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .features import NONE
 from .operands import Ragged
-from .request import Outputs, request
+from .request import Outputs, Request, request, seen_before
 
 
 def flash_fwd_varlen(
@@ -70,22 +71,26 @@ def flash_fwd_varlen(
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
     operands = Ragged(q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
-    given: dict[str, Any] = {}
     if (
-        not window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None
-        or not return_row_max is return_max_logit is False
-        or type(aux) is not tuple
-        or aux
+        window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None
+        and return_row_max is return_max_logit is False
+        and type(aux) is tuple
+        and not aux
+        and type(causal) is type(return_lse) is bool
     ):
-        given = dict(
-            window=window,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            score_mod=score_mod,
-            mask_mod=mask_mod,
-            aux=aux,
-            return_row_max=return_row_max,
-            return_max_logit=return_max_logit,
-        )
+        call = seen_before(operands, causal)
+        if call is not None:
+            o, lse = Request(operands, causal, scale, False, NONE, Outputs(return_lse)).run_again(call)
+            return (o, lse) if return_lse else o
+    given = dict(
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        aux=aux,
+        return_row_max=return_row_max,
+        return_max_logit=return_max_logit,
+    )
     return request(operands, Outputs(return_lse, return_row_max, return_max_logit), causal, scale, False, given).run()

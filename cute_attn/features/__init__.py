@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..kernels.state import Arguments
-from ..problem import PLAIN, FeatureKey, Problem
+from ..problem import FeatureKey, Problem
 from .block_sparse import BlockSparseFeature
 from .dropout import NO_DROPOUT, DropoutFeature
 from .feature import Feature as Feature
@@ -38,6 +38,7 @@ SCHEMA = tuple(chain.from_iterable(feature.schema for feature in FEATURES))
 DEFAULTS: dict[str, Any] = {name: None for feature in FEATURES for name in feature.keywords}
 DEFAULTS |= dict(aux=(), dropout_p=NO_DROPOUT, return_row_max=False, return_max_logit=False)
 _WHOSE = {name: [i for i, feature in enumerate(FEATURES) if name in feature.keywords] for name in DEFAULTS}
+_BY_NAME = sorted(range(len(FEATURES)), key=lambda i: FEATURES[i].name)
 _LAUNCHED = sorted(range(len(FEATURES)), key=lambda i: Arguments._fields.index(FEATURES[i].part))  # keeps equals' order
 
 
@@ -63,25 +64,31 @@ def present(features: Any) -> list[tuple[Feature, Any]]:
 
 def key(features: Any) -> FeatureKey:
     """Which there are, whatever their values."""
-    if features is NONE:
-        return PLAIN
-    return FeatureKey(**{feature.name: feature.key(value) for feature, value in present(features)})
+    return FeatureKey.of(
+        [(FEATURES[i].name, FEATURES[i].key(features[i])) for i in _BY_NAME if features[i] is not None]
+    )
 
 
 def fitted(features: Any, problem: Problem, device: torch.device) -> Any:
     """Each held against the problem, and some made for it."""
-    if features is NONE:
-        return NONE
-    pairs = zip(FEATURES, features, strict=True)
-    return Features(*[None if value is None else f.fitted(value, problem, device) for f, value in pairs])
+    return _each(features, "fitted", problem, device)
 
 
 def started(features: Any, q: Any) -> Any:
     """With what each call makes anew: q may be a tracer's."""
-    if features is NONE:
-        return NONE
-    pairs = zip(FEATURES, features, strict=True)
-    return Features(*[None if value is None else feature.started(value, q) for feature, value in pairs])
+    return _each(features, "started", q)
+
+
+def _each(features: Any, method: str, *arguments: Any) -> Any:
+    """With what a method of each makes of its value."""
+    found = None
+    for i, value in enumerate(features):
+        if value is not None:
+            made = getattr(FEATURES[i], method)(value, *arguments)
+            if made is not value:
+                found = list(features) if found is None else found
+                found[i] = made
+    return features if found is None else Features(*found)
 
 
 def arguments(features: Any) -> tuple:
