@@ -2,7 +2,7 @@
 
 python benchmarks/varlen.py [--out FILE] [--only WORD]
 
-64 sequences, lengths drawn from 64 to 8192 with a fixed seed, 16 heads, bf16, full and causal; the baseline is torch's
+64 sequences, lengths from 64 to 8192 with a fixed seed, 16 heads, bf16, full and causal; the baseline is torch's
 FlashAttention-2. Exit status 1 where an output is wrong; 2 without a Hopper GPU.
 """
 
@@ -69,7 +69,7 @@ class VarlenTruth:
         return max(e[0] for e in every), max(e[1] for e in every)
 
 
-def drawn(seed: int = SEED) -> tuple[int, ...]:
+def random_lengths(seed: int = SEED) -> tuple[int, ...]:
     rng = random.Random(seed)
     return tuple(rng.randint(SHORTEST, LONGEST) for _ in range(BATCH))
 
@@ -127,7 +127,7 @@ def row(case: str, p: Packing, causal: bool, calls: dict[str, Callable]) -> Row:
 
 
 def rows(head_dim: int, causal: bool, device: torch.device) -> list[Row]:
-    mixed = pack(drawn(), head_dim, device)
+    mixed = pack(random_lengths(), head_dim, device)
     even = pack(equal(mixed.lengths), head_dim, device)
     baselines = {"flash": flash, "torch varlen": torch_varlen, **{one.name: partial(package, one) for one in PACKAGES}}
     return [
@@ -142,4 +142,4 @@ GROUPS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main("varlen", __doc__, GROUPS, baselines=PACKAGES, lengths=drawn()))
+    sys.exit(main("varlen", __doc__, GROUPS, baselines=PACKAGES, lengths=random_lengths()))

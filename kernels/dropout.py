@@ -21,7 +21,7 @@ BUMPS = 0x9E3779B9, 0xBB67AE85  # of the key, from round to round
 LEVELS = 1 << 16  # of 16 bits: so many of them, `kept`, keep an entry
 
 
-class Draws(NamedTuple):
+class RandomBits(NamedTuple):
     """Of a tile: what all its counters and keys have in common."""
 
     key: tuple  # (Uint32, Uint32)
@@ -42,11 +42,11 @@ class Weights(Part):
 class Dropout(Weights):
     """Row sums, and so lse, are without. Arguments: the address of seed and offset, levels kept, the scale of O."""
 
-    def begin(self, tile: Tile, problem: Problem) -> Draws:
+    def begin(self, tile: Tile, problem: Problem) -> RandomBits:
         state, *_ = problem.args.dropout
         words = cute.make_tensor(address(Uint32, state), 4)
         head = Uint32(tile.batch * problem.grid.heads + tile.head)
-        return Draws(key_of([words[i] for i in range(4)]), head)
+        return RandomBits(key_of([words[i] for i in range(4)]), head)
 
     def apply(self, w: Warpgroup, P, at: At):
         _, kept, _ = w.problem.args.dropout
@@ -72,13 +72,13 @@ def philox(counter, key) -> tuple:
 
 
 @cute.jit
-def leave_out(P: cute.Tensor, cS: cute.Tensor, row0: Int32, col0: Int32, draws: Draws, kept: Int32):
+def leave_out(P: cute.Tensor, cS: cute.Tensor, row0: Int32, col0: Int32, bits: RandomBits, kept: Int32):
     """P (rows, cols) of the block at (row0, col0): 0 where it is not kept."""
     limit, zero = Uint32(kept), Float32(0.0)
     for r in cutlass.range_constexpr(cute.size(P, mode=[0])):
         query, place = Uint32(row0 + cS[r, 0][0]), Uint32(col0 // 8 + cS[r, 0][1] // 2)
         for group in cutlass.range_constexpr(cute.size(P, mode=[1]) // 8):
-            words = philox((place + Uint32(4 * group), query, draws.head, Uint32(0)), draws.key)
+            words = philox((place + Uint32(4 * group), query, bits.head, Uint32(0)), bits.key)
             for i in cutlass.range_constexpr(4):
                 c = 8 * group + 2 * i
                 P[r, c] = P[r, c] if (words[i] & Uint32(LEVELS - 1)) < limit else zero

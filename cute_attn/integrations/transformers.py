@@ -66,7 +66,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
             notices.once(f"{type(module).__name__}: computed by {other(kwargs)}, not by cute_attn: {why}")
         if seen is not None and seen.among is told is not None:  # of which sdpa attention would know nothing
             attention_mask, is_causal = told.mask(query.shape[2], key.shape[2], seen.causal, seen.window), False
-        return others(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+        return fallback(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     how = options(seen, scaling, kwargs)
     if isinstance(seen.among, Sequences):
         return packed(query, key, value, seen.among, how), None
@@ -242,7 +242,7 @@ def other(kwargs: dict[str, Any]) -> str:
     return "the model's own eager attention" if only else "transformers' sdpa attention"
 
 
-def others(module, query, key, value, mask, dropout, scaling, is_causal, kwargs):
+def fallback(module, query, key, value, mask, dropout, scaling, is_causal, kwargs):
     """The same by transformers: the model's own eager attention for what only that has, else sdpa attention."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

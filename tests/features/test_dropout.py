@@ -84,8 +84,8 @@ def leave_out_on_the_host(
     cS = acc_mn(mma.get_slice(thread).partition_C(cute.make_identity_tensor((64, tile_n))))
     P = cute.make_rmem_tensor(cute.make_layout((2, tile_n // 4)), Float32)
     P.fill(1.0)
-    draws = room.Draws(room.key_of([Uint32(words[i]) for i in range(4)]), Uint32(head))
-    room.leave_out(P, cS, row0, col0, draws, kept)
+    bits = room.RandomBits(room.key_of([Uint32(words[i]) for i in range(4)]), Uint32(head))
+    room.leave_out(P, cS, row0, col0, bits, kept)
     for r in cutlass.range_constexpr(2):
         for c in cutlass.range_constexpr(tile_n // 4):
             out[cS[r, c][0], cS[r, c][1]] = P[r, c]

@@ -438,8 +438,8 @@ def test_only_takes_groups_by_a_word_and_names_them_all_where_none_has_it(script
 def test_varlen_lengths_and_their_work(scripts, monkeypatch):
     """Drawn once and for all; equal ones are of the same work; ours and dense agree."""
     varlen = scripts["varlen"]
-    lengths = varlen.drawn()
-    assert lengths == varlen.drawn() and len(set(lengths)) > 50 and 64 <= min(lengths) <= max(lengths) <= 8192
+    lengths = varlen.random_lengths()
+    assert lengths == varlen.random_lengths() and len(set(lengths)) > 50 and 64 <= min(lengths) <= max(lengths) <= 8192
     even = varlen.equal(lengths)
     assert len(even) == 64 and sum(n * n for n in even) == pytest.approx(sum(n * n for n in lengths), rel=1e-3)
     monkeypatch.setattr(varlen, "HEADS", 2)
@@ -451,13 +451,13 @@ def test_varlen_lengths_and_their_work(scripts, monkeypatch):
 def test_sequences_are_right_beside_their_own_truth(scripts, monkeypatch):
     varlen = scripts["varlen"]
     monkeypatch.setattr(varlen, "HEADS", 2)
-    monkeypatch.setattr(varlen, "drawn", lambda: (33, 100, 64, 7, 20))
+    monkeypatch.setattr(varlen, "random_lengths", lambda: (33, 100, 64, 7, 20))
     found = frame.measure(partial(varlen.rows, 16, True), setup(10.0, 20.0, 20.0))
     timed = {(r["case"], r["contender"]): r for r in found if r["reason"] is None}
     assert list(timed) == [("drawn", "cute_attn"), ("equal lengths", "cute_attn"), ("equal lengths", "dense")]
     assert all(r["relative_error"] < 1e-2 and r["checked_heads"] == 8 for r in timed.values())
-    drawn = timed["drawn", "cute_attn"]
-    assert drawn["features"] == {"sequences": 5, "tokens": 224} and drawn["shape"] == "5,2,7..100,16"
+    mixed = timed["drawn", "cute_attn"]
+    assert mixed["features"] == {"sequences": 5, "tokens": 224} and mixed["shape"] == "5,2,7..100,16"
     packing = varlen.pack((33, 7), 16, CPU)
     o = varlen.ours(packing, True)
     truth = varlen.VarlenTruth(packing, True)
