@@ -46,7 +46,7 @@ def test_the_operators_have_each_argument_of_a_feature():
 
 def test_a_call_without_features_is_one_object():
     assert collect(True, dict(features.DEFAULTS)) == (True, NONE) and collect(True, {})[1] is NONE
-    assert features.key(NONE) is PLAIN and features.arguments(NONE) == () and features.by_name(NONE) == {}
+    assert features.key(NONE) == PLAIN and features.arguments(NONE) == () and features.by_name(NONE) == {}
 
 
 def test_what_is_given_is_not_changed():
