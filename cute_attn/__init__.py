@@ -1,6 +1,6 @@
 """Exact attention for NVIDIA Hopper (sm_90a), in CuTe's Python DSL. Importing compiles nothing and needs no GPU."""
 
-from . import ops  # noqa: F401  torch.ops.cute_attn.*
+from . import ops, ops_0_1  # noqa: F401  torch.ops.cute_attn.*
 from .api import flash_fwd, warmup
 from .block_mask import BlockLists
 from .explanation import explain

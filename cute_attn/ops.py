@@ -2,10 +2,9 @@
 see of `flash_fwd` and `flash_fwd_varlen`, which call them by themselves where they are traced or differentiated.
 
 torch differentiates no operator that writes to an argument, so there are two. Their schema is made of the features'.
-The names of before are aliases: an exported program that has them runs.
+`ops_0_1` has the names of before.
 """
 
-import warnings
 from collections import namedtuple
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from . import backward, checks, features, strides
 from .features.window import window as bounded
 from .operands import HINTS, LENGTHS, Dense, Operands, Ragged
-from .operator import alias, gradients, operator
+from .operator import gradients, operator
 from .request import Outputs, request
 
 TENSORS = "Tensor q, Tensor k, Tensor v"
@@ -28,14 +27,14 @@ SCHEMA = f"({TENSORS}, {', '.join((*BASE, *features.SCHEMA))}) -> (Tensor, Tenso
 SCHEMA_OUT = f"({TENSORS}, Tensor(a!) out, {', '.join((*BASE, *features.SCHEMA))}) -> (Tensor, Tensor)"
 
 
-def _named(schema: str) -> Any:
+def named(schema: str) -> Any:
     """A namedtuple of the schema's arguments: the dispatcher leaves out defaults that come last."""
     arguments = torch._C.parse_schema(f"attention{schema}").arguments
     defaults = [x.default_value for x in arguments if x.has_default_value()]
     return namedtuple("Arguments", [x.name for x in arguments], defaults=defaults)
 
 
-Arguments, ArgumentsOut = _named(SCHEMA), _named(SCHEMA_OUT)
+Arguments, ArgumentsOut = named(SCHEMA), named(SCHEMA_OUT)
 
 
 def o_like(q, v):
@@ -127,34 +126,3 @@ def _backward(ctx, grad, *_):
 
 
 gradients("attention", _backward, _save)
-
-# The operators of before, each a call of one of these.
-_SIDES = "SymInt? window_left=None, SymInt? window_right=None"
-_DENSE = "bool causal, float? scale, str layout, bool return_lse, bool constant_time=False"
-_DENSE = f"{_DENSE}, {_SIDES}, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None"
-_DENSE = f"{_DENSE}, float dropout_p=0.0, Tensor? rng_state=None"
-_PACKED = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, SymInt? max_seqlen_q"
-_PACKED = f"{_PACKED}, SymInt? max_seqlen_k, bool causal, float? scale, SymInt? window_left, SymInt? window_right"
-_PACKED = f"{_PACKED}, bool return_lse"
-_OUT = f"{TENSORS}, Tensor(a!) out"
-
-
-def _alias(name: str, schema: str, first: int | None, row_max: bool = False) -> None:
-    """Of so many outputs, or of the first alone, with `first` None."""
-    arguments, base = _named(schema), "attention_out" if "(a!)" in schema else "attention"
-    text = f"torch.ops.cute_attn.{name} is for programs of version 0.1; use torch.ops.cute_attn.{base}"
-
-    def call(*args):
-        warnings.warn(text, DeprecationWarning, stacklevel=2)
-        named = arguments(*args)._asdict() | (dict(return_row_max=True) if row_max else {})
-        found = getattr(torch.ops.cute_attn, base)(**dict(layout="thd") | named)
-        return found[0] if first is None else found[:first]
-
-    alias(name, schema, call)
-
-
-_alias("flash_fwd", f"({TENSORS}, {_DENSE}) -> (Tensor, Tensor)", 2)
-_alias("flash_fwd_row_max", f"({TENSORS}, {_DENSE}) -> (Tensor, Tensor, Tensor)", 3, row_max=True)
-_alias("flash_fwd_out", f"({_OUT}, {_DENSE}) -> Tensor", None)
-_alias("flash_fwd_varlen", f"({TENSORS}, {_PACKED}) -> (Tensor, Tensor)", 2)
-_alias("flash_fwd_varlen_out", f"({_OUT}, {_PACKED}) -> Tensor", None)

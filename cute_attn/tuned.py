@@ -36,10 +36,12 @@ from .kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
 MASKS: dict[bool, Full | Causal] = {mask.causal: mask for mask in (Full(), Causal())}
 SCHEDULERS = {scheduler.name: scheduler for scheduler in (StaticTiles, DynamicLongest, OneTile)}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(FwdConfig)}
-NOT_TUNED: tuple[str, ...] = ("head_dim", "dtype", "layout", "mask", "constant_time", "timeline", "overlap")
-NOT_TUNED += ("score", "sinks", "dropout", "row_max", "sparse", "pack", "head_dim_v")
+TUNED = (  # what a table chooses
+    *("tile_m", "tile_n", "stages", "scheduler", "pingpong", "q_in_regs"),
+    *("cluster", "q_stages", "split", "speculative"),
+)
 KEYS = {"speculative": "redo"}  # a table's word for a field, where it is another: tables of users outlive a rename
-FIELDS = {KEYS.get(name, name): name for name in DEFAULTS if name not in NOT_TUNED}  # by a table's word
+FIELDS = {KEYS.get(name, name): name for name in TUNED}  # by a table's word
 BOUNDS = ("max_seqlen_q", "min_free_rows", "max_row_blocks", "min_seqlen_k")
 REQUIRED, OPTIONAL = ("head_dim", "causal", "fields"), ("dtype", *BOUNDS, "tflops")
 

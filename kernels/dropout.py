@@ -11,9 +11,10 @@ import cutlass
 from cutlass import Float32, Int32, Uint32, Uint64, cute
 
 from .layout import not_before
-from .part import Part
+from .outputs import Output
 from .state import At, Problem, Warpgroup, address
 from .tile_scheduler import Tile
+from .weights import Weights
 
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -26,17 +27,6 @@ class RandomBits(NamedTuple):
 
     key: tuple  # (Uint32, Uint32)
     head: Uint32  # of which sequence, too
-
-
-class Weights(Part):
-    """P as the softmax leaves it."""
-
-    def begin(self, tile: Tile, problem: Problem):
-        """What a warpgroup keeps for a tile: `at.rows.weights`."""
-        return ()
-
-    def apply(self, w: Warpgroup, P, at: At):
-        """P (rows, cols), unnormalised, becomes what V is multiplied by."""
 
 
 class Dropout(Weights):
@@ -52,6 +42,16 @@ class Dropout(Weights):
         _, kept, _ = w.problem.args.dropout
         col0 = not_before(P, at.n_block) * self.config.tile_n
         leave_out(P, w.frag.cS, at.rows.row0, col0, at.rows.weights, kept)
+
+
+class DropoutScale(Output):
+    """O is divided by the share of weights that dropout keeps."""
+
+    def finish(self, epilogue, w: Warpgroup, tile: Tile, lse, seen):
+        *_, scale = w.problem.args.dropout
+        rescale = w.frag.softmax.rescale
+        rescale.store(rescale.load() * scale)
+        return lse
 
 
 def key_of(state) -> tuple:

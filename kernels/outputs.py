@@ -65,16 +65,6 @@ class RowMax(Output):
         return lse
 
 
-class DropoutScale(Output):
-    """O is divided by the share of weights that dropout keeps."""
-
-    def finish(self, epilogue, w: Warpgroup, tile: Tile, lse, seen):
-        *_, scale = w.problem.args.dropout
-        rescale = w.frag.softmax.rescale
-        rescale.store(rescale.load() * scale)
-        return lse
-
-
 class Sinks(Output):
     """A logit of each head joins its rows' denominators (arXiv:2309.17453). Argument: the address of (H,) float32."""
 

@@ -6,14 +6,15 @@ from .block_sparse import BlockSparse
 from .blocks import DiagonalFirst, Range, SplitRange
 from .cluster_split import ClusterSplit, NoSplit
 from .config import FwdConfig
-from .dropout import Dropout, Weights
+from .dropout import Dropout, DropoutScale
 from .gemms import Gemms
-from .outputs import DropoutScale, Output, RowMax, Sinks
+from .outputs import Output, RowMax, Sinks
 from .pack_gqa import OneHead, PackGQA
 from .sequences import Dense, Varlen
 from .softmax_steps import ConstantTime, Lazy, LazyWithScores, Speculative
 from .split_head_dim import SplitHeadDim, WholeHeadDim
 from .trace import NoTrace, Timeline
+from .weights import Weights
 
 
 class Parts(NamedTuple):

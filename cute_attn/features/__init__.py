@@ -9,7 +9,7 @@ import torch
 from ..kernels.state import Arguments
 from ..problem import FeatureKey, Problem
 from .block_sparse import BlockSparseFeature
-from .dropout import NO_DROPOUT, DropoutFeature
+from .dropout import DropoutFeature
 from .feature import Feature as Feature
 from .per_head import AlibiFeature, SinksFeature
 from .row_max import RowMaxFeature
@@ -35,8 +35,7 @@ NONE = Features()  # Features are the value of each feature in a call; these of 
 SCHEMA = tuple(chain.from_iterable(feature.schema for feature in FEATURES))
 
 # Of keywords: their defaults, and whose they are, by place.
-DEFAULTS: dict[str, Any] = {name: None for feature in FEATURES for name in feature.keywords}
-DEFAULTS |= dict(aux=(), dropout_p=NO_DROPOUT, return_row_max=False, return_max_logit=False)
+DEFAULTS = {name: feature.defaults.get(name) for feature in FEATURES for name in feature.keywords}
 _WHOSE = {name: [i for i, feature in enumerate(FEATURES) if name in feature.keywords] for name in DEFAULTS}
 _BY_NAME = sorted(range(len(FEATURES)), key=lambda i: FEATURES[i].name)
 _LAUNCHED = sorted(range(len(FEATURES)), key=lambda i: Arguments._fields.index(FEATURES[i].part))  # keeps equals' order

@@ -24,7 +24,7 @@ class DropoutFeature(Feature):
     """The value is a Dropout."""
 
     name, part = "dropout", "dropout"
-    keywords = "dropout_p", "generator", "rng_state"
+    keywords, defaults = ("dropout_p", "generator", "rng_state"), dict(dropout_p=NO_DROPOUT)
     schema = "float dropout_p=0.0", "Tensor? rng_state=None"
 
     def given(self, asked):

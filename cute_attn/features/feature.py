@@ -17,6 +17,7 @@ class Feature:
 
     name: str  # its field in Features and FeatureKey
     keywords: tuple[str, ...]  # of flash_fwd
+    defaults: dict[str, Any] = {}  # noqa: RUF012  of these, where it is not None; a class's own, never changed
     part: str = ""  # the field of kernels.state.Arguments that takes its run-time arguments
     schema: tuple[str, ...] = ()  # its arguments of torch.ops.cute_attn.attention; without any it passes no operator
     differentiable = False

@@ -10,7 +10,7 @@ class RowMaxFeature(Feature):
     """
 
     name, keywords, part = "row_max", ("return_row_max", "return_max_logit"), "row_max"
-    schema = ("bool return_row_max=False",)
+    schema, defaults = ("bool return_row_max=False",), dict(return_row_max=False, return_max_logit=False)
     differentiable = True
 
     def given(self, asked):

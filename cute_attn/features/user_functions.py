@@ -13,6 +13,8 @@ from .feature import Feature, both
 
 
 class _UserFunction(Feature):
+    defaults = dict(aux=())  # noqa: RUF012  as in Feature
+
     def key(self, value):
         return value.kernel
 

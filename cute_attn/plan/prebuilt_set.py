@@ -1,9 +1,11 @@
 """The kernels that `warmup` and the tests compile ahead of a call."""
 
+from collections import namedtuple
 from collections.abc import Iterable
 from itertools import product
-from typing import NamedTuple
+from typing import Any
 
+from .. import tuned
 from ..kernels.config import DTYPES, LAYOUTS, FwdConfig
 from ..problem import PLAIN, FeatureKey
 from . import pack_gqa
@@ -17,27 +19,15 @@ PREBUILT_FEATURES = {
 }
 
 
-class KernelClass(NamedTuple):
+CLASS = [name for name in tuned.DEFAULTS if name not in (*tuned.TUNED, "pack", "timeline", "overlap")]
+_named: Any = namedtuple  # whose fields mypy would read here
+KernelClass = _named("KernelClass", CLASS)  # of FwdConfig's fields those that a caller chooses
+
+
+def kernel_class(config: FwdConfig) -> Any:
     """What a caller chooses, beside the sizes: they may take one kernel or another of a class."""
-
-    head_dim: int
-    dtype: str
-    layout: str
-    mask: str
-    constant_time: bool
-    score: str
-    sinks: bool
-    head_dim_v: int
-    dropout: bool
-    row_max: bool
-
-
-def kernel_class(config: FwdConfig) -> KernelClass:
-    c = config
-    return KernelClass(
-        *(c.head_dim, c.dtype, c.layout, c.mask.name, c.constant_time),
-        *(c.score.name, c.sinks, c.head_dim_v, c.dropout, c.row_max),
-    )
+    values = (getattr(config, name) for name in CLASS)
+    return KernelClass(*(getattr(value, "name", value) for value in values))
 
 
 def prebuilt(
