@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cute_attn import api, flash_fwd, plan
+from cute_attn import flash_fwd, operands, plan
 from cute_attn.tools import audit, inspect
 from tests.support.attention import DTYPES, EDGES, check, inputs
 from tests.support.nightly import HEAD_DIM_OF_EACH_CLASS, where
@@ -74,7 +74,7 @@ def test_every_way_in_passes_it_on(monkeypatch):
     """Eager, differentiated, compiled, by the operators, and from NumPy."""
     asked = []
     monkeypatch.setattr(
-        api, "plan", lambda problem, gpu=None: asked.append(problem.constant_time) or plan.plan(problem)
+        operands, "plan", lambda problem, gpu=None: asked.append(problem.constant_time) or plan.plan(problem)
     )
     q, k, v = inputs(1, 2, 2, 33, 47, 64, torch.float16, device="cpu")
     out, op = torch.empty_like(q), torch.ops.cute_attn
