@@ -467,11 +467,11 @@ def test_sensors_are_of_the_current_gpu():
 
 
 def test_the_benchmark_is_of_the_current_gpu():
-    from cute_attn.tools.benchmark import cells, implementations
+    from cute_attn.tools.benchmark import cells, frame, implementations
 
     p = Problem(2, 4, 4, 300, 300, 64)
     with torch.cuda.device(1):
-        setup = cells.gpu_setup(rounds=1)
+        setup = frame.gpu_setup(rounds=1)
         (row,) = cells.measure(p, [implementations.CuteAttn()], {}, setup)
     assert setup.device == torch.device("cuda", 1) and row["reason"] is None and row["p50_us"] > 0
 
