@@ -27,16 +27,9 @@ class Peak(NamedTuple):
     tb_per_s: float
 
 
-PEAKS = {  # by torch's name of the GPU; NVIDIA's datasheets
+PEAKS = {  # by torch's name of the GPU, as published; of a GPU that is not here no roofline is given
     "NVIDIA H200": Peak(989, 4.8),
-    "NVIDIA H200 NVL": Peak(835, 4.8),
     "NVIDIA H100 80GB HBM3": Peak(989, 3.35),
-    "NVIDIA H100 NVL": Peak(835, 3.9),
-    "NVIDIA H100 PCIe": Peak(756, 2.0),
-    "NVIDIA H800": Peak(989, 3.35),
-    "NVIDIA H20": Peak(148, 4.0),
-    "NVIDIA GH200 480GB": Peak(989, 4.0),
-    "NVIDIA GH200 144G HBM3e": Peak(989, 4.9),
 }
 
 
