@@ -6,21 +6,15 @@ from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch._C import _is_torch_function_mode_enabled as _function_modes
-from torch._C import _len_torch_dispatch_stack as _dispatch_modes
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 from typing_extensions import Unpack
 
-from . import call as calls
 from . import checks, compile, device, notices
 from .call import Call
 from .features.dropout import NO_DROPOUT
 from .kernels.config import FwdConfig
 from .operands import Dense, dense_key
 from .plan import HEAD_DIMS, kernel_class, plan, prebuilt
-from .problem import PLAIN
-from .request import Outputs, request
+from .request import Outputs, request, seen_before
 
 
 class Options(TypedDict, total=False):
@@ -163,7 +157,7 @@ def flash_fwd(
         and not aux
         and type(causal) is type(return_lse) is type(constant_time) is bool
     ):
-        call = _seen_before(q, k, v, out, causal, layout, constant_time)
+        call = seen_before(q, k, v, dense_key, (q, k, v, out, layout), causal, constant_time)
         if call is not None:
             return _plain(call, q, k, v, out, layout, causal, scale, return_lse)
     given = dict(
@@ -199,20 +193,6 @@ def _plain(call: Call, q, k, v, out, layout, causal, scale, return_lse):
         request(Dense(q, k, v, out, layout), Outputs(), *asked).refused(o)
         raise
     return (o, lse) if return_lse else o
-
-
-def _seen_before(q, k, v, out, causal, layout, constant_time) -> Call | None:
-    """What was prepared for a plain eager call without gradients like this one; None sends it the whole way."""
-    if is_compiling() or _dispatch_modes() or _function_modes() or forward_ad._current_level >= 0:
-        return None
-    if not type(q) is type(k) is type(v) is Tensor:
-        return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # arrays.learns, uncalled
-        return None
-    try:
-        return calls.known.get((dense_key(q, k, v, out, layout), causal, constant_time, PLAIN))
-    except (AttributeError, RuntimeError, TypeError):  # one without strides, or what has no hash
-        return None
 
 
 def warmup(

@@ -1,5 +1,6 @@
 """All that one call asks for, and the path of it: check -> plan -> compile -> allocate -> launch."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -195,16 +196,19 @@ def request(operands: Operands, outputs: Outputs, causal, scale, constant_time, 
     return Request(operands, causal, scale, constant_time, found, outputs)
 
 
-def seen_before(operands: Operands, causal: bool) -> call.Call | None:
-    """What was prepared for an eager call like this, without features and gradients; None sends it the whole way."""
+def seen_before(q, k, v, key: Callable, arguments: tuple, causal: bool, constant_time: bool) -> call.Call | None:
+    """What was prepared for an eager call like this, without features and gradients; None sends it the whole way.
+
+    `key(*arguments)` is the operands'.
+    """
     if is_compiling() or _dispatch_modes() or _function_modes() or forward_ad._current_level >= 0:
         return None
-    q, k, v = operands[:3]  # type: ignore[index]
-    if not type(q) is type(k) is type(v) is Tensor or arrays.learns(q, k, v):
+    if not type(q) is type(k) is type(v) is Tensor:
         return None
-    operands.check()
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):  # arrays.learns, uncalled
+        return None
     try:
-        return call.known.get((operands.key(), causal, False, PLAIN))
+        return call.known.get((key(*arguments), causal, constant_time, PLAIN))
     except (AttributeError, RuntimeError, TypeError):  # one without strides, or what has no hash
         return None
 

@@ -78,8 +78,9 @@ def flash_fwd_varlen(
         and not aux
         and type(causal) is type(return_lse) is bool
     ):
-        call = seen_before(operands, causal)
+        call = seen_before(q, k, v, operands.key, (), causal, False)
         if call is not None:
+            operands.check()
             o, lse = Request(operands, causal, scale, False, NONE, Outputs(return_lse)).run_again(call)
             return (o, lse) if return_lse else o
     given = dict(

@@ -55,6 +55,19 @@ def cache(tmp_path, monkeypatch):
     call.known.clear()
 
 
+@pytest.fixture
+def planned_by(monkeypatch):
+    """A function: from then on, calls run this kernel."""
+    from cute_attn import call, operands
+
+    def set_plan(config):
+        call.known.clear()
+        monkeypatch.setattr(operands, "plan", lambda problem, gpu=None: config)
+
+    yield set_plan
+    call.known.clear()
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """The tensors are tiny: more threads only wait for each other."""

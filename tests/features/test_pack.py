@@ -18,6 +18,7 @@ from cute_attn.kernels.tile_scheduler import OneTile, Tile
 from cute_attn.plan import HEAD_DIMS, FeatureKey, Problem, pack_gqa
 from cute_attn.tools import audit, inspect
 from tests.support.attention import DTYPES, bound, check, inputs, sdpa
+from tests.support.masks import sees
 from tests.support.nightly import sample
 
 RATIOS = (2, 3, 4, 5, 7, 8, 16, 32, 64)
@@ -30,13 +31,6 @@ CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"]
 
 
 # Rows on plain integers
-
-
-def sees(mask, query, key, problem):
-    place = query + problem.seqlen_k - problem.seqlen_q
-    left, right = problem.args.mask
-    inside = not mask.windowed or place - left <= key <= place + right
-    return 0 <= key < problem.seqlen_k and inside and (not mask.causal or key <= place)
 
 
 @MASKS
@@ -283,18 +277,6 @@ def packs(monkeypatch):
     monkeypatch.setattr(operands, "plan", noted)
     call.known.clear()
     yield found
-    call.known.clear()
-
-
-@pytest.fixture
-def planned_by(monkeypatch):
-    """A function: from then on, calls run this kernel."""
-
-    def set_plan(config):
-        call.known.clear()
-        monkeypatch.setattr(operands, "plan", lambda problem, gpu=None: config)
-
-    yield set_plan
     call.known.clear()
 
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cute_attn import api, by_operator, device, flash_fwd, flash_fwd_varlen, request
+from cute_attn import by_operator, device, flash_fwd, flash_fwd_varlen, request
 from cute_attn import call as calls
 from tests.support.attention import inputs
 
@@ -279,8 +279,7 @@ def test_the_import_registers_every_operator_and_stays_light():
 
 def test_a_plain_call_asks_no_tracer(monkeypatch):
     """What is asked of every call are three flags; the rest is asked where one is set."""
-    for module in (api, request):
-        assert not module._dispatch_modes() and not module._function_modes()
+    assert not request._dispatch_modes() and not request._function_modes()
     monkeypatch.setattr(request, "traced", None)
     flash_fwd(Q, K, V)
     flash_fwd_varlen(*VARLEN, CU_Q, CU_K)

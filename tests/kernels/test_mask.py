@@ -7,18 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cute_attn.kernels.mask import Causal, Full, Window, block_range, is_partial
+from tests.support.masks import sees
 
 MASKS = pytest.mark.parametrize("mask", [Full(), Causal(), Window()], ids=lambda mask: mask.name)
 SIDES = st.one_of(st.integers(0, 400), st.just(1 << 30))
 WINDOWS = st.tuples(SIDES, SIDES)
-
-
-def sees(mask, row, key, problem):
-    """By the words of flash_fwd's docstring, not by the mask's own limits."""
-    place = row + problem.seqlen_k - problem.seqlen_q
-    left, right = problem.args.mask
-    inside = not mask.windowed or place - left <= key <= place + right
-    return 0 <= key < problem.seqlen_k and inside and (not mask.causal or key <= place)
 
 
 @MASKS
