@@ -4,7 +4,7 @@ No array is copied: torch sees its memory (dmlc.github.io/dlpack), and runs afte
 before; what that library queues next runs after. Eager only: inside `jax.jit` there is no memory to share yet.
 """
 
-import importlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -26,10 +26,11 @@ def shared_by(flash_fwd: Callable, q, k, v, *, out=None, **options) -> Any:
     """
     given = dict(q=q, k=k, v=v) | ({} if out is None else dict(out=out))
     q, k, v, *o = shared(**given)
+    from_dlpack = _from_dlpack(given["q"])
     options |= {name: _tensor(name, x) for name, x in options.items() if hasattr(x, "__dlpack__")}
     found = flash_fwd(q, k, v, out=o[0] if o else None, **options)
     several = isinstance(found, tuple)
-    results = [_array(x, given["q"]) for x in (found if several else (found,))]  # its library waits for the kernel
+    results = [_array(x, from_dlpack) for x in (found if several else (found,))]  # its library waits for the kernel
     if out is not None:
         results[0] = out
     return tuple(results) if several else results[0]
@@ -83,13 +84,27 @@ def _forwards(name: str, x) -> None:
         )
 
 
-def _array(x: torch.Tensor, like) -> Any:
-    """x as an array of `like`'s library, which then waits for the stream that writes x."""
-    if _library(like) == "numpy":
-        return x.numpy()
-    namespace = like.__array_namespace__() if hasattr(like, "__array_namespace__") else None
+def _from_dlpack(q) -> Callable:
+    """What makes arrays of q's library: its array API's, or that of q's module or of the package which that is in."""
+    if _library(q) == "numpy":  # whose from_dlpack makes read-only arrays
+        return torch.Tensor.numpy
+    if hasattr(q, "__array_namespace__"):
+        return q.__array_namespace__().from_dlpack
+    names = type(q).__module__.split(".")
+    packages = (sys.modules.get(".".join(names[: n + 1])) for n in range(len(names)))
+    found = next((package.from_dlpack for package in packages if hasattr(package, "from_dlpack")), None)
+    if found is None:
+        came = f"{type_word(q)} came, whose library has no from_dlpack that would make arrays for the results"
+        raise TypeError(f"q: {came}; pass torch.from_dlpack(q), and k and v alike")
+    return found
+
+
+def _array(x: torch.Tensor, from_dlpack: Callable) -> Any:
+    """x as an array of another library, which then waits for the stream that writes x."""
+    if not x.is_cuda:
+        return from_dlpack(x)
     with _on_its_gpu(x):
-        return (namespace or importlib.import_module(_library(like))).from_dlpack(x)
+        return from_dlpack(x)
 
 
 def _on_its_gpu(x) -> AbstractContextManager:

@@ -1,5 +1,7 @@
 """Arrays of other libraries: NumPy and JAX on the CPU, where both are; what is shared is the same memory."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,13 @@ class Stranger:
         raise BufferError
 
 
+class OfNoLibrary:
+    """Shares its memory, and its module has no from_dlpack."""
+
+    def __init__(self, x):
+        self.__dlpack__, self.__dlpack_device__ = x.__dlpack__, x.__dlpack_device__
+
+
 Q, K, V = arrays()
 FROZEN = np.zeros_like(Q)
 FROZEN.flags.writeable = False
@@ -81,6 +90,7 @@ FROZEN.flags.writeable = False
         (lambda: flash_fwd(*(x.astype(np.float32) for x in (Q, K, V))), (TypeError, ValueError), "q: .*float32"),
         (lambda: flash_fwd(Q.astype(object), K, V), TypeError, "q: numpy.ndarray does not share its memory"),
         (lambda: flash_fwd(Stranger(), Stranger(), Stranger()), TypeError, "q: .*Stranger does not share its memory"),
+        (lambda: flash_fwd(*map(OfNoLibrary, (Q, K, V))), TypeError, r"q: .*no from_dlpack.*torch.from_dlpack\(q\)"),
         (lambda: flash_fwd([1.0], K, V), TypeError, "q: a torch.Tensor is needed, builtins.list came"),
         (lambda: flash_fwd(Q, K, V, layout="sbhd"), ValueError, "layout"),
         (lambda: flash_fwd(Q[:, :, ::-1], K, V), ValueError, r"q: strides \(.*-32.*\) bytes came, .* use q.copy\(\)"),
@@ -92,6 +102,23 @@ FROZEN.flags.writeable = False
 def test_what_is_wrong_is_said(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+class Array(OfNoLibrary):
+    """Of a library whose from_dlpack is that of this module."""
+
+    def __init__(self, x):
+        super().__init__(x)
+        self.x = x
+
+
+def test_a_module_within_a_package(monkeypatch):
+    module = sys.modules[__name__]
+    monkeypatch.setattr(module, "from_dlpack", lambda x: Array(torch.from_dlpack(x)), raising=False)
+    qkv = [torch.from_numpy(x) for x in arrays()]
+    o = flash_fwd(*map(Array, qkv), causal=True)
+    assert type(o) is Array
+    assert torch.equal(o.x, flash_fwd(*qkv, causal=True))
 
 
 @needs_jax
