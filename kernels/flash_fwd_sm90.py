@@ -26,7 +26,6 @@ from .state import (
     Problem,
     Smem,
     Tiling,
-    Tma,
     Warpgroup,
     address,
     cluster_sync,
@@ -90,21 +89,13 @@ class FlashFwdSm90:
 
     def _tma(self, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor, tiling: Tiling) -> tuple:
         """Of q, k, v and o; o itself where it is stored from registers."""
-        c, rows, sequences = self.config, self.parts.rows, self.parts.sequences
+        c, rows, kv = self.config, self.parts.rows, self.parts.kv
         q, k, v, o = (cute.select(s, mode=[0, 1]) for s in (tiling.sQ, tiling.sK, tiling.sV, tiling.sO))
         g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        shared = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else g2s
-
-        def blocks(t, smem, columns):  # of k or v
-            atom = cpasync.make_tiled_tma_atom(
-                shared, sequences.view(t), smem, (c.tile_n, columns), num_multicast=c.cluster
-            )
-            return Tma(*atom)
-
         return (
             rows.tma(g2s, mQ, mK, q, c.head_dim),
-            blocks(mK, k, c.head_dim),
-            blocks(mV, v, c.columns_v),
+            kv.tma(mK, k, c.head_dim),
+            kv.tma(mV, v, c.columns_v),
             rows.tma(s2g, mO, mK, o, c.d_v) if c.stages_o else mO,
         )
 

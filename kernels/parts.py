@@ -8,6 +8,7 @@ from .cluster_split import ClusterSplit, NoSplit
 from .config import FwdConfig
 from .dropout import Dropout, DropoutScale
 from .gemms import Gemms
+from .kv import Contiguous
 from .outputs import Output, RowMax, Sinks
 from .pack_gqa import OneHead, PackGQA
 from .sequences import Dense, Varlen
@@ -21,6 +22,7 @@ class Parts(NamedTuple):
     rows: OneHead  # whose queries a tile's rows are
     head_dim: WholeHeadDim  # which columns of V and O a warpgroup owns
     sequences: Dense  # where a sequence's rows lie in q, k, v and o
+    kv: Contiguous  # how K and V come to shared memory
     blocks: Range  # which blocks of keys a tile multiplies, in which order
     gemms: Gemms
     softmax: Lazy  # how a step makes P of S
@@ -40,6 +42,7 @@ def parts_of(c: FwdConfig) -> Parts:
         rows=(PackGQA if c.pack > 1 else OneHead)(c, sequences),
         head_dim=head_dim,
         sequences=sequences,
+        kv=Contiguous(c, sequences, trace),
         blocks=blocks,
         gemms=gemms,
         softmax=_softmax(c)(c, blocks, gemms),

@@ -2,9 +2,9 @@
 
 import cutlass
 from cutlass import Int32, cute, pipeline
-from cutlass.cute.nvgpu import cpasync
 
 from .config import FwdConfig
+from .kv import tma_copy
 from .parts import Parts
 from .state import Gmem, Pipes, Problem, Smem, publish, rank
 from .tile_scheduler import Tile
@@ -13,7 +13,8 @@ from .tile_scheduler import Tile
 class Producer:
     def __init__(self, config: FwdConfig, parts: Parts):
         self.config = config
-        self.rows, self.sequences, self.blocks, self.trace = parts.rows, parts.sequences, parts.blocks, parts.trace
+        self.rows, self.sequences, self.kv = parts.rows, parts.sequences, parts.kv
+        self.blocks, self.trace = parts.blocks, parts.trace
 
     @cute.jit
     def load(self, gmem: Gmem, smem: Smem, pipes: Pipes, problem: Problem):
@@ -24,9 +25,8 @@ class Producer:
         while tile.valid:
             t_state = publish(smem, pipes, t_state, tile)
             head_kv, (queries, keys) = tile.head // problem.group, self.sequences.of_tile(tile)
-            load_q = self._tma_load(gmem, smem, pipes, "q", (tile.head, queries))
-            load_k = self._tma_load(gmem, smem, pipes, "k", (head_kv, keys))
-            load_v = self._tma_load(gmem, smem, pipes, "v", (head_kv, keys))
+            load_q = self._load_q(gmem, smem, pipes, tile.head, queries)
+            load_k, load_v = (self.kv.loader(gmem, smem, pipes, name, head_kv, keys) for name in "kv")
             own = self.sequences.problem_of(tile, problem)
             (first, n_max), order = self.blocks.range(tile, own), self.blocks.order(tile, own)
             pipes.k.producer_acquire(k_state)
@@ -81,39 +81,9 @@ class Producer:
             index = self.sequences.upcoming(index, gmem, problem)
         return index
 
-    def _tma_load(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, head_sequence):
-        """What loads a block of one head's q, k or v into a slot."""
-        c = self.config
-        if name == "q":
-            return self._tma_copy(gmem, smem, pipes, name, [self.rows.tiles(gmem, name, *head_sequence)])
-        g = self.sequences.head(getattr(gmem, name).tensor, *head_sequence)  # (s, d)
-        if name == "k":
-            return self._tma_copy(gmem, smem, pipes, name, [cute.local_tile(g, (c.tile_n, c.head_dim), (None, 0))])
-        columns = [cute.local_tile(g, (c.tile_n, c.columns_v), (None, i)) for i in range(c.head_dim_splits)]
-        return self._tma_copy(gmem, smem, pipes, name, columns)
-
-    def _tma_copy(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, columns: list[cute.Tensor]):
-        """What loads one of the blocks of each of the `columns`, (rows, d, blocks), into a stage's slots.
-
-        A cluster's CTAs each load their part of k and v.
-        """
-        tma, s, pipe = getattr(gmem, name), getattr(smem, name), getattr(pipes, name)
-        cluster, parts = 1 if name == "q" else self.config.cluster, len(columns)
-        place, layout = rank() if cluster > 1 else 0, cute.make_layout(cluster)
-        smem_tile = cute.group_modes(s, 0, 2)
-        shares = [
-            cpasync.tma_partition(tma.atom, place, layout, smem_tile, cute.group_modes(g, 0, 2)) for g in columns
-        ]  # (sT, gT)
-        share = dict(mcast_mask=cutlass.Int16((1 << cluster) - 1)) if cluster > 1 else {}
-
-        def copy(block, stage, state):
-            self.trace.mark(gmem, smem, 0, f"load {name}")
-            barrier = pipe.producer_get_barrier(state)
-            for i, (sT, gT) in enumerate(shares):
-                slot = stage if parts == 1 else stage * parts + i
-                cute.copy(tma.atom, gT[None, block], sT[None, slot], tma_bar_ptr=barrier, **share)
-
-        return copy
+    def _load_q(self, gmem: Gmem, smem: Smem, pipes: Pipes, head, sequence):
+        """What loads 64 rows of q into a slot."""
+        return tma_copy(self.trace, gmem, smem, pipes, "q", [self.rows.tiles(gmem, "q", head, sequence)])
 
 
 def wait_for_stream():
