@@ -11,7 +11,8 @@ from cutlass.memory import SmemAllocator
 from .layout import acc_mn
 from .part import Part
 from .ping_pong import WARPGROUP
-from .state import Warpgroup, cluster_sync, rank
+from .state import Problem, Warpgroup, cluster_sync, rank
+from .tile_scheduler import Tile
 
 
 class NoSplit(Part):
@@ -21,10 +22,13 @@ class NoSplit(Part):
     def loaded(self):
         """Where the producer warpgroup is done."""
 
-    def send(self, w: Warpgroup):
+    def announce(self, tile: Tile, problem: Problem):
+        """By the producer, before a CTA's first tile."""
+
+    def send(self, w: Warpgroup, tile: Tile):
         """To whom stores the tile."""
 
-    def stores(self):
+    def stores(self, tile: Tile):
         """Whether this CTA does."""
         return True
 
@@ -44,12 +48,12 @@ class ClusterSplit(NoSplit):
         cluster_sync(self.config.cluster_size)
 
     @cute.jit
-    def send(self, w: Warpgroup):
+    def send(self, w: Warpgroup, tile: Tile):
         if rank() > 0:
             self._send(w)
         cluster_sync(self.config.cluster_size)
 
-    def stores(self):
+    def stores(self, tile: Tile):
         return rank() == 0
 
     def merge(self, w: Warpgroup):

@@ -43,6 +43,14 @@ class SparseBlocks:
 
 
 @dataclass(frozen=True)
+class KvCache:
+    """Rows of a box of TMA; paged: each box has a page of its own."""
+
+    box: int
+    paged: bool = False
+
+
+@dataclass(frozen=True)
 class FwdConfig:
     head_dim: int  # columns of a tile; D may be smaller: TMA reads zeros beyond it and writes nothing there
     dtype: str = "bf16"
@@ -68,6 +76,7 @@ class FwdConfig:
     row_max: bool = False  # each row's largest score is written too
     pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head (PackGQA)
     head_dim_v: int = 0  # columns of V and O, where they are others than Q's and K's
+    cache: KvCache | None = None  # k and v are a cache, of whose rows only the device knows how many count
 
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in MODES
@@ -95,6 +104,11 @@ class FwdConfig:
         assert not self.varlen or self.cluster_size == 1, "a cluster's tiles are of one sequence"
         assert not (self.varlen and self.sparse), "block-sparse indices are of equal lengths"
         assert not (self.timeline and self.split > 1), "no trace of a split"
+        assert self.cache is None or (self.varlen and self.tile_n % self.cache.box == 0), "a stage has whole boxes"
+        assert self.cache is None or self.cache_boxes <= 32, "a lane for each box"
+        assert not self.shares or (self.cache and self.tile_m == 64 and self.head_dim_splits == 1), "one merge per CTA"
+        assert not self.shares or (self.overlap and not self.speculative), "a merge needs a row's running max"
+        assert not self.shares or not (self.row_max or self.dropout or self.timeline), "of whole rows"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
     @property
@@ -151,7 +165,7 @@ class FwdConfig:
     @property
     def stages_o(self) -> bool:
         """O goes through shared memory and TMA; where it does not fit beside Q, each thread stores its own part."""
-        if self.varlen and self.pack > 1:  # TMA would write rows of another K/V head's queries
+        if self.shares or (self.varlen and self.pack > 1):  # TMA would write rows of another K/V head's queries
             return False
         return self.head_dim_splits == 1 and self._smem_bytes(o_tiles=1) <= SMEM_BYTES
 
@@ -164,7 +178,7 @@ class FwdConfig:
     @property
     def diagonal_first(self) -> bool:
         """Blocks begin where the scores are largest. In constant time each step rescales all the same."""
-        usual = self.sparse is None and self.split == 1 and self.overlap and not self.constant_time
+        usual = not (self.sparse or self.shares or self.constant_time) and self.split == 1 and self.overlap
         return usual and self.score.falls_from_diagonal and isinstance(self.mask, Full)
 
     @property
@@ -186,9 +200,42 @@ class FwdConfig:
         return 1 + (SMEM_BYTES - self._smem_bytes(o_tiles=0)) // self._part_bytes
 
     @property
+    def shares(self) -> bool:
+        """All CTAs share all keys."""
+        return self.scheduler.shares
+
+    @property
+    def cache_boxes(self) -> int:
+        """Of TMA, to a stage of a cache's K or V."""
+        return self.tile_n // self.cache.box if self.cache else 1
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """That share the keys; each has as much shared memory as leaves room for them."""
+        return 2 if 2 * (self.smem_bytes + 1024) <= SMEM_BYTES + 1024 else 1
+
+    @property
+    def part_bytes(self) -> int:
+        """Of what a CTA has of a tile that it shares."""
+        return self._part_bytes
+
+    def workspace_bytes(self, num_sms: int, heads: int, heads_kv: int) -> int:
+        """That a launch needs; 0: none. For the parts of tiles, and 64 bytes to say of which."""
+        if not self.shares:
+            return 0
+        packs = heads_kv * -(-(heads // heads_kv) // self.pack) if self.pack > 1 else heads
+        ctas = max(num_sms * self.ctas_per_sm // packs, 1) * packs
+        return ctas * (2 * self.part_bytes + 64)
+
+    @property
     def varlen(self) -> bool:
         """q, k, v and o are sequences of any lengths, one behind the other in (total, heads, d)."""
         return self.layout == "thd"
+
+    @property
+    def layout_kv(self) -> str:
+        """Of k and v; a cache has pages in place of a batch."""
+        return "bshd" if self.cache else self.layout
 
     def arguments(self) -> tuple:
         """Of `FlashFwdSm90.__call__`."""
@@ -200,8 +247,14 @@ class FwdConfig:
             strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
             return make_fake_tensor(ELEMENT[self.dtype], shape, strides, assumed_align=16)
 
+        def cached(d):
+            shape = (cute.sym_int(), s_k, h_kv, d)
+            strides = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
+            return make_fake_tensor(ELEMENT[self.dtype], shape, strides, assumed_align=16)
+
+        k, v = (cached(d), cached(d_v)) if self.cache else (tensor(h_kv, s_k, d), tensor(h_kv, s_k, d_v))
         return (
-            *(tensor(h, s_q, d), tensor(h_kv, s_k, d), tensor(h_kv, s_k, d_v), tensor(h, s_q, d_v)),
+            *(tensor(h, s_q, d), k, v, tensor(h, s_q, d_v)),
             *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             *chain(*self.signature()),
@@ -227,8 +280,17 @@ class FwdConfig:
             dropout=(Int64(0), Int32(0), Float32(0.0)) if self.dropout else (),  # address of seed, offset; kept, scale
             row_max=(_tensor(Float32, 2 if self.varlen else 3),) if self.row_max else (),  # like lse
             block_indices=tuple(block_indices),
-            sequences=(*[Int64(0)] * 4, Int32(0)) if self.varlen else (),  # two cu_seqlens, two seqused; how many
+            sequences=self._sequences(),
+            split=(Int64(0),) if self.shares else (),  # address of the workspace
         )
+
+    def _sequences(self) -> tuple:
+        if self.cache is None:
+            return (*[Int64(0)] * 4, Int32(0)) if self.varlen else ()  # two cu_seqlens, two seqused; how many
+        # cu_seqlens_q; Sq, steps in q and o, batch; cache_seqlens; a length for all, capacity; units of k and v
+        lengths = Int64(0), *[Int32(0)] * 4, Int64(0), Int32(0), Int32(0), Int64(8), Int64(8)
+        # page_table and its stride; or cache_batch_idx and cache_leftpad
+        return *lengths, Int64(0), (Int32(0) if self.cache.paged else Int64(0))
 
     def divide(self, extras: tuple) -> Arguments:
         """Those arguments by who takes them."""
@@ -242,6 +304,7 @@ class FwdConfig:
         tile += ("_redo" if self.speculative else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
+        tile += f"_{'paged' if self.cache.paged else 'cache'}{self.cache.box}" if self.cache else ""
         features = [name for name in ("sinks", "dropout", "row_max", "sparse") if getattr(self, name)]
         kind = "_".join(filter(None, (self.mask.name, self.score.name, *features)))
         dims = f"d{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v else "")

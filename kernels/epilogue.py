@@ -20,8 +20,8 @@ class Epilogue:
     def finish(self, w: Warpgroup, tile: Tile):
         """A tile whose last block is multiplied."""
         self.trace.mark_of(w, "store")
-        self.parts.split.send(w)
-        if self.parts.split.stores():
+        self.parts.split.send(w, tile)
+        if self.parts.split.stores(tile):
             self.parts.split.merge(w)
             self.store(w, tile)
         self.trace.mark_of(w, "store done")
@@ -71,7 +71,7 @@ class Epilogue:
         cute.arch.fence_view_async_shared()
         self.head_dim.sync(f.wg)
         if f.thread // 32 == 0:
-            g = self.rows.tiles(w.gmem, "o", tile.head, self.sequences.of_tile(tile)[0])  # (64, d_v, blocks)
+            g = self.rows.tiles(w.gmem, "o", tile.head, self.sequences.of_output(tile, w.problem))  # (64, d_v, blocks)
             g = g[None, None, tile.m_block * c.warpgroups + f.wg]  # (64, d_v)
             sT, gT = cpasync.tma_partition(
                 w.gmem.o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)
@@ -82,13 +82,13 @@ class Epilogue:
     @cute.jit
     def _store_from_registers(self, w: Warpgroup, rO: cute.Tensor, tile: Tile):
         """16 bytes a thread at a time, so that Q's place is free for the next tile's Q."""
-        c, f = self.config, w.frag
+        f = w.frag
         words = cute.recast_tensor(rO, Int32)  # ((1, 2, d_v / 8), 1, 1)
         row0 = self.row0(w, tile)
         for r in cutlass.range_constexpr(2):
             query, head = self.rows.owner(row0 + f.cS[r, 0][0], tile, w.gmem)
-            g = self.sequences.head(w.gmem.o, head, self.sequences.of_tile(tile)[0])  # (s, d_v)
-            for n in cutlass.range_constexpr(0, c.columns_v // 8, 4):
+            g = self.sequences.head(w.gmem.o, head, self.sequences.of_output(tile, w.problem))  # (s, d_v)
+            for n in cutlass.range_constexpr(0, self.head_dim.columns // 8, 4):
                 x = quad_transpose([words[(0, r, n + i), 0, 0] for i in range(4)], f.thread)
                 col = self.head_dim.first_column(f.wg) + n * 8 + f.thread % 4 * 8
                 if (query < w.problem.seqlen_q) & (col < w.gmem.o.shape[1]):

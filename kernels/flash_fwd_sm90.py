@@ -11,12 +11,13 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
+from .combine import Combine
 from .config import MODES, FwdConfig
 from .epilogue import Epilogue
 from .mainloop import Overlapped, Serial
 from .parts import parts_of
 from .ping_pong import WARPGROUP
-from .producer import Producer
+from .producer import CachedProducer, Producer
 from .softmax import LOG2_E
 from .state import (
     ELEMENT,
@@ -42,9 +43,10 @@ class FlashFwdSm90:
 
     def __init__(self, config: FwdConfig):
         self.config, self.dtype, self.parts = config, ELEMENT[config.dtype], parts_of(config)
-        self.producer = Producer(config, self.parts)
+        self.producer = (CachedProducer if config.cache else Producer)(config, self.parts)
         self.mainloop = (Overlapped if config.overlap else Serial)(config, self.parts)
         self.epilogue = Epilogue(config, self.parts)
+        self.combine = Combine(config, self.parts) if config.shares else None
 
     @cute.jit
     def __call__(
@@ -63,15 +65,16 @@ class FlashFwdSm90:
         """Mode order, TMA atoms, tiled MMAs, grid, launch."""
         c, args = self.config, self.config.divide(extras)
         mQ, mK, mV, mO = [
-            cute.make_tensor(t.iterator, cute.select(t.layout, mode=MODES[c.layout])) for t in (mQ, mK, mV, mO)
-        ]  # (s, d, h, b)
+            cute.make_tensor(t.iterator, cute.select(t.layout, mode=MODES[layout]))
+            for t, layout in ((mQ, c.layout), (mK, c.layout_kv), (mV, c.layout_kv), (mO, c.layout))
+        ]  # (s, d, h, b); of a cache (row, d, h, page)
         tiling = self._tiling()
         lse_rows = mQ.shape[0] if lse != 0 else 0
-        lse_layout = self.parts.sequences.lse_layout(mQ, lse_rows)
+        lse_layout = self.parts.sequences.lse_layout(mQ, lse_rows, args.sequences)
         mLSE = cute.make_tensor(address(Float32, lse), lse_layout)
-        gmem = Gmem(*self._tma(mQ, mK, mV, mO, tiling), mLSE, cute.make_tensor(address(Int32, tile_counter), 1))
+        gmem = Gmem(*self._tma(mQ, mK, mV, mO, tiling, args), mLSE, cute.make_tensor(address(Int32, tile_counter), 1))
         counts = self.parts.rows.counts(mQ, mK)
-        grid = self.parts.sequences.grid(counts, mQ, mK, args.sequences)
+        grid = self.parts.sequences.grid(counts, mQ, mK, mV, args.sequences)
         q_sign = Float32(1.0 if scale > 0.0 else (-1.0 if scale < 0.0 else 0.0))
         scale_log2 = cutlass.max(scale * q_sign * LOG2_E, Float32(TINY)) if scale != 0.0 else Float32(1.0)
         sizes = Int32(mQ.shape[0]), Int32(mK.shape[0]), Int32(counts[2])
@@ -86,16 +89,19 @@ class FlashFwdSm90:
             use_pdl=True,
             min_blocks_per_mp=1 if c.d_v < c.head_dim else 0,  # or ptxas ignores setmaxnreg: O has few columns
         )
+        if cutlass.const_expr(self.combine is not None):
+            self.combine.launch(gmem, problem, tiling, clusters, stream)
 
-    def _tma(self, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor, tiling: Tiling) -> tuple:
+    def _tma(self, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mO: cute.Tensor, tiling: Tiling, args) -> tuple:
         """Of q, k, v and o; o itself where it is stored from registers."""
         c, rows, kv = self.config, self.parts.rows, self.parts.kv
         q, k, v, o = (cute.select(s, mode=[0, 1]) for s in (tiling.sQ, tiling.sK, tiling.sV, tiling.sO))
+        k_unit, v_unit = kv.units(args.sequences)
         g2s, s2g = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         return (
             rows.tma(g2s, mQ, mK, q, c.head_dim),
-            kv.tma(mK, k, c.head_dim),
-            kv.tma(mV, v, c.columns_v),
+            kv.tma(mK, k, c.head_dim, k_unit),
+            kv.tma(mV, v, c.columns_v, v_unit),
             rows.tma(s2g, mO, mK, o, c.d_v) if c.stages_o else mO,
         )
 

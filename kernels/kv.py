@@ -17,7 +17,11 @@ class Contiguous(Part):
         super().__init__(config)
         self.sequences, self.trace = sequences, trace
 
-    def tma(self, t: cute.Tensor, smem: cute.Layout, columns: int) -> Tma:
+    def units(self, sequences):
+        """What the strides of k and of v are multiples of, where TMA's view is made of it."""
+        return None, None
+
+    def tma(self, t: cute.Tensor, smem: cute.Layout, columns: int, unit) -> Tma:
         """Of k or v, by a stage's rows and so many columns."""
         c = self.config
         multicast = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.cluster > 1 else cpasync.CopyBulkTensorTileG2SOp()

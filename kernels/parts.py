@@ -8,7 +8,9 @@ from .cluster_split import ClusterSplit, NoSplit
 from .config import FwdConfig
 from .dropout import Dropout, DropoutScale
 from .gemms import Gemms
+from .grid_split import GridSplit, SharedCached, SharedRange
 from .kv import Contiguous
+from .kv_cache import Cached, Paged
 from .outputs import Output, RowMax, Sinks
 from .pack_gqa import OneHead, PackGQA
 from .sequences import Dense, Varlen
@@ -35,25 +37,34 @@ class Parts(NamedTuple):
 def parts_of(c: FwdConfig) -> Parts:
     """Each part reads what it needs of the config."""
     head_dim = (SplitHeadDim if c.head_dim_splits > 1 else WholeHeadDim)(c)
-    sequences = (Varlen if c.varlen else Dense)(c)
+    sequences = _sequences(c)(c)
     blocks, trace = _blocks(c)(c), (Timeline if c.timeline else NoTrace)(c)
     gemms = Gemms(c, head_dim, trace)
+    rows = (PackGQA if c.pack > 1 else OneHead)(c, sequences)
     return Parts(
-        rows=(PackGQA if c.pack > 1 else OneHead)(c, sequences),
+        rows=rows,
         head_dim=head_dim,
         sequences=sequences,
-        kv=Contiguous(c, sequences, trace),
+        kv=(Paged if c.cache else Contiguous)(c, sequences, trace),
         blocks=blocks,
         gemms=gemms,
         softmax=_softmax(c)(c, blocks, gemms),
         weights=(Dropout if c.dropout else Weights)(c),
-        split=(ClusterSplit if c.split > 1 else NoSplit)(c),
+        split=GridSplit(c, rows) if c.shares else (ClusterSplit if c.split > 1 else NoSplit)(c),
         outputs=tuple(output(c) for output in _outputs(c)),
         trace=trace,
     )
 
 
+def _sequences(c: FwdConfig) -> type[Dense]:
+    if c.cache:
+        return SharedCached if c.shares else Cached
+    return Varlen if c.varlen else Dense
+
+
 def _blocks(c: FwdConfig) -> type[Range]:
+    if c.shares:
+        return SharedRange
     if c.sparse:
         return BlockSparse
     if c.split > 1:
@@ -64,7 +75,7 @@ def _blocks(c: FwdConfig) -> type[Range]:
 def _softmax(c: FwdConfig) -> type[Lazy]:
     if c.constant_time:
         return ConstantTime
-    if c.split > 1:
+    if c.split > 1 or c.shares:
         return LazyWithScores
     return Speculative if c.speculative else Lazy
 

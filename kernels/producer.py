@@ -13,7 +13,7 @@ from .tile_scheduler import Tile
 class Producer:
     def __init__(self, config: FwdConfig, parts: Parts):
         self.config = config
-        self.rows, self.sequences, self.kv = parts.rows, parts.sequences, parts.kv
+        self.rows, self.sequences, self.kv, self.split = parts.rows, parts.sequences, parts.kv, parts.split
         self.blocks, self.trace = parts.blocks, parts.trace
 
     @cute.jit
@@ -84,6 +84,49 @@ class Producer:
     def _load_q(self, gmem: Gmem, smem: Smem, pipes: Pipes, head, sequence):
         """What loads 64 rows of q into a slot."""
         return tma_copy(self.trace, gmem, smem, pipes, "q", [self.rows.tiles(gmem, "q", head, sequence)])
+
+
+class CachedProducer(Producer):
+    """Looks up a block's pages once, for K and then for V, while its stage is not free yet."""
+
+    @cute.jit
+    def load(self, gmem: Gmem, smem: Smem, pipes: Pipes, problem: Problem):
+        """As `Producer.load`."""
+        q_state, k_state, v_state, t_state = self._states(pipeline.PipelineUserType.Producer)
+        index, tile = self._begin(problem)
+        self.split.announce(tile, problem)
+        done = Int32(0)
+        while tile.valid:
+            t_state = publish(smem, pipes, t_state, tile)
+            head_kv, (queries, keys) = tile.head // problem.group, self.sequences.of_tile(tile)
+            load_q = self._load_q(gmem, smem, pipes, tile.head, queries)
+            load_k, load_v = (self.kv.loader(gmem, smem, pipes, name, head_kv, keys) for name in "kv")
+            own = self.sequences.problem_of(tile, problem)
+            (first, n_max), order = self.blocks.range(tile, own), self.blocks.order(tile, own)
+            origin = problem.grid.k.origin(tile.batch)
+            boxes = self.kv.place(order(n_max - 1), tile.seqlen_k, origin, problem)
+            pipes.k.producer_acquire(k_state)
+            load_k(boxes, k_state.index, k_state)
+            k_state.advance()
+            pipes.q.producer_acquire(q_state)
+            self.sequences.load_q(load_q, tile, q_state)
+            q_state.advance()
+            for i in cutlass.range(1, n_max - first, unroll=1):
+                boxes_v = boxes
+                boxes = self.kv.place(order(n_max - 1 - i), tile.seqlen_k, origin, problem)
+                pipes.k.producer_acquire(k_state)
+                load_k(boxes, k_state.index, k_state)
+                k_state.advance()
+                pipes.v.producer_acquire(v_state)
+                load_v(boxes_v, v_state.index, v_state)
+                v_state.advance()
+            pipes.v.producer_acquire(v_state)
+            load_v(boxes, v_state.index, v_state)
+            v_state.advance()
+            index = self._upcoming(index, done, gmem, smem, problem)
+            tile = self._decode(index, problem)
+            done += 1
+        publish(smem, pipes, t_state, tile)
 
 
 def wait_for_stream():

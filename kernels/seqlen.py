@@ -28,19 +28,23 @@ class Seqlens(NamedTuple):
     seqused: Int64  # address of (batch,) int32: how many rows of each are used; 0: all up to the next sequence
     total: Int32  # rows of the tensor: whatever is written at those addresses, none beyond is touched
 
+    def of(self, b: Int32) -> SeqlenInfo:
+        """A sequence's rows."""
+        return seqlen_info(self, b)
+
 
 @cute.jit
 def seqlen_info(p: Seqlens, b: Int32) -> SeqlenInfo:
     """The rows of sequence b."""
-    ends = cute.make_tensor(_int32(p.cu_seqlens) + b, 2)
+    ends = cute.make_tensor(int32_at(p.cu_seqlens) + b, 2)
     start = cutlass.min(cutlass.max(ends[0], 0), p.total)
     length = ends[1] - ends[0]
     if p.seqused != 0:
-        length = cute.make_tensor(_int32(p.seqused) + b, 1)[0]
+        length = cute.make_tensor(int32_at(p.seqused) + b, 1)[0]
     return SeqlenInfo(start, cutlass.max(cutlass.min(length, p.total - start), 0))
 
 
-def _int32(address: Int64):
+def int32_at(address: Int64):
     return cute.make_ptr(Int32, address, cute.AddressSpace.gmem, assumed_align=4)
 
 

@@ -36,11 +36,11 @@ class Dense(Part):
         """Query heads per K/V head, of q or o as `pack` makes it."""
         return t.shape[0][0]
 
-    def lse_layout(self, mQ: cute.Tensor, rows):
+    def lse_layout(self, mQ: cute.Tensor, rows, sequences):
         _, _, heads, batch = mQ.shape
         return cute.make_layout((batch, heads, rows), stride=(Int64(heads) * rows, Int64(rows), 1))
 
-    def grid(self, counts, mQ: cute.Tensor, mK: cute.Tensor, sequences) -> Grid:
+    def grid(self, counts, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, sequences) -> Grid:
         """counts: of rows, of heads, and how many of these share a K/V head."""
         c = self.config
         (rows, heads, ratio), seqlen_k, batch = counts, mK.shape[0], mQ.shape[3]
@@ -68,6 +68,10 @@ class Dense(Part):
     def of_tile(self, tile: Tile):
         """What says to `head` where the tile's queries are, and where its keys."""
         return tile.batch, tile.batch
+
+    def of_output(self, tile: Tile, problem: Problem):
+        """And where its rows of o are."""
+        return self.of_tile(tile)[0]
 
     def problem_of(self, tile: Tile, problem: Problem) -> Problem:
         """With the lengths of the tile's own sequence."""
@@ -110,10 +114,10 @@ class Varlen(Dense):
     def ratio(self, t: cute.Tensor, gmem: Gmem):
         return t.shape[0][0] // gmem.k.tensor.shape[2]
 
-    def lse_layout(self, mQ: cute.Tensor, rows):
+    def lse_layout(self, mQ: cute.Tensor, rows, sequences):
         return cute.make_layout((mQ.shape[2], rows), stride=(Int64(rows), 1))
 
-    def grid(self, counts, mQ: cute.Tensor, mK: cute.Tensor, sequences) -> VarlenGrid:
+    def grid(self, counts, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, sequences) -> VarlenGrid:
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, batch = sequences
         total_q, total_k = mQ.shape[0], mK.shape[0]
         _, heads, ratio = counts

@@ -20,8 +20,13 @@ class WholeHeadDim(Part):
         """Which 64 rows of a tile are a warpgroup's."""
         return wg
 
-    def first_column(self, wg):
+    @property
+    def columns(self) -> int:
         """Of V and O, a warpgroup's."""
+        return self.config.columns_v
+
+    def first_column(self, wg):
+        """Where they begin."""
         return 0
 
     def sharer(self, f: Frag):

@@ -67,6 +67,7 @@ class Arguments(NamedTuple):
     row_max: tuple = ()
     block_indices: tuple = ()
     sequences: tuple = ()
+    split: tuple = ()
 
 
 class Problem(NamedTuple):

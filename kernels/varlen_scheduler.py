@@ -5,20 +5,20 @@ lie; within one as `within` says. A warp looks at 32 sequences at a time, one a 
 so it goes on from where it was: in all it sees every sequence once for each of the bits that occur.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass
 from cutlass import Boolean, Int32, cute
 
-from .seqlen import SeqlenInfo, Seqlens, seqlen_info
+from .seqlen import SeqlenInfo
 from .tile_scheduler import Dynamic, Grid, HeadByHead, LongestFirst, next_tile
 
 LANES = 32
 
 
 class VarlenGrid(NamedTuple):
-    q: Seqlens
-    k: Seqlens
+    q: Any  # Seqlens, or of a cache its Queries
+    k: Any  # and its BatchKeys or PagedKeys
     heads: Int32
     batch: Int32
     ratio: Int32  # query heads per K/V head
@@ -59,7 +59,7 @@ class Lane(NamedTuple):
 def lane(g: VarlenGrid, group: Int32, tile_m: cutlass.Constexpr) -> Lane:
     b = group + cute.arch.lane_idx()
     own = cutlass.min(b, g.batch - 1)
-    q, k = seqlen_info(g.q, own), seqlen_info(g.k, own)
+    q, k = g.q.of(own), g.k.of(own)
     tiles = (q.length + tile_m - 1) // tile_m * g.heads if b < g.batch else Int32(0)
     bit = top(k.length) if tiles > 0 else Int32(0)
     return Lane(q, k, tiles, bit)
