@@ -80,14 +80,21 @@ class Combine:
         w.frag.softmax.reset()
         w.frag.acc_O.fill(0.0)
         for r in cutlass.range_constexpr(2):
-            if self.split.is_query(w, tile, r):
+            query = self.split.is_query(w, tile, r)
+            if cute.arch.vote_any_sync(query):
+                whose = self._whose(w, r, query)
                 for row in cutlass.range(tile.first_row, tile.last_row + 1, unroll=4):  # loads in flight
-                    self.add(w, tile, row, r)
+                    self.add(w, tile, row, r, whose)
         self.epilogue.store(w, tile)
 
-    def add(self, w: Warpgroup, tile, row: Int32, r: int):
+    def _whose(self, w: Warpgroup, r: int, query):
+        """Thread and row to read from: of a row that is no query those of the warp's first, which then is one."""
+        thread = w.frag.thread
+        return cutlass.select_(query, thread, thread - thread % 32 // 4 * 4), cutlass.select_(query, Int32(r), Int32(0))
+
+    def add(self, w: Warpgroup, tile, row: Int32, r: int, whose):
         """A part of a thread's r-th row."""
-        f, part = w.frag, self.split.part(w, tile, row, r)  # (2, d_v / 8 + 1)
+        f, part = w.frag, self.split.part(tile, row, w.problem, *whose)  # (2, d_v / 8 + 1)
         O, state = cute.make_rmem_tensor((2, COLUMNS // 8), Float32), cute.make_rmem_tensor(2, Float32)
         own = cute.local_tile(part, (2, COLUMNS // 8), (0, f.wg))
         cute.autovec_copy(own, O)

@@ -205,7 +205,7 @@ class GridSplit(NoSplit):
                         values[c] = O[r, c]
                     values[n], values[n + 1] = f.softmax.running_max[r], f.softmax.row_sum[r]
                     row = cute.arch.block_idx()[0] // w.problem.grid.heads
-                    cute.autovec_copy(values, self.part(w, tile, row, r))
+                    cute.autovec_copy(values, self.part(tile, row, w.problem, f.thread, r))
 
     def stores(self, tile: SharedTile):
         return tile.first_row == tile.last_row
@@ -215,12 +215,12 @@ class GridSplit(NoSplit):
         row = tile.m_block * ROWS + w.frag.cS[r, 0][0]
         return self.rows.owner(row, tile, w.gmem)[0] < w.problem.seqlen_q
 
-    def part(self, w: Warpgroup, tile: SharedTile, row, r: int):
+    def part(self, tile: SharedTile, row, problem: Problem, thread, r):
         """Where a thread's r-th row lies of the part of a row of CTAs: (2, d_v / 8 + 1), the last pair its softmax."""
-        pairs, cta = self.config.d_v // 8 + 1, row * w.problem.grid.heads + tile.head
+        pairs, cta = self.config.d_v // 8 + 1, row * problem.grid.heads + tile.head
         place = 2 * cta + Int32(row == tile.first_row)
-        begin = Int64(place * 2 + r) * (pairs * WARPGROUP * 8) + w.frag.thread * 8
-        pointer = cute.make_ptr(Float32, w.problem.args.split[0] + begin, cute.AddressSpace.gmem, assumed_align=8)
+        begin = Int64(place * 2 + r) * (pairs * WARPGROUP * 8) + thread * 8
+        pointer = cute.make_ptr(Float32, problem.args.split[0] + begin, cute.AddressSpace.gmem, assumed_align=8)
         return cute.make_tensor(pointer, cute.make_layout((2, pairs), stride=(1, 2 * WARPGROUP)))
 
     def _tile(self, block, ctas, problem: Problem):
