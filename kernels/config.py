@@ -145,6 +145,15 @@ class FwdConfig:
         return self.row_blocks * self.head_dim_splits
 
     @property
+    def producer_last(self) -> bool:
+        """The producer is one warp behind the MMA warpgroup, so that registers are left for a second CTA."""
+        return self.shares
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.warpgroups + (32 if self.producer_last else 128)
+
+    @property
     def registers_held(self) -> int:
         """By a thread of the MMA warpgroups: O and a block's scores, float32; P, and Q where it stays, half of that."""
         n = self.tile_n
@@ -211,8 +220,10 @@ class FwdConfig:
 
     @property
     def ctas_per_sm(self) -> int:
-        """That share the keys; each has as much shared memory as leaves room for them."""
-        return 2 if 2 * (self.smem_bytes + 1024) <= SMEM_BYTES + 1024 else 1
+        """That ptxas leaves registers for; 0: as it likes. Those that share the keys are two, where memory suffices."""
+        if self.shares:
+            return 2 if 2 * (self.smem_bytes + 1024) <= SMEM_BYTES + 1024 else 1
+        return 1 if self.d_v < self.head_dim else 0  # or ptxas ignores setmaxnreg: O has few columns
 
     @property
     def part_bytes(self) -> int:

@@ -83,11 +83,12 @@ class FlashFwdSm90:
         clusters = self.parts.sequences.clusters(grid, num_sms // c.cluster)
         self.kernel(gmem, problem, tiling).launch(
             grid=(clusters * c.cluster_size, 1, 1),
-            block=(WARPGROUP * (1 + c.warpgroups), 1, 1),
+            block=(c.threads, 1, 1),
             cluster=(c.cluster_size, 1, 1),
             stream=stream,
             use_pdl=True,
-            min_blocks_per_mp=1 if c.d_v < c.head_dim else 0,  # or ptxas ignores setmaxnreg: O has few columns
+            min_blocks_per_mp=c.ctas_per_sm,
+            preferred_smem_carveout=100 if c.ctas_per_sm > 1 else None,  # or the DSL asks a GPU
         )
         if cutlass.const_expr(self.combine is not None):
             self.combine.launch(gmem, problem, tiling, clusters, stream)
@@ -143,10 +144,11 @@ class FlashFwdSm90:
                 cpasync.prefetch_descriptor(tma.atom)
         smem, pipes = self._allocate(tiling)
         cluster_sync(c.cluster_size)
-        if warp < 4:
+        first = 4 * c.warpgroups if c.producer_last else 0  # the producer's warp
+        if warp >= first if c.producer_last else warp < 4:
             if cutlass.const_expr(registers):
                 cute.arch.setmaxregister_decrease(registers[0])
-            if warp == 0:
+            if warp == first:
                 self.producer.load(gmem, smem, pipes, problem)
             self.parts.split.loaded()
         else:

@@ -28,7 +28,8 @@ class Overlapped:
     def fragments(self, smem: Smem, tiling: Tiling, problem: Problem) -> Frag:
         c = self.config
         tid = cute.arch.thread_idx()[0]
-        wg, thread = cute.arch.make_warp_uniform(tid // WARPGROUP) - 1, tid % WARPGROUP
+        wg, thread = cute.arch.make_warp_uniform(tid // WARPGROUP), tid % WARPGROUP
+        wg = wg if c.producer_last else wg - 1
         thr, pv, qk = tiling.mma_qk.get_slice(thread), tiling.mma_pv.get_slice(0), tiling.mma_qk.get_slice(thread)
         if c.q_in_regs:
             tSrQ = cute.make_rmem_tensor(thr.partition_shape_A((ROWS, c.head_dim)), self.dtype)

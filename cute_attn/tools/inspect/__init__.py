@@ -30,7 +30,7 @@ _LABEL = re.compile(r"(\.?[\w.$]+):\s*$")
 _LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<when>@!?\w+\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;")
 _TARGET = re.compile(r"(?P<condition>.*?)`\((?P<label>[^)]+)\)")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers")
+_USED = r"Compiling entry function '{}_cutlass.*?Used (\d+) registers"
 _ADVICE = re.compile(r"\((C\d{4})\) (.*?)(?= ptxas |$)")
 
 
@@ -119,6 +119,7 @@ class StaticReport:
     def problems(self) -> list[str]:
         """Everything unhealthy, in words; nothing for a healthy kernel."""
         got, pool = (self.registers_producer, self.registers_consumer), self.registers_at_launch * self.threads
+        consumers = WARPGROUP * self.warpgroups
         asked, stores, loads = self.registers_asked, self.spill_stores, self.spill_loads
         most = max((loop.warpgroup_ops for loop in self.loops), default=0)
         checks = {
@@ -130,7 +131,7 @@ class StaticReport:
             "no TMA load": not self.tma_loads,
             "no TMA store": self.stages_o and not self.tma_stores,
             f"setmaxnreg: {got} registers, the config asks for {asked}": asked not in (None, got),
-            f"setmaxnreg: {got} registers never fit in {pool}": WARPGROUP * (got[0] + self.warpgroups * got[1]) > pool,
+            f"setmaxnreg: {got} registers never fit in {pool}": (self.threads - consumers) * got[0] + consumers * got[1] > pool,
         }
         return [text for text, bad in checks.items() if bad] + [f"ptxas: {text}" for text in self.advice]
 
@@ -216,19 +217,25 @@ def one_line(log: str) -> str:
 
 
 def spill_stores(log: str) -> int:
-    """Bytes, by ptxas's log."""
-    frame = _FRAME.search(one_line(log))
-    if not frame:
+    """Bytes, by ptxas's log, of all kernels of a config."""
+    return _frames(log)[1]
+
+
+def _frames(log: str) -> list[int]:
+    """Bytes of stack, stored and loaded."""
+    found = _FRAME.findall(one_line(log))
+    if not found:
         raise RuntimeError(f"ptxas: no spills in its log: {log!r}")
-    return int(frame[2])
+    return [sum(map(int, numbers)) for numbers in zip(*found, strict=True)]
 
 
 def read(config: FwdConfig, build: Build) -> StaticReport:
-    """Judge what the tools said."""
-    frame, used = _FRAME.search(build.log), _USED.search(build.log)
-    if not frame or not used:
-        raise RuntimeError(f"ptxas: no registers and spills of {config.name} in its log: {build.log!r}")
-    code = parse(build.sass)
+    """Judge what the tools said: of the forward kernel, and what all kernels of the config spill."""
+    used = re.search(_USED.format(re.escape(config.name)), build.log)
+    if not used:
+        raise RuntimeError(f"ptxas: no registers of {config.name} in its log: {build.log!r}")
+    stack, stores, loads = _frames(build.log)
+    code = parse(_section(build.sass, config.name))
     kinds = [x.opcode.split(".")[0] for x in code]
     at_launch = int(used[1])
     return StaticReport(
@@ -237,16 +244,16 @@ def read(config: FwdConfig, build: Build) -> StaticReport:
         tile_n=config.tile_n,
         stages=config.stages,
         warpgroups=config.warpgroups,
-        threads=WARPGROUP * (1 + config.warpgroups),
+        threads=config.threads,
         registers_at_launch=at_launch,
         registers_producer=_setmaxnreg(code, "USETMAXREG.DEALLOC", at_launch),
         registers_consumer=_setmaxnreg(code, "USETMAXREG.TRY_ALLOC", at_launch),
         registers_asked=config.registers,
         stages_o=config.stages_o,
         smem_bytes=config.smem_bytes,
-        stack_bytes=int(frame[1]),
-        spill_stores=int(frame[2]),
-        spill_loads=int(frame[3]),
+        stack_bytes=stack,
+        spill_stores=stores,
+        spill_loads=loads,
         wgmma=kinds.count("HGMMA"),
         tma_loads=kinds.count("UTMALDG"),
         tma_stores=kinds.count("UTMASTG"),
@@ -254,6 +261,13 @@ def read(config: FwdConfig, build: Build) -> StaticReport:
         loops=loops(code),
         advice=tuple(dict.fromkeys(f"{number} {text}" for number, text in _ADVICE.findall(build.log))),
     )
+
+
+def _section(sass: str, name: str) -> str:
+    """Of nvdisasm's text the kernel of that name."""
+    begin = sass.index(f"\n.text.{name}_cutlass")
+    end = sass.find("\n.text.", begin + 1)
+    return sass[begin : len(sass) if end < 0 else end]
 
 
 def _setmaxnreg(code: list[Instruction], opcode: str, otherwise: int) -> int:
