@@ -50,6 +50,7 @@ class Problem(NamedTuple):
     constant_time: bool = False
     features: FeatureKey = PLAIN
     head_dim_v: int = 0  # of v and o, where it is another than q's and k's
+    page: int | None = None  # of a K/V cache: rows of a page, 0 where it has none
 
     @property
     def d_v(self) -> int:

@@ -17,6 +17,7 @@ from .features import constant_time as constant_time
 from .features import with_features as with_features
 from .planner import RULES as RULES
 from .planner import explain as explain
+from .planner import kvcache as kvcache
 from .planner import plan as plan
 from .planner import varlen as varlen
 from .prebuilt_set import PREBUILT_FEATURES as PREBUILT_FEATURES

@@ -5,10 +5,10 @@ from functools import lru_cache
 from .. import tuned
 from ..kernels.config import FwdConfig
 from ..problem import PLAIN, FeatureKey, Problem
-from . import candidates, features, pack_gqa
+from . import candidates, features, kv_cache, pack_gqa
 from .rule import Rule, Step, follow
 
-RULES: tuple[Rule, ...] = (*candidates.RULES, *features.RULES, *pack_gqa.RULES)
+RULES: tuple[Rule, ...] = (*candidates.RULES, *features.RULES, *pack_gqa.RULES, *kv_cache.RULES)
 
 
 @lru_cache(maxsize=4096)
@@ -40,12 +40,35 @@ def varlen(
     return plan(problem._replace(heads=ratio, seqlen_q=max_seqlen_q or 0), gpu)
 
 
+def kvcache(
+    head_dim: int,
+    dtype: str,
+    causal: bool,
+    key: FeatureKey = PLAIN,
+    gpu: str | None = None,
+    head_dim_v: int = 0,
+    ratio: int = 1,
+    max_seqlen_q: int | None = None,
+    page_size: int | None = None,
+) -> FwdConfig:
+    """The kernel over a K/V cache: varlen's, or, where no sequence has more than a few queries, one whose CTAs share
+    all keys.
+    """
+    problem = candidates.unsized(head_dim, dtype, "thd", causal, key, head_dim_v)
+    return plan(problem._replace(heads=ratio, seqlen_q=max_seqlen_q or 0, page=page_size or 0), gpu)
+
+
 def explain(problem: Problem, gpu: str | None = None) -> tuple[Step, ...]:
     """What led to `plan(problem, gpu)`, in order: the row of the table, then each rule and exception that applied."""
     return tuple(_steps(problem, gpu))
 
 
 def _steps(problem: Problem, gpu: str | None) -> list[Step]:
+    steps = _without_cache(problem, gpu)
+    return steps if problem.page is None else follow(kv_cache.RULES, problem, steps)
+
+
+def _without_cache(problem: Problem, gpu: str | None) -> list[Step]:
     alone = _without_pack_gqa(problem, gpu)
     base = alone[-1].config
     if problem.ratio < 2 or problem.empty or not base.packable:
