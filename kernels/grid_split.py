@@ -78,11 +78,34 @@ def begin_of(row, total, rows):
     return total // rows * row + cutlass.min(row, total % rows)
 
 
+def rows_with_runs(total, rows, min_blocks):
+    """Fewer than there are where runs would be shorter than that."""
+    return cutlass.max(cutlass.min(rows, total // min_blocks), 1)
+
+
 def row_of(block, total, rows):
     """The row whose run has this block."""
     each, longer = total // rows, total % rows  # so many rows have one more
     shorter = cutlass.max(block - longer * (each + 1), 0) // cutlass.max(each, 1)
     return cutlass.min(block // (each + 1), longer) + shorter
+
+
+class Share(NamedTuple):
+    """What a row of CTAs takes of a tile: the tile's number in its sequence, blocks, and the rows that share it."""
+
+    tile: Any
+    first: Any
+    end: Any
+    first_row: Any
+    last_row: Any
+
+
+def share_of(block, stop, begin, each, total, rows) -> Share:
+    """Of the tile that `block` is in, by a run up to `stop`; `each` blocks to a tile, from `begin` on."""
+    tile, first = (block - begin) // each, (block - begin) % each
+    start = block - first
+    end = cutlass.min(first + stop - block, each)
+    return Share(tile, first, end, row_of(start, total, rows), row_of(start + each - 1, total, rows))
 
 
 def rows_of_ctas(heads, room):
@@ -108,7 +131,7 @@ class SharedCached(Cached):
         for i in cutlass.range(1, (problem.grid.batch + LANES - 1) // LANES, unroll=1):
             total = total + self._lane(i * LANES, problem).blocks
         total = cute.arch.warp_redux_sync(total, "add")
-        rows = cutlass.max(cutlass.min(rows, total // self.config.scheduler.min_blocks), 1)
+        rows = rows_with_runs(total, rows, self.config.scheduler.min_blocks)
         run = (begin_of(cutlass.min(row + i, rows), total, rows) for i in range(2))
         return self._seek(Run(*run, total, rows, Int32(0), Int32(0), own), problem)
 
@@ -140,11 +163,7 @@ class SharedCached(Cached):
         who = cutlass.min(cute.arch.popc(cute.arch.vote_ballot_sync(ends <= run.block)), LANES - 1)
         begin = cute.arch.shuffle_sync(ends - run.own.blocks, who)
         start_q, seqlen_q, seqlen_k, low, each = [cute.arch.shuffle_sync(x, who) for x in run.own[:5]]
-        behind = run.block - begin
-        m_block, first = behind // each, behind % each
-        begin = run.block - first
-        rows = [row_of(block, run.total, run.rows) for block in (begin, begin + each - 1)]
-        end = cutlass.min(first + run.stop - run.block, each)
+        m_block, first, end, *rows = share_of(run.block, run.stop, begin, each, run.total, run.rows)
         head, valid = cute.arch.block_idx()[0] % problem.grid.heads, run.block < run.stop
         lengths = start_q, seqlen_q, Int32(0), seqlen_k
         return SharedTile(m_block, head, run.group + who, valid, *lengths, low + first, low + end, *rows)
