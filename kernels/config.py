@@ -6,7 +6,7 @@ from itertools import chain, islice
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from .mask import Causal, Full, Mask, PackGqaMask, UserMask, Window
+from .mask import Causal, CausalOfEach, Full, Mask, PackGqaMask, UserMask, Window
 from .score import Alibi, Plain, Softcap, UserScore
 from .softmax import MARGIN_LOG2
 from .state import ELEMENT, Arguments
@@ -55,7 +55,7 @@ class FwdConfig:
     head_dim: int  # columns of a tile; D may be smaller: TMA reads zeros beyond it and writes nothing there
     dtype: str = "bf16"
     layout: str = "bhsd"
-    mask: Full | Causal | Window | UserMask = Full()
+    mask: Full | Causal | CausalOfEach | Window | UserMask = Full()
     tile_m: int = 128  # query rows per CTA, 64 per MMA warpgroup
     tile_n: int = 128  # key rows per K/V stage
     stages: int = 2  # K/V ring depth
@@ -105,6 +105,7 @@ class FwdConfig:
         assert not (self.varlen and self.sparse), "block-sparse indices are of equal lengths"
         assert not (self.timeline and self.split > 1), "no trace of a split"
         assert self.cache is None or (self.varlen and self.tile_n % self.cache.box == 0), "a stage has whole boxes"
+        assert self.cache or not self.mask.of_each, "only a cache's sequences differ in their mask"
         assert self.cache is None or self.cache_boxes <= 32, "a lane for each box"
         assert not self.shares or (self.cache and self.tile_m == 64 and self.head_dim_splits == 1), "one merge per CTA"
         assert not self.shares or (self.overlap and not self.speculative), "a merge needs a row's running max"
@@ -301,7 +302,9 @@ class FwdConfig:
         # cu_seqlens_q; Sq, steps in q and o, batch; cache_seqlens; a length for all, capacity; units of k and v
         lengths = Int64(0), *[Int32(0)] * 4, Int64(0), Int32(0), Int32(0), Int64(8), Int64(8)
         # page_table and its stride; or cache_batch_idx and cache_leftpad
-        return *lengths, Int64(0), (Int32(0) if self.cache.paged else Int64(0))
+        where = Int64(0), Int32(0) if self.cache.paged else Int64(0)
+        causal = (Int64(0),) if self.mask.of_each else ()  # which sequences are
+        return *lengths, *where, *causal
 
     def divide(self, extras: tuple) -> Arguments:
         """Those arguments by who takes them."""

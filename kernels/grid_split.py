@@ -139,8 +139,10 @@ class SharedCached(Cached):
     def _lane(self, group: Int32, problem: Problem) -> Lane:
         c, g = self.config, problem.grid
         b = group + cute.arch.lane_idx()
-        q, k = g.q.of(cutlass.min(b, g.batch - 1)), g.k.of(cutlass.min(b, g.batch - 1))
-        rows, own = q.length * c.pack, problem._replace(seqlen_q=q.length, seqlen_k=k.length)
+        sequence = cutlass.min(b, g.batch - 1)
+        q, k = g.q.of(sequence), g.k.of(sequence)
+        rows = q.length * c.pack
+        own = self.with_slack(problem._replace(seqlen_q=q.length, seqlen_k=k.length), sequence)
         seen = mask_ops.block_range(c.row_mask, Int32(0), cutlass.max(rows, 1), c.tile_n, own)
         each = Int32(seen.end - seen.first)
         blocks = (rows + c.tile_m - 1) // c.tile_m * each if b < g.batch else Int32(0)

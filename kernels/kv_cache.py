@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import cpasync
 from .kv import Contiguous
 from .seqlen import REACH, ROWS_MAX, WRAP, SeqlenInfo, int32_at
 from .sequences import Varlen
-from .state import L2_KV_BYTES, Gmem, Pipes, Problem, Smem, Tma, Warpgroup
+from .state import L2_KV_BYTES, SLACK, Gmem, Pipes, Problem, Smem, Tma, Warpgroup
 from .varlen_scheduler import VarlenGrid, VarlenTile
 
 
@@ -25,6 +25,12 @@ class Queries(NamedTuple):
     length: Int32
     step: Int32  # rows of q, by its stride, from one sequence to the next
     step_o: Int32  # and of o
+    causal: Any = None  # address of (batch,) int32, not 0 for those that are: `CausalOfEach`
+
+    @cute.jit
+    def slack(self, b: Int32) -> Int32:
+        """`Problem.slack` of a sequence."""
+        return cutlass.select_(cute.make_tensor(int32_at(self.causal) + b, 1)[0] != 0, Int32(0), Int32(SLACK))
 
     @cute.jit
     def of(self, b: Int32) -> SeqlenInfo:
@@ -144,7 +150,8 @@ class Cached(Varlen):
         cu_seqlens_q, seqlen_q, step_q, step_o, batch, seqlens, length, capacity, k_unit, v_unit, *where = sequences
         _, heads, ratio = counts
         total = cutlass.select_(cu_seqlens_q != 0, seqlen_q, batch * seqlen_q)
-        q = Queries(cu_seqlens_q, total, seqlen_q, step_q, step_o)
+        causal = (where.pop(),) if self.config.mask.of_each else ()
+        q = Queries(cu_seqlens_q, total, seqlen_q, step_q, step_o, *causal)
         strides = strides_of(mK, k_unit), strides_of(mV, v_unit)
         keys = Keys(seqlens, length, capacity, Int32(mK.shape[3]), *strides)
         if self.config.cache.paged:
@@ -153,6 +160,13 @@ class Cached(Varlen):
             k = BatchKeys(keys, *where)
         l2_rows = Int32(L2_KV_BYTES // (2 * (self.config.head_dim + self.config.d_v)))
         return VarlenGrid(q, k, Int32(heads), batch, Int32(ratio), l2_rows)
+
+    def problem_of(self, tile: VarlenTile, problem: Problem) -> Problem:
+        return self.with_slack(super().problem_of(tile, problem), tile.batch)
+
+    def with_slack(self, problem: Problem, b) -> Problem:
+        """Of the mask of sequence b."""
+        return problem._replace(slack=problem.grid.q.slack(b)) if self.config.mask.of_each else problem
 
     def of_output(self, tile: VarlenTile, problem: Problem):
         return SeqlenInfo(problem.grid.q.start_o(tile), tile.seqlen_q)

@@ -19,6 +19,7 @@ class Mask:
     causal = False  # rows differ in what they see
     windowed = False  # `first` differs from row to row too
     everywhere = False  # `hide` may hide any pair, so no block is full
+    of_each = False  # some sequences have it, and others see all keys: problem.slack
 
     def first(self, row, problem):
         return 0
@@ -52,6 +53,16 @@ class Causal(Mask):
 
 
 @dataclass(frozen=True)
+class CausalOfEach(Mask):
+    """Causal for the sequences whose problem.slack is 0; that of the others is beyond all keys."""
+
+    causal, of_each, name = True, True, "causal_of_each"
+
+    def limit(self, row, problem):
+        return cutlass.min(row + 1 + problem.seqlen_k - problem.seqlen_q + problem.slack, problem.seqlen_k)
+
+
+@dataclass(frozen=True)
 class Window(Mask):
     """Query i sees the keys from i - left to i + right, aligned to the last key; problem.args.mask is (left, right)."""
 
@@ -71,12 +82,16 @@ class Window(Mask):
 class PackGqaMask(Mask):
     """`mask` where `pack` rows, a power of two, are one query's."""
 
-    mask: Full | Causal | Window
+    mask: Full | Causal | CausalOfEach | Window
     pack: int
 
     @property
     def causal(self) -> bool:
         return self.mask.causal
+
+    @property
+    def of_each(self) -> bool:
+        return self.mask.of_each
 
     @property
     def windowed(self) -> bool:
@@ -100,8 +115,12 @@ class UserMask(Mask):
     """
 
     mod: UserMod
-    base: Full | Causal | Window = Full()
+    base: Full | Causal | CausalOfEach | Window = Full()
     causal = everywhere = True
+
+    @property
+    def of_each(self) -> bool:
+        return self.base.of_each
 
     @property
     def name(self) -> str:

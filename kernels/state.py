@@ -11,6 +11,7 @@ from .tile_scheduler import ClusterBroadcast, Grid
 
 ROWS = 64  # query rows of a warpgroup: the M of one WGMMA
 L2_KV_BYTES = 16 << 20  # K/V of the heads worked on at a time, of 50 MB
+SLACK = 1 << 30  # of a sequence that is not causal: no key is further from the diagonal
 ELEMENT = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
 
@@ -78,6 +79,7 @@ class Problem(NamedTuple):
     scale_log2: Float32  # |scale| * log2(e)
     q_sign: Float32  # 1, 0 or -1: the scale's sign, applied to Q
     args: Arguments
+    slack: Any = None  # of the mask `CausalOfEach`, 0 or SLACK
 
 
 class Rows(NamedTuple):

@@ -11,6 +11,7 @@ from .rule import Rule
 
 FEW_ROWS = 128  # of a K/V head and sequence: with more, tiles enough read the same keys
 TWO_CTAS = 128  # registers_held up to which two CTAs of 160 threads have enough: ptxas gives each thread 168
+BOUNDS = 24  # of these for a window's second bound, or ALiBi's slopes
 BOX_ROWS = 64  # at most, of a page
 BOXES = 32  # at most, of a stage: a lane for each
 
@@ -25,7 +26,8 @@ def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     """64 rows to a CTA, of which an SM has two where two stages or three of 64 keys, or of 32, leave room for them."""
     few = dict(tile_m=64, scheduler=EqualShares, pingpong=False, q_in_regs=False, q_stages=1, speculative=False)
     sizes = [replace(config, **few, tile_n=n, stages=stages, cache=KvCache(n)) for n in (64, 32) for stages in (3, 2)]
-    return next((x for x in sizes if x.ctas_per_sm == 2 and x.registers_held <= TWO_CTAS), sizes[0])
+    most = TWO_CTAS - (BOUNDS if config.mask.windowed or problem.features.alibi else 0)
+    return next((x for x in sizes if x.ctas_per_sm == 2 and x.registers_held <= most), sizes[0])
 
 
 def box_of(page: int, tile_n: int) -> int:
