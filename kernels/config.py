@@ -105,7 +105,6 @@ class FwdConfig:
         assert not (self.varlen and self.sparse), "block-sparse indices are of equal lengths"
         assert not (self.timeline and self.split > 1), "no trace of a split"
         assert self.cache is None or (self.varlen and self.tile_n % self.cache.box == 0), "a stage has whole boxes"
-        assert self.cache or not self.mask.of_each, "only a cache's sequences differ in their mask"
         assert self.cache is None or self.cache_boxes <= 32, "a lane for each box"
         assert not self.shares or (self.cache and self.tile_m == 64 and self.head_dim_splits == 1), "one merge per CTA"
         assert not self.shares or (self.overlap and not self.speculative), "a merge needs a row's running max"
