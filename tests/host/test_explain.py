@@ -106,7 +106,7 @@ def test_what_packed_sequences_raise():
 
 
 def test_only_what_is_ours_is_explained():
-    with pytest.raises(TypeError, match=r"function: .* came; flash_fwd, flash_fwd_varlen, scaled_dot"):
+    with pytest.raises(TypeError, match=r"function: .* came; flash_fwd, flash_fwd_varlen, flash_fwd_kvcache, scaled"):
         explain(Q, K, V, function=torch.matmul)
 
 
