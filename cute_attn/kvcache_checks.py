@@ -1,7 +1,8 @@
 """What `flash_fwd_kvcache` asks of its tensors beside what `checks` asks of any call's."""
 
 import math
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,6 +56,21 @@ def rows(name: str, x: Spec) -> None:
     raise ValueError(f"{name}: {what} reach over {total} rows; at most {SIZE_MAX} are supported: {name}.contiguous()")
 
 
+class Rows(NamedTuple):
+    """(B, S, H, D) as a kernel gets it: (rows, H, D), where a sequence's begin `step` rows behind the one before's."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    step: int
+
+
+@lru_cache(maxsize=4096)
+def as_rows(shape: Any, stride: Any) -> Rows:
+    row, step = row_step(shape, stride)
+    batch, seqlen, heads, columns = shape
+    return Rows(((batch - 1) * step + seqlen, heads, columns), (row, stride[2] if heads > 1 else ALIGNMENT, 1), step)
+
+
 def row_step(shape: Any, stride: Any) -> tuple[int, int]:
     """Of (B, S, H, D): elements from a row to the next, and rows from a sequence's first to the next one's."""
     (batch, seqlen), (outer, row) = shape[:2], stride[:2]
@@ -89,7 +105,7 @@ def _cache(name: str, x: Spec, q: Spec, paged: bool) -> None:
     if x.device != q.device:
         raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one with .to(device)")
     checks.placed(name, x)
-    unit = stride_unit(page_strides(x.shape, x.stride))
+    unit = as_pages(x.shape, x.stride).unit
     units = checks.extent(x.dims) // unit
     if units >= UNITS_MAX:
         what = f"strides {x.stride} of shape {tuple(x.shape)} reach over {units} times {unit} elements"
@@ -97,17 +113,21 @@ def _cache(name: str, x: Spec, q: Spec, paged: bool) -> None:
         raise ValueError(f"{name}: {what}, {why}: allocate it with a larger one")
 
 
-def page_strides(shape: Any, stride: Any) -> tuple[int, ...]:
-    """Of a cache, as a kernel gets them: what the stride of a size of 1 is says nothing, and may be no TMA's."""
+class Pages(NamedTuple):
+    """How a kernel gets a cache: its strides, and of how many elements the distance of any two rows is a multiple."""
+
+    strides: tuple[int, ...]
+    unit: int
+
+
+@lru_cache(maxsize=4096)
+def as_pages(shape: Any, stride: Any) -> Pages:
+    """Of a cache: what the stride of a size of 1 is says nothing, and may be no TMA's."""
     (pages, page_size, heads, columns), (page, row, head, _) = shape, stride
     if page_size == 1:
         row = columns if pages == 1 else page
-    return (row if pages == 1 else page), row, (ALIGNMENT if heads == 1 else head), 1
-
-
-def stride_unit(strides: tuple[int, ...]) -> int:
-    """Elements that the distance of any two rows of a cache is a multiple of."""
-    return math.gcd(*strides[:2]) or ALIGNMENT
+    page = row if pages == 1 else page
+    return Pages((page, row, ALIGNMENT if heads == 1 else head, 1), math.gcd(page, row) or ALIGNMENT)
 
 
 def _shape(paged: bool, d: str = "D") -> str:

@@ -10,9 +10,10 @@ from . import arrays, checks, reference
 from . import kvcache_checks as asked
 from .checks import Spec
 from .kernels.config import FwdConfig
-from .operands import for_tma, o_like, specs_of
+from .operands import o_like, specs_of, with_strides
 from .problem import Problem
 
+PLAIN_TYPES = {Tensor, int, type(None)}
 PLACES = "cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q"
 
 
@@ -89,7 +90,7 @@ class Cached(NamedTuple):
         )
 
     def check(self) -> None:
-        if all(x is None or type(x) in (Tensor, int) for x in self[4:9]) and self.causal_each is None:
+        if {*map(type, self[4:9]), type(self.causal_each)} <= PLAIN_TYPES:
             return
         for name, x in self.places.items():
             if isinstance(x, Tensor):
@@ -164,23 +165,21 @@ class Cached(NamedTuple):
 
     def for_tma(self, o: Tensor) -> list[Tensor]:
         """q and o as rows, whichever sequence's they are. k and v without memory are others, never read."""
-        q, o = (for_tma(x, (8, 8, 1)) if self.packed else _in_rows(x) for x in (self.q, o))
+        q, o = (with_strides(x, (8, 8, 1)) if self.packed else _in_rows(x) for x in (self.q, o))
         k, v = (x[None, :1, : self.k.shape[2]] for x in (q, o)) if self.empty else (self.k, self.v)
-        k, v = (x.as_strided(x.shape, asked.page_strides(x.shape, x.stride())) for x in (k, v))
-        return [q, k, v, o]
+        return [q, _in_pages(k), _in_pages(v), o]
 
     def arguments(self, o: Tensor) -> tuple:
-        lengths = self.cache_seqlens
-        where = (lengths.data_ptr(), self.capacity) if isinstance(lengths, Tensor) else (0, int(lengths))
-        units = (self._unit(x) for x in (self.k, self.v))
-        return *self._of_queries(o), self.batch, *where, self.capacity, *units, *self._of_keys()
+        lengths, capacity = self.cache_seqlens, self.capacity
+        where = (lengths.data_ptr(), capacity) if isinstance(lengths, Tensor) else (0, int(lengths))
+        return *self._of_queries(o), self.batch, *where, capacity, *self._units(), *self._of_keys()
 
     def _of_queries(self, o: Tensor) -> tuple[int, int, int, int]:
         """cu_seqlens_q, seqlen_q, and the steps of q and o."""
         if self.packed:
             return self.cu_seqlens_q.data_ptr(), self.q.shape[0], 0, 0
-        steps = [asked.row_step(x.shape, x.stride())[1] for x in (self.q, o)]
-        return 0, self.q.shape[1], steps[0], steps[1]
+        q, rows = self.q, asked.as_rows
+        return 0, q.shape[1], rows(q.shape, q.stride()).step, rows(o.shape, o.stride()).step
 
     def _of_keys(self) -> tuple[int, int]:
         """page_table and its rows' stride; or cache_batch_idx and cache_leftpad."""
@@ -189,10 +188,11 @@ class Cached(NamedTuple):
         index, leftpad = self.cache_batch_idx, self.cache_leftpad
         return 0 if index is None else index.data_ptr(), 0 if leftpad is None else leftpad.data_ptr()
 
-    def _unit(self, cache: Tensor) -> int:
+    def _units(self) -> tuple[int, int]:
+        k, v, pages = self.k, self.v, asked.as_pages
         if self.empty:
-            return cache.shape[3]  # of what for_tma takes in its place
-        return asked.stride_unit(asked.page_strides(cache.shape, cache.stride()))
+            return k.shape[3], v.shape[3]  # of what for_tma takes in their place
+        return pages(k.shape, k.stride()).unit, pages(v.shape, v.stride()).unit
 
     def compute(self, o: Tensor | None, how: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of no sequence are not written. No caller asks for row_max: it has no elements."""
@@ -231,9 +231,11 @@ def _kind(x: Any) -> Hashable:
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """(B, S, H, D) as (rows, H, D): those of a sequence begin `row_step` rows behind the one before."""
-    row, step = asked.row_step(x.shape, x.stride())
-    batch, seqlen, heads, columns = x.shape
-    return x.as_strided(
-        ((batch - 1) * step + seqlen, heads, columns), (row, x.stride(2) if heads > 1 else checks.ALIGNMENT, 1)
-    )
+    """(B, S, H, D) as (rows, H, D)."""
+    rows = asked.as_rows(x.shape, x.stride())
+    return x.as_strided(rows.shape, rows.strides)
+
+
+def _in_pages(x: Tensor) -> Tensor:
+    strides = asked.as_pages(x.shape, x.stride()).strides
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)

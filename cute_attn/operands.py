@@ -148,7 +148,7 @@ class Dense(NamedTuple):
         return not any(checks.odd(x.stride()) for x in self.tensors if x is not None)
 
     def for_tma(self, o: Tensor) -> list[Tensor]:
-        return [for_tma(x, (8, 8, 8, 1)) for x in (self.q, self.k, self.v, o)]
+        return [with_strides(x, (8, 8, 8, 1)) for x in (self.q, self.k, self.v, o)]
 
     def arguments(self, o: Tensor) -> tuple:
         return ()
@@ -270,7 +270,7 @@ class Ragged(NamedTuple):
         q, k, v, _ = self.tensors
         if k.shape[0] == 0:
             k, v = q[:1, : k.shape[1]], o[:1, : k.shape[1]]
-        return [for_tma(x, (8, 8, 1)) for x in (q, k, v, o)]
+        return [with_strides(x, (8, 8, 1)) for x in (q, k, v, o)]
 
     def arguments(self, o: Tensor) -> tuple:
         cu_q, cu_k, used_q, used_k = self.lengths
@@ -338,8 +338,8 @@ def specs_of(operands: Operands) -> tuple[Spec, Spec, Spec, Spec]:
     return q, k, v, o
 
 
-def for_tma(x: Tensor, strides_of_one: tuple[int, ...]) -> Tensor:
-    """x, with these strides of its sizes of 1."""
+def with_strides(x: Tensor, strides_of_one: tuple[int, ...]) -> Tensor:
+    """x, whose sizes of 1 have these strides instead of what may be none of TMA's."""
     return x.as_strided(
         x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), strides_of_one, strict=True)]
     )

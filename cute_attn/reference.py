@@ -190,7 +190,7 @@ def kvcache(
     """
     places = range(len(q)) if cu_seqlens_q is None else parts(cu_seqlens_q, None, len(q))
     for n, place in enumerate(places):
-        length = int(cache_seqlens if isinstance(cache_seqlens, int) else cache_seqlens[n])
+        length = int(cache_seqlens[n] if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens)
         own = dict(_of_sequence(n, **how), causal=bool(causal[n]) if isinstance(causal, torch.Tensor) else causal)
         k, v = (cached(x, n, length, page_table, cache_batch_idx, cache_leftpad) for x in (k_cache, v_cache))
         found = attention(q[None, place], k[None], v[None], layout="bshd", **own)
