@@ -4,7 +4,8 @@ from . import ops, ops_0_1  # noqa: F401  torch.ops.cute_attn.*
 from .api import flash_fwd, warmup
 from .block_mask import BlockLists
 from .explanation import explain
+from .kvcache import flash_fwd_kvcache
 from .varlen import flash_fwd_varlen
 
 __version__ = "0.1.0"
-__all__ = ["BlockLists", "__version__", "explain", "flash_fwd", "flash_fwd_varlen", "warmup"]
+__all__ = ["BlockLists", "__version__", "explain", "flash_fwd", "flash_fwd_kvcache", "flash_fwd_varlen", "warmup"]

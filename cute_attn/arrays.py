@@ -65,15 +65,15 @@ def _of_a_tracer(x) -> bool:
     return isinstance(x, (FakeTensor, FunctionalTensor))
 
 
-def stands_in(*tensors: torch.Tensor) -> bool:
+def stands_in(**named: torch.Tensor) -> bool:
     """Whether q, k or v is a stand-in of torch's tracers, for which the operator says what comes back.
 
     Raises:
         TypeError: one is of another class without memory.
     """
-    if any(map(_of_a_tracer, tensors)):
+    if any(map(_of_a_tracer, named.values())):
         return True
-    for name, x in zip("qkv", tensors, strict=True):
+    for name, x in named.items():
         if isinstance(x, torch.Tensor):
             memory(name, x)
     return False

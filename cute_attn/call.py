@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import device
+from . import device, workspace
 from .problem import Problem
 
 
@@ -20,6 +20,7 @@ class Call(NamedTuple):
     plain: bool  # TMA takes q, k, v and o as they are
     nbytes: tuple[int, ...]  # that q, k, v and o reach over
     like: tuple[tuple[int, ...], tuple[int, ...]] | None  # o's shape and strides; None: torch.empty_like's of q
+    workspace: int = 0  # bytes that a launch has to itself, whose address is the kernel's last argument
 
     def output(self, q):
         """o, empty."""
@@ -32,7 +33,11 @@ class Call(NamedTuple):
         if device.current() != gpu.index:
             kernel = gpu.guarded(kernel)
         address, counter = 0 if lse is None else lse.data_ptr(), gpu.tile_counter() if self.counts else 0
-        kernel(*tensors, address, counter, scale, gpu.num_sms, *arguments)
+        if not self.workspace:
+            kernel(*tensors, address, counter, scale, gpu.num_sms, *arguments)
+            return
+        memory = workspace.get(gpu.index, self.workspace)  # until the launch: the stream keeps the order after it
+        kernel(*tensors, address, counter, scale, gpu.num_sms, *arguments, memory.data_ptr())
 
 
 known: dict[Hashable, Call] = {}

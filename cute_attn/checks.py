@@ -110,13 +110,14 @@ def _one_tensor(name: str, x: Spec, layout: str) -> None:
     if len(x.shape) != 4:
         want = _words(layout, h, s)
         raise ValueError(f"{name}: {len(x.shape)} dimensions, shape {tuple(x.shape)}; 4 are needed: {want}")
-    _element(name, x)
+    element(name, x)
     if x.shape[layout.index("s")] > SIZE_MAX:
         raise ValueError(f"{name}: {x.shape[layout.index('s')]} rows in a sequence; at most {SIZE_MAX} are supported")
-    _placed(name, x)
+    placed(name, x)
 
 
-def _element(name: str, x: Spec) -> None:
+def element(name: str, x: Spec) -> None:
+    """Of a type and a head dim that kernels have."""
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: {x.dtype} is not supported; use torch.bfloat16 or torch.float16")
     d = x.shape[-1]
@@ -124,7 +125,8 @@ def _element(name: str, x: Spec) -> None:
         raise ValueError(f"{name}: head_dim {d} is not supported; use a multiple of 8 up to {HEAD_DIM_MAX}")
 
 
-def _placed(name: str, x: Spec) -> None:
+def placed(name: str, x: Spec) -> None:
+    """On the CPU; or on a GPU, as TMA takes it."""
     if x.device.type == "cuda":
         strides(name, x)
     elif x.device.type != "cpu":
@@ -148,6 +150,11 @@ def varlen(q: Spec, k: Spec, v: Spec, batch: int) -> None:
         raise ValueError(f"k: {what}; k is (total_k, Hk, D) with q's D")
     if heads and (heads_kv == 0 or heads % heads_kv):
         raise ValueError(f"k: {heads_kv} heads do not divide q's {heads}; use Hk with H % Hk == 0 (MHA, GQA, MQA)")
+    packed_tiles(total_q, batch, heads)
+
+
+def packed_tiles(total_q: int, batch: int, heads: int) -> None:
+    """No more than a launch numbers, whatever the sequences' lengths."""
     tiles = (total_q // 64 + batch) * heads
     if tiles >= SIZE_MAX:
         raise ValueError(f"q: up to {tiles} tiles of 64 rows in one call; split it to stay below {SIZE_MAX}")
@@ -158,10 +165,10 @@ def _one_varlen(name: str, x: Spec) -> None:
     if len(x.shape) != 3:
         want = "(total_q, H, D)" if name in ("q", "out") else "(total_k, Hk, D)"
         raise ValueError(f"{name}: {len(x.shape)} dimensions, shape {tuple(x.shape)}; 3 are needed: {want}")
-    _element(name, x)
+    element(name, x)
     if x.shape[0] > SIZE_MAX:
         raise ValueError(f"{name}: {x.shape[0]} rows; at most {SIZE_MAX} are supported")
-    _placed(name, x)
+    placed(name, x)
 
 
 def lengths(name: str, x: Spec, count: int | None, q: Spec) -> None:
@@ -217,9 +224,9 @@ def odd(stride: tuple[int, ...]) -> bool:
     return any(s % ALIGNMENT for s in stride[:-1]) or stride[-1] != 1
 
 
-def addresses(q, k, v, o) -> None:
+def addresses(**named: torch.Tensor) -> None:
     """Each tensor's data starts at a multiple of 16 bytes."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("out", o)):
+    for name, x in named.items():
         past = x.data_ptr() % 16
         if past:
             what = f"its data starts {past} bytes past a multiple of 16, storage offset {x.storage_offset()}"
@@ -276,7 +283,9 @@ def out(o: Spec, q: Spec, v: Spec, layout: str) -> None:
         raise ValueError(f"out: {what}; use a dense out")
 
 
-def out_memory(o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, nbytes) -> None:
+def out_memory(
+    o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, nbytes, names=("q", "k", "v")
+) -> None:
     """`out` shares no element with q, k or v; nbytes: from the first to past the last element of q, k, v and out."""
     memory("out", o)
     if o.requires_grad and torch.is_grad_enabled():
@@ -284,9 +293,9 @@ def out_memory(o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     q_start, k_start, v_start, start = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr()
     q_bytes, k_bytes, v_bytes, o_bytes = nbytes
     end = start + o_bytes
-    for name, x, first, size in (("q", q, q_start, q_bytes), ("k", k, k_start, k_bytes), ("v", v, v_start, v_bytes)):
+    for i, (x, first, size) in enumerate(((q, q_start, q_bytes), (k, k_start, k_bytes), (v, v_start, v_bytes))):
         if start < first + size and first < end and overlap(o, x):
-            raise ValueError(f"out: shares memory with {name}; pass an out of its own, or omit it")
+            raise ValueError(f"out: shares memory with {names[i]}; pass an out of its own, or omit it")
 
 
 def extent(dims: list[tuple[int, int]]) -> int:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import api, arrays, backward, by_operator, checks, features, notices, varlen
+from . import api, arrays, backward, by_operator, checks, features, kvcache, notices, varlen
 from .integrations import dlpack
+from .kvcache_operands import PLACES, Cached
 from .operands import Dense, Ragged
 from .request import Outputs, Request, request
 
@@ -34,7 +35,7 @@ def explain(*args: Any, function: Callable = api.flash_fwd, **options: Any) -> E
     """Which kernel would compute `function(*args, **options)`, and if it is not ours, why not.
 
     Args:
-        function: `cute_attn.flash_fwd`, `cute_attn.flash_fwd_varlen`,
+        function: `cute_attn.flash_fwd`, `cute_attn.flash_fwd_varlen`, `cute_attn.flash_fwd_kvcache`,
             `torch.nn.functional.scaled_dot_product_attention` as it is inside of `sdpa.use()`, or
             `cute_attn.integrations.transformers.attention`, with the arguments that a model gives it.
         args, options: the call's own.
@@ -51,12 +52,13 @@ def explain(*args: Any, function: Callable = api.flash_fwd, **options: Any) -> E
     told: dict[Any, Callable] = {
         api.flash_fwd: _flash_fwd,
         varlen.flash_fwd_varlen: _varlen,
+        kvcache.flash_fwd_kvcache: _kvcache,
         F.scaled_dot_product_attention: _sdpa,
         transformers.attention: _transformers,
     }
     tell = told.get(function)
     if tell is None:
-        names = "flash_fwd, flash_fwd_varlen, scaled_dot_product_attention and transformers.attention"
+        names = "flash_fwd, flash_fwd_varlen, flash_fwd_kvcache, scaled_dot_product_attention, transformers.attention"
         raise TypeError(f"function: {function!r} came; {names} are explained")
     try:
         return tell(*args, **options)
@@ -83,6 +85,13 @@ def _varlen(*args, **options) -> Explanation:
     return _ours(Ragged(**{name: a.pop(name) for name in Ragged._fields}), a)
 
 
+def _kvcache(*args, **options) -> Explanation:
+    a = _bound(kvcache.flash_fwd_kvcache, args, options)
+    a["causal"], each = kvcache.of_each(a["causal"])
+    names = "q", "k_cache", "v_cache", "out", *PLACES, "max_seqlen_q"
+    return _ours(Cached._make([*(a.pop(name) for name in names), each]), a)
+
+
 def _ours(operands: Any, asked: dict[str, Any]) -> Explanation:
     """In the order of `Request.run`."""
     outputs = Outputs(**{name: asked.get(f"return_{name}", False) for name in Outputs._fields})
@@ -96,12 +105,12 @@ def _ours(operands: Any, asked: dict[str, Any]) -> Explanation:
     learning = _backward(wanted) if arrays.learns(q, k, v) else None
     features.fitted(wanted.features, problem, q.device)
     if out is not None:
-        checks.out_memory(out, q, k, v, [x.nbytes for x in specs])
+        checks.out_memory(out, q, k, v, [x.nbytes for x in specs], operands.names)
     if gpu is None:
         return Explanation("torch in float32", reason=notices.CPU, backward=learning and "torch in float32")
     if operands.nothing(problem):
         return Explanation("nobody", reason="there is nothing to multiply: a size is 0", backward=learning)
-    checks.addresses(q, k, v, q if out is None else out)
+    checks.addresses(**wanted.named(), out=q if out is None else out)
     return Explanation(OURS, config.name, backward=learning)
 
 

@@ -1,4 +1,7 @@
-"""q, k, v and out of a call, as they lie in memory: dense, or ragged (varlen). What a call asks of either."""
+"""q, k, v and out of a call, as they lie in memory: dense, or ragged (varlen). What a call asks of either.
+
+Those whose keys lie in a cache are in `kvcache_operands`.
+"""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +18,7 @@ from .problem import Problem
 
 LENGTHS = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"
 HINTS = "max_seqlen_q", "max_seqlen_k"
+TENSORS = "q", "k", "v", "out"
 
 
 class Operands(Protocol):
@@ -23,6 +27,10 @@ class Operands(Protocol):
     @property
     def tensors(self) -> tuple:
         """q, k, v and out."""
+
+    @property
+    def names(self) -> tuple[str, str, str, str]:
+        """Of these four, as `function` has them."""
 
     @property
     def function(self) -> str:
@@ -37,7 +45,8 @@ class Operands(Protocol):
         k and v before it launches: out's shape, and every type and device but q's.
 
         Raises:
-            AttributeError, RuntimeError, TypeError: no tensor, one without strides, or what has no hash.
+            AttributeError, IndexError, RuntimeError, TypeError: no tensor, one without strides or with too few
+                dimensions, or what has no hash.
         """
 
     def specs(self) -> tuple[Spec, Spec, Spec, Spec]:
@@ -50,8 +59,8 @@ class Operands(Protocol):
             TypeError, ValueError: they do not fit together.
         """
 
-    def config(self, problem: Problem, gpu: str | None) -> FwdConfig:
-        """The kernel that serves them."""
+    def config(self, problem: Problem, gpu: str | None) -> FwdConfig | None:
+        """The kernel that serves them on a GPU of this name; of the CPU, which runs none, there may be no answer."""
 
     def check(self) -> None:
         """What `key` leaves out and no kernel asks: each has memory of its own."""
@@ -68,7 +77,7 @@ class Operands(Protocol):
     def for_tma(self, o: Tensor) -> list[Tensor]:
         """Views of q, k, v and o whose sizes of 1 have strides that TMA takes."""
 
-    def arguments(self) -> tuple:
+    def arguments(self, o: Tensor) -> tuple:
         """Of the compiled kernel, behind those of the features."""
 
     def compute(self, o: Tensor | None, how: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,8 +86,14 @@ class Operands(Protocol):
     def operator_arguments(self) -> tuple:
         """layout, and the six of varlen, as torch.ops.cute_attn.attention takes them."""
 
+    def operator_keywords(self) -> dict[str, Any]:
+        """What else it takes."""
+
+    def differentiable(self) -> None:
+        """ValueError where such operands have no backward at all."""
+
     def lacks_gradient(self) -> None:
-        """ValueError where they have no backward."""
+        """ValueError where these have none."""
 
 
 class Dense(NamedTuple):
@@ -89,6 +104,10 @@ class Dense(NamedTuple):
     v: Any
     out: Any
     layout: str
+
+    @property
+    def names(self) -> tuple[str, str, str, str]:
+        return TENSORS
 
     @property
     def function(self) -> str:
@@ -106,7 +125,7 @@ class Dense(NamedTuple):
 
     def specs(self) -> tuple[Spec, Spec, Spec, Spec]:
         checks.words(False, self.layout)
-        return _specs(self.tensors)
+        return specs_of(self)
 
     def problem(self, specs: tuple, causal: bool, constant_time: bool, features: Any) -> Problem:
         q, k, v, o = specs
@@ -129,9 +148,9 @@ class Dense(NamedTuple):
         return not any(checks.odd(x.stride()) for x in self.tensors if x is not None)
 
     def for_tma(self, o: Tensor) -> list[Tensor]:
-        return [_for_tma(x, (8, 8, 8, 1)) for x in (self.q, self.k, self.v, o)]
+        return [with_strides(x, (8, 8, 8, 1)) for x in (self.q, self.k, self.v, o)]
 
-    def arguments(self) -> tuple:
+    def arguments(self, o: Tensor) -> tuple:
         return ()
 
     def compute(self, o: Tensor | None, how: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,6 +160,12 @@ class Dense(NamedTuple):
 
     def operator_arguments(self) -> tuple:
         return self.layout, *(None,) * 6
+
+    def operator_keywords(self) -> dict[str, Any]:
+        return {}
+
+    def differentiable(self) -> None:
+        """They are."""
 
     def lacks_gradient(self) -> None:
         checks.grid(self.q, self.layout)
@@ -159,6 +184,10 @@ class Ragged(NamedTuple):
     seqused_k: Any
     max_seqlen_q: Any
     max_seqlen_k: Any
+
+    @property
+    def names(self) -> tuple[str, str, str, str]:
+        return TENSORS
 
     @property
     def function(self) -> str:
@@ -206,7 +235,7 @@ class Ragged(NamedTuple):
                 arrays.tensor(name, x)
         for name, value in zip(HINTS, self.hints, strict=True):
             checks.max_seqlen(name, value)
-        return _specs(self.tensors)
+        return specs_of(self)
 
     def problem(self, specs: tuple, causal: bool, constant_time: bool, features: Any) -> Problem:
         q, k, v, o = specs
@@ -241,9 +270,9 @@ class Ragged(NamedTuple):
         q, k, v, _ = self.tensors
         if k.shape[0] == 0:
             k, v = q[:1, : k.shape[1]], o[:1, : k.shape[1]]
-        return [_for_tma(x, (8, 8, 1)) for x in (q, k, v, o)]
+        return [with_strides(x, (8, 8, 1)) for x in (q, k, v, o)]
 
-    def arguments(self) -> tuple:
+    def arguments(self, o: Tensor) -> tuple:
         cu_q, cu_k, used_q, used_k = self.lengths
         used = 0 if used_q is None else used_q.data_ptr(), 0 if used_k is None else used_k.data_ptr()
         return cu_q.data_ptr(), cu_k.data_ptr(), *used, cu_q.shape[0] - 1
@@ -262,6 +291,12 @@ class Ragged(NamedTuple):
 
     def operator_arguments(self) -> tuple:
         return self.layout, *self.lengths, *map(checks.max_seqlen, HINTS, self.hints)
+
+    def operator_keywords(self) -> dict[str, Any]:
+        return {}
+
+    def differentiable(self) -> None:
+        """They are."""
 
     def lacks_gradient(self) -> None:
         checks.varlen_gradients(*self.hints, *self.lengths[2:])
@@ -293,16 +328,18 @@ def gpu_of(q: Spec) -> device.Device | None:
     return None if q.device.type == "cpu" else device.get(q.device.index)
 
 
-def _specs(tensors) -> tuple[Spec, Spec, Spec, Spec]:
-    q, k, v, out = tensors
+def specs_of(operands: Operands) -> tuple[Spec, Spec, Spec, Spec]:
+    """Of q, k, v and out, or of q where there is none: dense tensors, if nothing else."""
+    q, k, v, out = operands.tensors
     given = q, k, v, q if out is None else out
-    for name, x in zip(("q", "k", "v", "out"), given, strict=True):
+    for name, x in zip(operands.names, given, strict=True):
         arrays.tensor(name, x)
     q, k, v, o = map(Spec.of, given)
     return q, k, v, o
 
 
-def _for_tma(x: Tensor, strides_of_one: tuple[int, ...]) -> Tensor:
+def with_strides(x: Tensor, strides_of_one: tuple[int, ...]) -> Tensor:
+    """x, whose sizes of 1 have these strides instead of what may be none of TMA's."""
     return x.as_strided(
         x.shape, [s if n > 1 else d for n, s, d in zip(x.shape, x.stride(), strides_of_one, strict=True)]
     )

@@ -1,7 +1,8 @@
 """torch.ops.cute_attn.attention and attention_out: what tracers (torch.compile, make_fx, jit.trace, ...) and autograd
-see of `flash_fwd` and `flash_fwd_varlen`, which call them by themselves where they are traced or differentiated.
+see of `flash_fwd`, `flash_fwd_varlen` and `flash_fwd_kvcache`, which call them where they are traced or differentiated.
 
-torch differentiates no operator that writes to an argument, so there are two. Their schema is made of the features'.
+torch differentiates no operator that writes to an argument, so there are two. Their schema is made of the features',
+and of what was added since they were first exported, which stands behind.
 `ops_0_1` has the names of before.
 """
 
@@ -12,6 +13,7 @@ import torch
 
 from . import backward, checks, features, strides
 from .features.window import window as bounded
+from .kvcache_operands import Cached
 from .operands import HINTS, LENGTHS, Dense, Operands, Ragged
 from .operator import gradients, operator
 from .request import Outputs, request
@@ -23,8 +25,10 @@ BASE = (
     *(f"SymInt? {name}=None" for name in HINTS),
     "bool constant_time=False",
 )
-SCHEMA = f"({TENSORS}, {', '.join((*BASE, *features.SCHEMA))}) -> (Tensor, Tensor, Tensor)"
-SCHEMA_OUT = f"({TENSORS}, Tensor(a!) out, {', '.join((*BASE, *features.SCHEMA))}) -> (Tensor, Tensor)"
+CACHES = "cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "causal_each"
+BEHIND = *(f"Tensor? {name}=None" for name in CACHES), "SymInt? cache_length=None"
+SCHEMA = f"({TENSORS}, {', '.join((*BASE, *features.SCHEMA, *BEHIND))}) -> (Tensor, Tensor, Tensor)"
+SCHEMA_OUT = f"({TENSORS}, Tensor(a!) out, {', '.join((*BASE, *features.SCHEMA, *BEHIND))}) -> (Tensor, Tensor)"
 
 
 def named(schema: str) -> Any:
@@ -51,12 +55,35 @@ def _of_rows(a, asked: bool) -> torch.Tensor:
 
 def _operands(a, out=None) -> Operands:
     of_packed = {name: getattr(a, name) for name in (*LENGTHS, *HINTS)}
+    of_cache = {name: getattr(a, name) for name in CACHES}
+    if a.cache_length is not None or a.cache_seqlens is not None:
+        return _cached(a, out, of_packed, of_cache)
+    _none(of_cache, "without cache_seqlens or cache_length; keys in a cache have one of them")
     if a.layout != "thd":
-        given = [name for name, x in of_packed.items() if x is not None]
-        if given:
-            raise ValueError(f'{", ".join(given)}: given with layout {a.layout!r}; packed sequences have "thd"')
+        _none(of_packed, f'with layout {a.layout!r}; packed sequences have "thd"')
         return Dense(a.q, a.k, a.v, out, a.layout)
     return Ragged(a.q, a.k, a.v, out, **of_packed)
+
+
+def _cached(a, out, of_packed: dict[str, Any], of_cache: dict[str, Any]) -> Cached:
+    """Of a layout that says as well whether queries are packed."""
+    q = {name: of_packed.pop(name) for name in ("cu_seqlens_q", "max_seqlen_q")}
+    _none(of_packed, "with cache_seqlens or cache_length, which say how long keys are")
+    want = "bshd" if a.cu_seqlens_q is None else "thd"
+    if a.layout != want:
+        raise ValueError(
+            f"layout: {a.layout!r} came; over caches q is {want!r} with{'' if want == 'thd' else 'out'} cu_seqlens_q"
+        )
+    if a.cache_length is not None:
+        _none({"cache_seqlens": a.cache_seqlens}, "with cache_length; pass one of them")
+        of_cache["cache_seqlens"] = a.cache_length
+    return Cached(a.q, a.k, a.v, out, **of_cache, **q)
+
+
+def _none(arguments: dict[str, Any], why: str) -> None:
+    given = [name for name, x in arguments.items() if x is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: given {why}")
 
 
 def _run(a, out=None) -> list[torch.Tensor]:
@@ -82,8 +109,8 @@ def _fake_out(*args):
 
 @operator(_fake, SCHEMA)
 def attention_op(*args) -> tuple[torch.Tensor, ...]:
-    """(o, lse, row_max) of `flash_fwd`, or of `flash_fwd_varlen` where there are cu_seqlens; those that are not asked
-    for have no elements. Gradients need lse.
+    """(o, lse, row_max) of `flash_fwd`; of `flash_fwd_kvcache` where there are cache_seqlens or cache_length; else of
+    `flash_fwd_varlen` where there are cu_seqlens. Those not asked for have no elements. Gradients need lse.
     """
     return tuple(_run(Arguments(*args)))
 
@@ -97,11 +124,13 @@ def attention_out_op(*args) -> tuple[torch.Tensor, ...]:
 
 def _save(ctx, inputs, output):
     a, (o, lse, row_max) = Arguments(*inputs), output
+    operands = _operands(a)
+    operands.differentiable()
     if not a.return_lse:
         raise ValueError("return_lse: False came, and gradients need lse; pass True, as cute_attn.flash_fwd does")
     checks.trained_head_dims(a.q, a.v)
     features.differentiable(features.collect(a.causal, features.of_operator(a._asdict()))[1])
-    _operands(a).lacks_gradient()
+    operands.lacks_gradient()
     ctx.mark_non_differentiable(lse, row_max)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(a.q, a.k, a.v, o, lse, a.cu_seqlens_q, a.cu_seqlens_k)

@@ -168,6 +168,54 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, seqused_q=None, seqused_k=Non
         yield a, *(x[0] for x in found)
 
 
+def kvcache(
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    *,
+    page_table=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    cu_seqlens_q=None,
+    causal=False,
+    **how,
+):
+    """`attention` over caches, as `flash_fwd_kvcache` takes them. Of each sequence: b, or with cu_seqlens_q the slice
+    of its rows in q; o (s, H, Dv); lse (H, s), and row_max where asked for. `how` is `attention`'s, but for layout and
+    dropout; causal may be of each sequence, (B,).
+
+    Raises:
+        ValueError: a page, or a row of the cache, is none.
+    """
+    places = range(len(q)) if cu_seqlens_q is None else parts(cu_seqlens_q, None, len(q))
+    for n, place in enumerate(places):
+        length = int(cache_seqlens[n] if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens)
+        own = dict(_of_sequence(n, **how), causal=bool(causal[n]) if isinstance(causal, torch.Tensor) else causal)
+        k, v = (cached(x, n, length, page_table, cache_batch_idx, cache_leftpad) for x in (k_cache, v_cache))
+        found = attention(q[None, place], k[None], v[None], layout="bshd", **own)
+        yield place, *(x[0] for x in found)
+
+
+def cached(cache, n, length, page_table=None, cache_batch_idx=None, cache_leftpad=None):
+    """The n-th sequence's rows of a cache, (keys, Hk, D), where its part of the cache holds `length` rows."""
+    capacity = cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    length = min(max(length, 0), capacity)
+    if page_table is None:
+        row = n if cache_batch_idx is None else int(cache_batch_idx[n])
+        first = 0 if cache_leftpad is None else min(max(int(cache_leftpad[n]), 0), length)
+        return cache[_one_of(len(cache), row, "cache_batch_idx", n), first:length]
+    pages = page_table[n, : -(-length // max(cache.shape[1], 1))].tolist()
+    pages = [_one_of(len(cache), page, "page_table", n) for page in pages]
+    return cache[pages].flatten(0, 1)[:length]
+
+
+def _one_of(count, place, name, n):
+    if not 0 <= place < count:
+        raise ValueError(f"{name}: {place} came for sequence {n}; from 0 to {count - 1} lie in the cache")
+    return place
+
+
 def _of_sequence(n, alibi_slopes=None, score_mod=None, mask_mod=None, **how):
     """For `attention` of the n-th sequence alone, which is the 0-th there."""
     if alibi_slopes is not None:

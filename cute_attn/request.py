@@ -17,6 +17,8 @@ from .integrations import dlpack
 from .operands import Dense, Operands, Ragged, gpu_of
 from .problem import PLAIN
 
+UNKEYED = AttributeError, IndexError, RuntimeError, TypeError  # of `Operands.key`
+
 
 class Outputs(NamedTuple):
     """What a call returns beside o, in this order."""
@@ -66,7 +68,7 @@ class Request(NamedTuple):
                 return self.by_operator()
             if isinstance(self.operands, Dense) and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
                 return self.by_dlpack()
-            if arrays.stands_in(q, k, v):
+            if arrays.stands_in(**self.named()):
                 return self.by_operator()
         self.operands.check()
         found = self.prepared()
@@ -74,12 +76,12 @@ class Request(NamedTuple):
             return self.by_operator()
         scale = found.scale if self.scale is None else checks.scale(self.scale)
         if arrays.learns(q, k, v):
-            for name, x in zip("qkv", (q, k, v), strict=True):
+            for name, x in self.named().items():
                 arrays.tensor(name, x)
             return self.by_operator()
         asked = features.fitted(self.features, found.problem, q.device)
         if out is not None:
-            checks.out_memory(out, q, k, v, found.nbytes)
+            checks.out_memory(out, q, k, v, found.nbytes, self.operands.names)
         asked = features.started(asked, q)
         rng_state = None if asked.dropout is None else asked.dropout.rng_state
         if found.gpu is None:
@@ -88,11 +90,15 @@ class Request(NamedTuple):
             o, lse, row_max = self._on_gpu(found, scale, asked)
         return self.outputs.of(o, lse, row_max, rng_state, isinstance(self.operands, Ragged))
 
+    def named(self) -> dict[str, Any]:
+        """q, k and v by their names."""
+        return dict(zip(self.operands.names[:3], self.operands[:3], strict=True))
+
     def run_again(self, found: call.Call) -> tuple:
         """o and lse of a call without features, on tensors like those that `found` was prepared for."""
         q, k, v, out = self.operands[:4]
         if out is not None:
-            checks.out_memory(out, q, k, v, found.nbytes)
+            checks.out_memory(out, q, k, v, found.nbytes, self.operands.names)
         scale = found.scale if self.scale is None else checks.scale(self.scale)
         return self._on_gpu(found, scale, NONE)[:2]
 
@@ -103,7 +109,7 @@ class Request(NamedTuple):
         try:
             key = self.operands.key(), self.causal, self.constant_time, features.key(self.features)
             found = call.known.get(key)
-        except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or what has no hash
+        except UNKEYED:
             return self.made()
         if found is None:
             if _jit_traces() and traced(self):
@@ -117,8 +123,9 @@ class Request(NamedTuple):
         problem, gpu, config, specs = self.planned()
         kernel = None if gpu is None or self.operands.nothing(problem) else compile.get(config)
         like = strides.unlike(self.operands.q, problem.d_v)
-        counts = config.scheduler.dynamic or config.varlen
-        how = counts, self.operands.plain(), tuple(x.nbytes for x in specs), like
+        counts = kernel is not None and (config.scheduler.dynamic or config.varlen)
+        workspace = 0 if kernel is None else config.workspace_bytes(gpu.num_sms)
+        how = counts, self.operands.plain(), tuple(x.nbytes for x in specs), like, workspace
         return call.Call(problem, problem.head_dim**-0.5, gpu, kernel, *how)
 
     def planned(self) -> tuple:
@@ -141,7 +148,7 @@ class Request(NamedTuple):
             asked = asked._replace(row_max=row_max)
         if found.kernel is not None:
             tensors = (q, k, v, o) if found.plain else self.operands.for_tma(o)
-            arguments = *features.arguments(asked), *self.operands.arguments()
+            arguments = *features.arguments(asked), *self.operands.arguments(o)
             try:
                 found.launch(tensors, lse, scale, arguments)
             except Exception:
@@ -158,8 +165,7 @@ class Request(NamedTuple):
     def refused(self, o: Tensor) -> None:
         """Raises what the compiled call's own check, before the launch, has refused without a way to mend it."""
         self.made()
-        q, k, v, _ = self.operands[:4]
-        checks.addresses(q, k, v, o)
+        checks.addresses(**self.named(), out=o)
 
     def _on_cpu(self, scale: float, asked: Any) -> tuple:
         """o, lse and row_max, in float32 and rounded once."""
@@ -184,7 +190,7 @@ class Request(NamedTuple):
 
 
 def request(operands: Operands, outputs: Outputs, causal, scale, constant_time, given: dict[str, Any]) -> Request:
-    """Of `flash_fwd`'s and `flash_fwd_varlen`'s keywords: `given` are the features', return_row_max among them.
+    """Of a public function's keywords: `given` are the features', return_row_max among them.
 
     Raises:
         TypeError, ValueError: as far as they can be checked without q, k and v.
@@ -209,7 +215,7 @@ def seen_before(q, k, v, key: Callable, arguments: tuple, causal: bool, constant
         return None
     try:
         return call.known.get((key(*arguments), causal, constant_time, PLAIN))
-    except (AttributeError, RuntimeError, TypeError):  # one without strides, or what has no hash
+    except UNKEYED:
         return None
 
 
@@ -220,7 +226,7 @@ def traced(request: Request) -> bool:
     """
     from . import operator
 
-    tensors = dict(zip(("q", "k", "v", "out"), request.operands.tensors, strict=True))
+    tensors = dict(zip(request.operands.names, request.operands.tensors, strict=True))
     tensors |= {name: x for name, x in features.by_name(request.features).items() if isinstance(x, Tensor)}
     arrays.no_tangents(**tensors)
     if operator.inside():

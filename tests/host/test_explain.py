@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cute_attn import explain, flash_fwd, flash_fwd_varlen, notices, plan
+from cute_attn import explain, flash_fwd, flash_fwd_kvcache, flash_fwd_varlen, notices, plan
 from cute_attn.integrations import sdpa
 from cute_attn.integrations import transformers as cute
 from cute_attn.integrations.transformers_masks import LazyMask, Padding
@@ -55,6 +55,27 @@ def test_packed_sequences_by_their_kernel(gpu):
 
 
 @interpreter
+def test_a_cache_by_its_kernel(gpu, monkeypatch):
+    """Planned by the queries of a sequence, and the page size where there are pages."""
+    asked = []
+
+    def planned(*arguments):
+        asked.append(arguments)
+        return plan.varlen(64, "bf16", True)
+
+    monkeypatch.setattr(plan, "kvcache", planned, raising=False)
+    table = torch.zeros(1, 3, dtype=torch.int32)
+    ask = dict(function=flash_fwd_kvcache, causal=True, cache_seqlens=40)
+    q, k, v = (x.transpose(1, 2) for x in (Q, K, V))
+    for how, page_size in ((dict(), None), (dict(page_table=table), 47)):
+        assert explain(q, k, v, **ask, **how).kernel == planned().name
+        assert asked[-2] == (64, "bf16", True, plan.PLAIN, "NVIDIA H200", 0, 2, 33, page_size)
+    each = ask | dict(causal=torch.ones(1, dtype=torch.int32))
+    assert "causal: a tensor came, and no kernel" in explain(q, k, v, **each).reason
+    assert explain(q.requires_grad_(), k, v, **ask).reason.startswith("it raises ValueError: q, k_cache, v_cache: one")
+
+
+@interpreter
 def test_whose_backward(gpu, monkeypatch):
     q = Q.clone().requires_grad_()
     assert explain(q, K, V).backward == "torch's FlashAttention-2"
@@ -70,6 +91,8 @@ def test_the_cpu_is_torchs():
     assert explain(Q.clone().requires_grad_(), K, V).backward == "torch in float32"
     assert explain(*(x.half().numpy() for x in (Q, K, V))).by == "torch in float32"
     assert explain(*VARLEN, function=flash_fwd_varlen).by == "torch in float32"
+    cache = (x.transpose(1, 2) for x in (Q, K, V))
+    assert explain(*cache, function=flash_fwd_kvcache, cache_seqlens=3).by == "torch in float32"
 
 
 NUMPY = np.ones((1, 2, 8, 16), np.float16)
@@ -98,6 +121,20 @@ def test_what_raises_is_told_in_its_own_words(wrong):
     assert explain(**call) == ("nobody", None, f"it raises {error.type.__name__}: {error.value}", None)
 
 
+def test_what_caches_raise():
+    cache = dict(zip(("q", "k_cache", "v_cache"), (x.transpose(1, 2) for x in (Q, K, V)), strict=True), cache_seqlens=3)
+    for wrong in (
+        dict(cache_seqlens=48),
+        dict(page_table=CU[0]),
+        dict(out=cache["q"]),
+        dict(window=3),
+        dict(scale="1"),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            flash_fwd_kvcache(**cache | wrong)
+        assert str(error.value) in explain(**cache | wrong, function=flash_fwd_kvcache).reason
+
+
 def test_what_packed_sequences_raise():
     for wrong in (dict(max_seqlen_q=-1), dict(window=3), dict(scale="1"), dict(seqused_q=torch.ones(1))):
         with pytest.raises((TypeError, ValueError)) as error:
@@ -106,7 +143,7 @@ def test_what_packed_sequences_raise():
 
 
 def test_only_what_is_ours_is_explained():
-    with pytest.raises(TypeError, match=r"function: .* came; flash_fwd, flash_fwd_varlen, scaled_dot"):
+    with pytest.raises(TypeError, match=r"function: .* came; flash_fwd, flash_fwd_varlen, flash_fwd_kvcache, scaled"):
         explain(Q, K, V, function=torch.matmul)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cute_attn import api, features, flash_fwd, flash_fwd_varlen, ops, plan
+from cute_attn import api, features, flash_fwd, flash_fwd_kvcache, flash_fwd_varlen, ops, plan
 from cute_attn.features import FEATURES, NONE, collect
 from cute_attn.kernels.state import Arguments
 from cute_attn.plan import FeatureKey
@@ -16,6 +16,8 @@ from cute_attn.problem import PLAIN
 
 OTHERS = {"q", "k", "v", "causal", "scale", "layout", "return_lse", "out", "constant_time", "return_rng_state"}
 OF_VARLEN = {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k"}
+OF_KVCACHE = {"k_cache", "v_cache", "cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad"}
+OF_KVCACHE |= {"cu_seqlens_q", "max_seqlen_q"}
 NAMES = {feature.name for feature in FEATURES}
 
 
@@ -27,9 +29,10 @@ def test_signatures_are_written_out_as_the_features_are():
     assert set(api.Options.__annotations__) == set(parameters) - {"q", "k", "v"} - {
         name for name in parameters if name.startswith("return_")
     }
-    of_varlen = inspect.signature(flash_fwd_varlen).parameters
-    assert set(of_varlen) - OF_VARLEN <= set(parameters)
-    assert all(of_varlen[name].default == parameters[name].default for name in set(of_varlen) & keywords)
+    for function, own in ((flash_fwd_varlen, OF_VARLEN), (flash_fwd_kvcache, OF_KVCACHE)):
+        taken = inspect.signature(function).parameters
+        assert own <= set(taken) and set(taken) - own <= set(parameters)
+        assert all(taken[name].default == parameters[name].default for name in set(taken) & keywords)
 
 
 def test_every_feature_says_where_its_arguments_go():
@@ -38,8 +41,10 @@ def test_every_feature_says_where_its_arguments_go():
 
 
 def test_the_operators_have_each_argument_of_a_feature():
+    """In one place; behind them is what was added later, for the sake of the programs before."""
     names = [x.name for x in torch.ops.cute_attn.attention.default._schema.arguments]
-    assert [text.partition("=")[0].split()[-1] for text in features.SCHEMA] == names[-len(features.SCHEMA) :]
+    words = [text.partition("=")[0].split()[-1] for text in (*features.SCHEMA, *ops.BEHIND)]
+    assert words == names[-len(words) :]
     out = [x.name for x in torch.ops.cute_attn.attention_out.default._schema.arguments]
     assert out == [*names[:3], "out", *names[3:]] and ops.Arguments._fields == tuple(names)
 

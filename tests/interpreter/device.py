@@ -10,13 +10,13 @@ from unittest import mock
 
 import torch
 
-from cute_attn import call, checks, compile, device, operands
+from cute_attn import call, checks, compile, device, operands, plan, workspace
 from cute_attn.kernels.config import FwdConfig
 from tests.support import built
 
 from .host import Host
 from .machine import Machine
-from .memory import Global
+from .memory import POISON, Global
 from .parse import parse
 from .translate import Kernel
 
@@ -98,8 +98,10 @@ def interpreted(
             (device, "current", lambda: gpu.index),
             (compile, "get", found),
             (call, "known", {}),
-            *(((operands, "plan", lambda *_: config), (operands, "plan_varlen", lambda *_: config)) if config else ()),
+            (workspace, "get", lambda index, nbytes: torch.full((nbytes,), POISON, dtype=torch.uint8)),
         ):
             stack.enter_context(mock.patch.object(where, name, what))
+        for where, name in ((operands, "plan"), (operands, "plan_varlen"), (plan, "kvcache")) if config else ():
+            stack.enter_context(mock.patch.object(where, name, create=True, return_value=config))
         yield asked
     assert tile_counters.item() == 0, "a launch left its tile counter behind"
