@@ -53,7 +53,7 @@ def flash_fwd_kvcache(
         max_seqlen_q: with cu_seqlens_q, the most queries of a sequence: a hint by which tiles are chosen; sequences of
             more are right all the same.
         causal: query i of Sq sees the keys up to i + Sk - Sq, Sk being how many the sequence has (aligned to the last
-            key). Or (B,) int32, not 0 for the causal sequences: on the CPU, there is no kernel yet.
+            key). Or (B,) int32 on q's device, not 0 for the sequences that are causal.
         scale, window, softcap, alibi_slopes, sinks, score_mod, mask_mod, aux: as of `flash_fwd_varlen`, places counted
             within a sequence; score_mod and mask_mod in eager calls only.
         return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (B, H, Sq), or

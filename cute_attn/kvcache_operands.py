@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import arrays, checks, reference
+from . import arrays, checks, plan, reference
 from . import kvcache_checks as asked
 from .checks import Spec
 from .kernels.config import FwdConfig
+from .kernels.mask import CausalOfEach
 from .operands import o_like, specs_of, with_strides
 from .problem import Problem
 
@@ -140,16 +141,10 @@ class Cached(NamedTuple):
     def config(self, problem: Problem, gpu: str | None) -> FwdConfig | None:
         if gpu is None:
             return None
-        if self.causal_each is not None:
-            raise ValueError(
-                "causal: a tensor came, and no kernel decides that for each sequence yet; pass a bool, in one call for "
-                "the causal sequences and one for the others"
-            )
-        from .plan import kvcache  # type: ignore[attr-defined]
-
         p, page_size = problem, None if self.page_table is None else max(self.k.shape[1], 1)
         longest = self.max_seqlen_q if self.packed else p.seqlen_q
-        return kvcache(p.head_dim, p.dtype, p.causal, p.features, gpu, p.head_dim_v, p.ratio, longest, page_size)
+        key = p.features if self.causal_each is None else p.features.joined(causal_of_each=CausalOfEach())
+        return plan.kvcache(p.head_dim, p.dtype, p.causal, key, gpu, p.head_dim_v, p.ratio, longest, page_size)
 
     def rows(self) -> tuple[int, ...]:
         *outer, heads, _ = self.q.shape
@@ -172,7 +167,8 @@ class Cached(NamedTuple):
     def arguments(self, o: Tensor) -> tuple:
         lengths, capacity = self.cache_seqlens, self.capacity
         where = (lengths.data_ptr(), capacity) if isinstance(lengths, Tensor) else (0, int(lengths))
-        return *self._of_queries(o), self.batch, *where, capacity, *self._units(), *self._of_keys()
+        causal = () if self.causal_each is None else (self.causal_each.data_ptr(),)
+        return *self._of_queries(o), self.batch, *where, capacity, *self._units(), *self._of_keys(), *causal
 
     def _of_queries(self, o: Tensor) -> tuple[int, int, int, int]:
         """cu_seqlens_q, seqlen_q, and the steps of q and o."""

@@ -19,6 +19,10 @@ class FeatureKey(tuple):
         """Of the features that there are, in the order of their names."""
         return super().__new__(cls, pairs)
 
+    def joined(self, **features: Any) -> "FeatureKey":
+        """These and others."""
+        return FeatureKey(**dict(tuple(self)), **features)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)

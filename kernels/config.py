@@ -322,7 +322,3 @@ class FwdConfig:
         kind = "_".join(filter(None, (self.mask.name, self.score.name, *features)))
         dims = f"d{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v else "")
         return f"flash_fwd_sm90_{self.dtype}_{dims}_{kind}_{tile}"
-
-    def workspace_bytes(self, num_sms: int) -> int:
-        """Of device memory that a launch on so many SMs has to itself; its address is the last argument."""
-        return 0

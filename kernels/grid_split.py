@@ -2,8 +2,8 @@
 
 A row of CTAs, one for each head, takes a run of key blocks, all runs equal to within a block: Stream-K (Osama et al.,
 arXiv:2301.03598) over the sequences' blocks. The heads of a row walk through the same keys at once, since a cache has
-them side by side. Of the runs' two ends at most two tiles are shared with other rows: a CTA writes what it has of them
-to the workspace, in float32, and `Combine` adds the parts up in the order of the keys, so results do not depend on time.
+them side by side. Of a run's tiles at most the two at its ends are shared with other rows. A CTA writes what it has of
+these to the workspace, in float32, and `Combine` adds the parts up in the keys' order: results do not depend on time.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from .pack_gqa import OneHead
 from .ping_pong import WARPGROUP
 from .seqlen import int32_at
 from .state import ROWS, Gmem, Problem, Warpgroup
-from .tile_scheduler import Static, Tile
+from .tile_scheduler import Static
 from .varlen_scheduler import LANES, running_sum
 
 FIELDS = 16  # int32s of a tile in the workspace

@@ -92,7 +92,7 @@ def _from_dlpack(q) -> Callable:
         return q.__array_namespace__().from_dlpack
     names = type(q).__module__.split(".")
     packages = (sys.modules.get(".".join(names[: n + 1])) for n in range(len(names)))
-    found = next((package.from_dlpack for package in packages if hasattr(package, "from_dlpack")), None)
+    found = next((x for package in packages if (x := getattr(package, "from_dlpack", None))), None)
     if found is None:
         came = f"{type_word(q)} came, whose library has no from_dlpack that would make arrays for the results"
         raise TypeError(f"q: {came}; pass torch.from_dlpack(q), and k and v alike")

@@ -49,7 +49,6 @@ KINDS = {
 EACH_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 LENGTHS = edges(16)
 FEW = [0, 1, 65, 130, 17]
-planned = pytest.mark.skipif(not hasattr(plan, "kvcache"), reason="the plan has no kernel over caches: plan.kvcache")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -81,8 +80,6 @@ def test_head_dims(head_dim):
 @pytest.mark.parametrize("name", {**cases("cpu"), **functions("cpu")})
 def test_what_changes_scores(name, where):
     """Each sequence as if it were alone, under its own number: there are as many as `cases` has slopes for."""
-    if where == "cuda" and not hasattr(plan, "kvcache"):
-        pytest.skip("the plan has no kernel over caches")
     how, lengths = {**cases(where), **functions(where)}[name], [1, 0, 63, 17, 33, 130]
     check(paged(lengths, 16, heads=HEADS, seqlen_q=3, where=where), **how)
     check(dense(lengths, 150, heads=HEADS, leftpad=True, packed=[1, 0, 2, 0, 33, 70], where=where), **how)
@@ -307,7 +304,6 @@ WRONG_ON_A_GPU = {
         dict(v_cache=KV.transpose(2, 3).contiguous().transpose(2, 3)),
         "v_cache: stride 2 in the last dimension",
     ),
-    "causal": (dict(causal=B), "causal: a tensor came, and no kernel decides that for each sequence yet; pass a bool"),
 }
 
 
@@ -321,7 +317,7 @@ def on_a_gpu(monkeypatch):
         launched.append(SimpleNamespace(longest=longest, page_size=page_size, ratio=ratio, causal=causal))
         return plan.varlen(head_dim, dtype, causal, key, gpu, head_dim_v)
 
-    monkeypatch.setattr(plan, "kvcache", made, raising=False)
+    monkeypatch.setattr(plan, "kvcache", made)
     kernel = Mock(side_effect=lambda *arguments: setattr(launched[-1], "arguments", arguments))
     with interpreted(kernel=kernel):
         yield launched
@@ -492,15 +488,20 @@ def test_nothing_to_launch(on_a_gpu):
 
 
 def test_the_workspace_is_the_last_argument(on_a_gpu, monkeypatch):
-    """Of as many bytes as the kernel says for the GPU's SMs; kernels without one have no such argument."""
+    """Of as many bytes as the kernel says for the GPU's SMs and the heads."""
+
+    def nbytes(config, num_sms, heads, heads_kv):
+        return 1000 * num_sms + 10 * heads + heads_kv
+
     memory, wanted = torch.zeros(8, dtype=torch.uint8), []
-    monkeypatch.setattr(FwdConfig, "workspace_bytes", lambda config, num_sms: 1000 * num_sms)
+    monkeypatch.setattr(FwdConfig, "workspace_bytes", nbytes)
     monkeypatch.setattr(workspace, "get", lambda index, nbytes: wanted.append((index, nbytes)) or memory)
     case = dense([4, 2], 48)
     for _ in range(2):
         flash_fwd_kvcache(**case.call)
         assert on_a_gpu[-1].arguments[-3:] == (0, 0, memory.data_ptr())
-    assert wanted == [(0, 3000)] * 2
+    heads, heads_kv = case.call["q"].shape[2], case.call["k_cache"].shape[2]
+    assert wanted == [(0, 3000 + 10 * heads + heads_kv)] * 2
 
 
 # Traced
@@ -653,7 +654,6 @@ def test_wrong_arguments_of_the_operator(case):
 
 # The kernel, interpreted
 @interpreter
-@planned
 @pytest.mark.machine_code
 @pytest.mark.parametrize(("kind", "mask"), sample(12, KINDS, MASKS))
 def test_interpreted(kind, mask):
@@ -663,7 +663,6 @@ def test_interpreted(kind, mask):
 
 
 @interpreter
-@planned
 @pytest.mark.machine_code
 @EACH_STORAGE
 def test_strides_interpreted(storage):
@@ -674,7 +673,6 @@ def test_strides_interpreted(storage):
 
 
 @interpreter
-@planned
 @pytest.mark.machine_code
 def test_one_length_and_wild_ones_interpreted():
     case = dense([70] * 3, 90, seqlen_q=3)
@@ -687,7 +685,6 @@ def test_one_length_and_wild_ones_interpreted():
 
 
 @interpreter
-@planned
 @pytest.mark.machine_code
 def test_without_keys_interpreted():
     q, table = torch.randn(2, 3, 4, 64).bfloat16(), torch.tensor([NO_PAGES[:3]] * 2, dtype=torch.int32)
@@ -699,7 +696,6 @@ def test_without_keys_interpreted():
 
 # On the GPU
 @pytest.mark.gpu
-@planned
 @pytest.mark.parametrize(
     ("head_dim", "dtype"), zip((40, 64, 128, 192, 256), (*DTYPES, *DTYPES, DTYPES[0]), strict=True)
 )
@@ -713,7 +709,6 @@ def test_right(mask, kind, head_dim, dtype):
 
 
 @pytest.mark.gpu
-@planned
 @EACH_STORAGE
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 100, 256])
 def test_strides_on_the_gpu(page_size, storage):
@@ -723,7 +718,6 @@ def test_strides_on_the_gpu(page_size, storage):
 
 
 @pytest.mark.gpu
-@planned
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(("heads", "heads_kv"), [(1, 1), (8, 1), (32, 8), (71, 1)])
 def test_long_and_many(heads, heads_kv, head_dim):
@@ -735,7 +729,6 @@ def test_long_and_many(heads, heads_kv, head_dim):
 
 
 @pytest.mark.gpu
-@planned
 def test_a_graph_follows_lengths_and_pages():
     """Captured with some, replayed with others; equal bits in every replay."""
     every = [paged(torch.randint(0, 900, (6,)).tolist(), 16, seqlen_q=2, where="cuda") for _ in range(3)]
@@ -766,7 +759,6 @@ def test_a_graph_follows_lengths_and_pages():
 
 
 @pytest.mark.gpu
-@planned
 def test_streams_at_once():
     """Each has a tile counter and a workspace of its own; no call waits for the GPU."""
     every = [paged([3000, 5, 700], 16, heads=8, where="cuda") for _ in range(4)]
@@ -790,7 +782,6 @@ def test_streams_at_once():
 
 
 @pytest.mark.gpu
-@planned
 def test_the_call_says_what_is_wrong_with_an_address():
     case = paged([30, 5], 16, where="cuda")
     odd = case.k_cache.new_empty(case.k_cache.numel() + 1)[1:].view_as(case.k_cache)

@@ -55,23 +55,16 @@ def test_packed_sequences_by_their_kernel(gpu):
 
 
 @interpreter
-def test_a_cache_by_its_kernel(gpu, monkeypatch):
+def test_a_cache_by_its_kernel(gpu):
     """Planned by the queries of a sequence, and the page size where there are pages."""
-    asked = []
-
-    def planned(*arguments):
-        asked.append(arguments)
-        return plan.varlen(64, "bf16", True)
-
-    monkeypatch.setattr(plan, "kvcache", planned, raising=False)
     table = torch.zeros(1, 3, dtype=torch.int32)
     ask = dict(function=flash_fwd_kvcache, causal=True, cache_seqlens=40)
     q, k, v = (x.transpose(1, 2) for x in (Q, K, V))
     for how, page_size in ((dict(), None), (dict(page_table=table), 47)):
-        assert explain(q, k, v, **ask, **how).kernel == planned().name
-        assert asked[-2] == (64, "bf16", True, plan.PLAIN, "NVIDIA H200", 0, 2, 33, page_size)
+        want = plan.kvcache(64, "bf16", True, ratio=2, max_seqlen_q=33, page_size=page_size)
+        assert explain(q, k, v, **ask, **how).kernel == want.name
     each = ask | dict(causal=torch.ones(1, dtype=torch.int32))
-    assert "causal: a tensor came, and no kernel" in explain(q, k, v, **each).reason
+    assert "causal_of_each" in explain(q, k, v, **each).kernel
     assert explain(q.requires_grad_(), k, v, **ask).reason.startswith("it raises ValueError: q, k_cache, v_cache: one")
 
 

@@ -31,8 +31,8 @@ def shares(sequences, rows):
 def test_every_block_is_taken_once(sequences, rows):
     found, parts = shares(sequences, rows), {}
     for row, run in enumerate(found):
-        assert sum(share.first > 0 for _, share in run) <= 1, "a row continues one tile at most: it has one place for it"
-        assert sum(share.last_row > row for _, share in run) <= 1, "and begins one that goes on"
+        assert sum(share.first > 0 for _, share in run) <= 1, "a row has one place for a tile that goes on"
+        assert sum(share.last_row > row for _, share in run) <= 1, "and one for a tile that it begins"
         assert all(share.first == 0 for _, share in run[1:])
         assert all(share.last_row == row for _, share in run[:-1])
         for s, share in run:

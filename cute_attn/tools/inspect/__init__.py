@@ -120,6 +120,7 @@ class StaticReport:
         """Everything unhealthy, in words; nothing for a healthy kernel."""
         got, pool = (self.registers_producer, self.registers_consumer), self.registers_at_launch * self.threads
         consumers = WARPGROUP * self.warpgroups
+        taken = (self.threads - consumers) * got[0] + consumers * got[1]
         asked, stores, loads = self.registers_asked, self.spill_stores, self.spill_loads
         most = max((loop.warpgroup_ops for loop in self.loops), default=0)
         checks = {
@@ -131,7 +132,7 @@ class StaticReport:
             "no TMA load": not self.tma_loads,
             "no TMA store": self.stages_o and not self.tma_stores,
             f"setmaxnreg: {got} registers, the config asks for {asked}": asked not in (None, got),
-            f"setmaxnreg: {got} registers never fit in {pool}": (self.threads - consumers) * got[0] + consumers * got[1] > pool,
+            f"setmaxnreg: {got} registers never fit in {pool}": taken > pool,
         }
         return [text for text, bad in checks.items() if bad] + [f"ptxas: {text}" for text in self.advice]
 
