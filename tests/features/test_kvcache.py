@@ -2,7 +2,7 @@
 
 from itertools import product
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -495,11 +495,11 @@ def test_the_workspace_is_the_last_argument(on_a_gpu, monkeypatch):
 
     memory, wanted = torch.zeros(8, dtype=torch.uint8), []
     monkeypatch.setattr(FwdConfig, "workspace_bytes", nbytes)
-    monkeypatch.setattr(workspace, "get", lambda index, nbytes: wanted.append((index, nbytes)) or memory)
-    case = dense([4, 2], 48)
-    for _ in range(2):
-        flash_fwd_kvcache(**case.call)
-        assert on_a_gpu[-1].arguments[-3:] == (0, 0, memory.data_ptr())
+    case, get = dense([4, 2], 48), lambda index, nbytes: wanted.append((index, nbytes)) or memory
+    with patch.object(workspace, "get", get):  # before `on_a_gpu` puts back what it has replaced
+        for _ in range(2):
+            flash_fwd_kvcache(**case.call)
+            assert on_a_gpu[-1].arguments[-3:] == (0, 0, memory.data_ptr())
     heads, heads_kv = case.call["q"].shape[2], case.call["k_cache"].shape[2]
     assert wanted == [(0, 3000 + 10 * heads + heads_kv)] * 2
 
