@@ -24,9 +24,12 @@ def few_queries(problem: Problem, config: FwdConfig) -> bool:
 
 def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     """64 rows to a CTA, of which an SM has two where two stages or three of 64 keys, or of 32, leave room for them."""
-    few = replace(config, tile_m=64, tile_n=64, stages=2, q_stages=1, cache=KvCache(64), scheduler=EqualShares)
-    few = replace(few, pingpong=False, q_in_regs=False, speculative=False)
-    sizes = [replace(few, tile_n=n, stages=stages, cache=KvCache(n)) for n in (64, 32) for stages in (3, 2)]
+    few = replace(config, tile_m=64, q_stages=1, pingpong=False, q_in_regs=False, speculative=False)
+    sizes = [
+        replace(few, scheduler=EqualShares, tile_n=n, stages=stages, cache=KvCache(n))
+        for n in (64, 32)
+        for stages in (3, 2)
+    ]
     most = TWO_CTAS - (BOUNDS if config.mask.windowed or problem.features.alibi else 0)
     return next((x for x in sizes if x.ctas_per_sm == 2 and x.registers_held <= most), sizes[0])
 

@@ -102,6 +102,6 @@ def interpreted(
         ):
             stack.enter_context(mock.patch.object(where, name, what))
         for where, name in ((operands, "plan"), (operands, "plan_varlen"), (plan, "kvcache")) if config else ():
-            stack.enter_context(mock.patch.object(where, name, create=True, return_value=config))
+            stack.enter_context(mock.patch.object(where, name, return_value=config))
         yield asked
     assert tile_counters.item() == 0, "a launch left its tile counter behind"
