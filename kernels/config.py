@@ -108,7 +108,7 @@ class FwdConfig:
         assert self.cache is None or self.cache_boxes <= 32, "a lane for each box"
         assert not self.shares or (self.cache and self.tile_m == 64 and self.head_dim_splits == 1), "one merge per CTA"
         assert not self.shares or (self.overlap and not self.speculative), "a merge needs a row's running max"
-        assert not self.shares or not (self.row_max or self.dropout or self.timeline), "of whole rows"
+        assert not self.shares or not (self.row_max or self.dropout), "of whole rows"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
     @property

@@ -16,6 +16,7 @@ from cute_attn import flash_fwd, flash_fwd_kvcache, kvcache_checks, plan, reques
 from cute_attn.checks import Spec
 from cute_attn.kernels.config import FwdConfig
 from cute_attn.kvcache_operands import Cached
+from cute_attn.tools import inspect
 from tests.interpreter import interpreted
 from tests.support.attention import DTYPES
 from tests.support.kvcache import NO_PAGES, STORAGE, check, dense, edges, heads_first, interleaved, marked, paged, right
@@ -652,7 +653,50 @@ def test_wrong_arguments_of_the_operator(case):
         )
 
 
-# The kernel, interpreted
+# The kernel: its machine code, and interpreted
+REACHED = {
+    plan.kvcache(d, "bf16", causal, ratio=ratio, max_seqlen_q=longest, page_size=page)
+    for d, causal, ratio in product((64, 96, 128, 192, 256, 512), (False, True), (1, 8, 128))
+    for longest, page in product((1, 4096), (None, 16, 64, 256))
+}
+
+
+@pytest.mark.machine_code
+@pytest.mark.parametrize("config", sample(6, sorted(REACHED, key=lambda c: c.name)), ids=lambda config: config.name)
+def test_healthy(config):
+    """The forward's and, where keys are shared, the one that combines."""
+    assert inspect.report(config).problems() == []
+
+
+def test_the_plan():
+    """Few queries share the keys, two CTAs to an SM where they fit; a box is no larger than a page."""
+    for d, ratio, page in product((64, 128, 256), (1, 8), (None, 1, 12, 16, 48, 64, 256)):
+        few, many = (plan.kvcache(d, "bf16", True, ratio=ratio, max_seqlen_q=n, page_size=page) for n in (4, 4096))
+        assert few.shares and not many.shares and few.pack == ratio and few.ctas_per_sm == (1 if d == 256 else 2)
+        for config in (few, many):
+            assert config.cache.paged == (page is not None) and config.tile_n % config.cache.box == 0
+            assert page is None or page % config.cache.box == 0
+        unknown = plan.kvcache(d, "bf16", True, ratio=ratio, page_size=page)
+        assert not unknown.shares, "without a hint sequences may have many queries"
+    assert not plan.kvcache(512, "bf16", True, ratio=8, max_seqlen_q=1).shares
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("num_sms", [1, 4, 9])
+def test_shared_keys_interpreted(num_sms, seed):
+    """Whole tiles and parts of them, on fewer SMs than there are tiles and on more; no order of CTAs changes a bit."""
+    case = paged([300, 0, 17, 129, 64], 16, heads=8, heads_kv=2, seqlen_q=3)
+    with interpreted(num_sms=num_sms, seed=seed) as configs:
+        found = check(case, causal=True)
+    with interpreted(num_sms=num_sms, seed=seed + 7):
+        again = flash_fwd_kvcache(**case.call, causal=True, return_lse=True)
+    assert configs[0].shares
+    for x, y in zip(found, again, strict=True):
+        assert torch.equal(x, y)
+
+
 @interpreter
 @pytest.mark.machine_code
 @pytest.mark.parametrize(("kind", "mask"), sample(12, KINDS, MASKS))

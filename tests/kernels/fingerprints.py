@@ -24,8 +24,9 @@ import cutlass
 
 from cute_attn import compile
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
+from cute_attn.kernels.mask import CausalOfEach
 from cute_attn.mods import prepare
-from cute_attn.plan import EQUAL_HEAD_DIMS, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
+from cute_attn.plan import EQUAL_HEAD_DIMS, FeatureKey, Problem, kvcache, plan, prebuilt, prebuilt_varlen, varlen
 from cute_attn.tools.benchmark.ablation import configs as stages
 
 GOLDEN = Path(__file__).parent / "fingerprints.json"
@@ -59,6 +60,15 @@ def feature_keys() -> Iterator[FeatureKey]:
         yield FeatureKey(**{name: asked[name] for name in some})
 
 
+def cache_feature_keys() -> Iterator[FeatureKey]:
+    """Of a K/V cache: each feature, and some together."""
+    one = [key for key in feature_keys() if len(key) <= 1]
+    yield from (key for key in one if not (key.sparse or key.row_max or key.dropout))
+    yield FeatureKey(causal_of_each=CausalOfEach())
+    yield FeatureKey(softcap=True, alibi=True, sinks=True)
+    yield FeatureKey(window=True, softcap=True, sinks=True)
+
+
 def planned() -> Iterator[FwdConfig]:
     """The kernels of all calls, as far as they may differ in more than their sizes."""
     yield from prebuilt(ratio=8, dims=(*EQUAL_HEAD_DIMS, *HEAD_DIMS[2:], (64, 512)))
@@ -68,6 +78,10 @@ def planned() -> Iterator[FwdConfig]:
             how = dict(causal=causal, constant_time=constant, features=asked, head_dim_v=d_v)
             yield from legal(lambda size=size, d=d, how=how: plan(Problem(*size, d, **how)))
         yield from legal(lambda d=d, causal=causal, asked=asked, d_v=d_v: varlen(d, "bf16", causal, asked, None, d_v))
+    for (d, d_v), asked, causal in product(HEAD_DIMS, cache_feature_keys(), (False, True)):
+        for longest, page in product((1, 4096), (None, 16)):
+            how = d, "bf16", causal, asked, None, d_v, 8, longest, page
+            yield from legal(lambda how=how: kvcache(*how))
     for causal in (False, True):
         yield from stages(Problem(4, 16, 16, 2048, 2048, 64, causal=causal))
         yield replace(plan(Problem(4, 16, 16, 2048, 2048, 64, causal=causal)), timeline=True)
@@ -87,6 +101,7 @@ def combination(c: FwdConfig) -> tuple:
     return (
         *(schedule(c), c.timeline, c.head_dim_splits > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
         *(c.mask.windowed and not c.sparse, c.diagonal_first, sparse, c.varlen, c.pack > 1),
+        *(c.cache and c.cache.paged, c.shares, c.mask.of_each),
     )
 
 
