@@ -23,7 +23,7 @@ class NoSplit(Part):
         """Where the producer warpgroup is done."""
 
     def announce(self, tile: Tile, problem: Problem):
-        """By the producer, before a CTA's first tile."""
+        """By the MMA warpgroups, when they know a CTA's first tile."""
 
     def send(self, w: Warpgroup, tile: Tile):
         """To whom stores the tile."""

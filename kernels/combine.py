@@ -10,12 +10,12 @@ from cutlass import Float32, Int32, cute
 
 from .config import FwdConfig
 from .epilogue import Epilogue
+from .grid_split import place_of
 from .layout import acc_mn
 from .parts import Parts
 from .ping_pong import WARPGROUP
-from .producer import wait_for_stream
 from .split_head_dim import NOBODY, WholeHeadDim
-from .state import ROWS, Frag, Gmem, Problem, Tiling, Warpgroup
+from .state import ROWS, Frag, Gmem, Problem, Tiling, Warpgroup, wait_for_stream
 
 COLUMNS = 32  # of a CTA: four threads of a row store 16 bytes each
 
@@ -94,7 +94,8 @@ class Combine:
 
     def add(self, w: Warpgroup, tile, row: Int32, r: int, whose):
         """A part of a thread's r-th row."""
-        f, part = w.frag, self.split.part(tile, row, w.problem, *whose)  # (2, d_v / 8 + 1)
+        f, place = w.frag, place_of(row, tile.first_row, tile.head, w.problem)
+        part = self.split.part(place, w.problem, *whose)  # (2, d_v / 8 + 1)
         O, state = cute.make_rmem_tensor((2, COLUMNS // 8), Float32), cute.make_rmem_tensor(2, Float32)
         own = cute.local_tile(part, (2, COLUMNS // 8), (0, f.wg))
         cute.autovec_copy(own, O)

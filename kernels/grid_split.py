@@ -20,7 +20,7 @@ from .mask import Blocks
 from .pack_gqa import OneHead
 from .ping_pong import WARPGROUP
 from .seqlen import int32_at
-from .state import ROWS, Gmem, Problem, Warpgroup
+from .state import ROWS, Gmem, Problem, Warpgroup, wait_for_stream
 from .tile_scheduler import Static
 from .varlen_scheduler import LANES, running_sum
 
@@ -40,8 +40,19 @@ class SharedTile(NamedTuple):
     seqlen_k: Int32
     first: Int32  # block
     end: Int32
-    first_row: Int32  # of CTAs that share it
-    last_row: Int32
+    first_row: Int32  # of CTAs that share it; until `completed`, its first block in the list of all
+    last_row: Int32  # and its last
+    row: Int32  # this CTA's
+    part: Int32  # its place in the workspace; below 0: no other CTA shares the tile
+
+
+class Place(NamedTuple):
+    """Of a CTA: its row, of how many, and its head."""
+
+    row: Int32
+    rows: Int32
+    head: Int32
+    head_kv: Int32
 
 
 class Lane(NamedTuple):
@@ -63,8 +74,9 @@ class Run(NamedTuple):
     total: Any
     rows: Any  # of CTAs that have a run
     group: Any  # the first of the 32 sequences that the warp looks at
-    before: Any  # blocks before theirs
+    end: Any  # blocks up to the end of these
     own: Lane  # a lane's
+    own_end: Any  # blocks up to the end of its sequence
 
 
 class EqualShares(Static):
@@ -73,39 +85,34 @@ class EqualShares(Static):
     varlen, shares, tile, name, min_blocks = True, True, SharedTile, "shares", 2
 
 
+def over(a, b):
+    """a // b of numbers that are not negative: unsigned division is shorter."""
+    plain = isinstance(a, int) and isinstance(b, int)
+    return a // b if plain else Int32(cutlass.Uint32(a) // cutlass.Uint32(b))
+
+
 def begin_of(row, total, rows):
     """The first block of a row's run."""
-    return total // rows * row + cutlass.min(row, total % rows)
+    each = over(total, rows)
+    return each * row + cutlass.min(row, total - each * rows)
 
 
 def rows_with_runs(total, rows, min_blocks):
     """Fewer than there are where runs would be shorter than that."""
-    return cutlass.max(cutlass.min(rows, total // min_blocks), 1)
+    return cutlass.max(cutlass.min(rows, over(total, min_blocks)), 1)
 
 
 def row_of(block, total, rows):
     """The row whose run has this block."""
-    each, longer = total // rows, total % rows  # so many rows have one more
-    shorter = cutlass.max(block - longer * (each + 1), 0) // cutlass.max(each, 1)
-    return cutlass.min(block // (each + 1), longer) + shorter
+    each = over(total, rows)
+    longer = total - each * rows  # so many rows have one more
+    shorter = over(cutlass.max(block - longer * (each + 1), 0), cutlass.max(each, 1))
+    return cutlass.min(over(block, each + 1), longer) + shorter
 
 
-class Share(NamedTuple):
-    """What a row of CTAs takes of a tile: the tile's number in its sequence, blocks, and the rows that share it."""
-
-    tile: Any
-    first: Any
-    end: Any
-    first_row: Any
-    last_row: Any
-
-
-def share_of(block, stop, begin, each, total, rows) -> Share:
-    """Of the tile that `block` is in, by a run up to `stop`; `each` blocks to a tile, from `begin` on."""
-    tile, first = (block - begin) // each, (block - begin) % each
-    start = block - first
-    end = cutlass.min(first + stop - block, each)
-    return Share(tile, first, end, row_of(start, total, rows), row_of(start + each - 1, total, rows))
+def place_of(row, first_row, head, problem: Problem):
+    """Of a row's part of a tile: each CTA has two places, the second for a tile that it begins."""
+    return 2 * (row * problem.grid.heads + head) + Int32(row == first_row)
 
 
 def rows_of_ctas(heads, room):
@@ -119,21 +126,34 @@ class SharedCached(Cached):
     def clusters(self, grid, room):
         return rows_of_ctas(grid.heads, room * self.config.ctas_per_sm) * grid.heads
 
-    def first(self, problem: Problem) -> Run:
-        """Run, like all of these, by one warp; the lengths must be there."""
-        rows = cute.arch.grid_dim()[0] // problem.grid.heads
-        return self._first(cute.arch.block_idx()[0] // problem.grid.heads, rows, problem)
+    def place(self, problem: Problem) -> Place:
+        """Known before the lengths are."""
+        (block, _, _), (ctas, _, _), heads = cute.arch.block_idx(), cute.arch.grid_dim(), problem.grid.heads
+        row = over(block, heads)
+        head = block - row * heads
+        return Place(row, over(ctas, heads), head, over(head, problem.group))
 
     @cute.jit
-    def _first(self, row: Int32, rows: Int32, problem: Problem) -> Run:
+    def wait(self, place: Place):
+        """On a condition that always holds, so that ptxas does not leave its divisions for later."""
+        if place.row + place.rows + place.head_kv > 0:
+            wait_for_stream()
+
+    def head_kv(self, tile: SharedTile, problem: Problem, place: Place):
+        return place.head_kv
+
+    @cute.jit
+    def first(self, problem: Problem, place: Place) -> Run:
+        """Run, like all of these, by one warp; the lengths must be there."""
         own = self._lane(Int32(0), problem)
-        total = own.blocks
+        own_end = running_sum(own.blocks)
+        end = cute.arch.shuffle_sync(own_end, LANES - 1)
+        total = end
         for i in cutlass.range(1, (problem.grid.batch + LANES - 1) // LANES, unroll=1):
-            total = total + self._lane(i * LANES, problem).blocks
-        total = cute.arch.warp_redux_sync(total, "add")
-        rows = rows_with_runs(total, rows, self.config.scheduler.min_blocks)
-        run = (begin_of(cutlass.min(row + i, rows), total, rows) for i in range(2))
-        return self._seek(Run(*run, total, rows, Int32(0), Int32(0), own), problem)
+            total = total + cute.arch.warp_redux_sync(self._lane(i * LANES, problem).blocks, "add")
+        rows = rows_with_runs(total, place.rows, self.config.scheduler.min_blocks)
+        run = (begin_of(cutlass.min(place.row + i, rows), total, rows) for i in range(2))
+        return self._seek(Run(*run, total, rows, Int32(0), end, own, own_end), problem)
 
     @cute.jit
     def _lane(self, group: Int32, problem: Problem) -> Lane:
@@ -151,28 +171,37 @@ class SharedCached(Cached):
     @cute.jit
     def _seek(self, run: Run, problem: Problem) -> Run:
         """Forward to the 32 sequences of its next block."""
-        group, before, own = run.group, run.before, run.own
-        after = before + cute.arch.warp_redux_sync(own.blocks, "add")
-        while (run.block >= after) & (after < run.total):
-            before, group = after, group + LANES
+        group, end, own, own_end = run.group, run.end, run.own, run.own_end
+        while (run.block >= end) & (end < run.total):
+            group = group + LANES
             own = self._lane(group, problem)
-            after = before + cute.arch.warp_redux_sync(own.blocks, "add")
-        return run._replace(group=group, before=before, own=own)
+            own_end = end + running_sum(own.blocks)
+            end = cute.arch.shuffle_sync(own_end, LANES - 1)
+        return run._replace(group=group, end=end, own=own, own_end=own_end)
 
     @cute.jit
-    def decode(self, run: Run, problem: Problem) -> SharedTile:
-        ends = run.before + running_sum(run.own.blocks)
-        who = cutlass.min(cute.arch.popc(cute.arch.vote_ballot_sync(ends <= run.block)), LANES - 1)
-        begin = cute.arch.shuffle_sync(ends - run.own.blocks, who)
+    def decode(self, run: Run, problem: Problem, place: Place) -> SharedTile:
+        c = self.config
+        before = cute.arch.vote_ballot_sync(run.own_end <= run.block)  # whose blocks lie before this one
+        who = cutlass.min(cute.arch.popc(before), LANES - 1)
+        behind = run.block - cute.arch.shuffle_sync(run.own_end - run.own.blocks, who)
         start_q, seqlen_q, seqlen_k, low, each = [cute.arch.shuffle_sync(x, who) for x in run.own[:5]]
-        m_block, first, end, *rows = share_of(run.block, run.stop, begin, each, run.total, run.rows)
-        head, valid = cute.arch.block_idx()[0] % problem.grid.heads, run.block < run.stop
-        lengths = start_q, seqlen_q, Int32(0), seqlen_k
-        return SharedTile(m_block, head, run.group + who, valid, *lengths, low + first, low + end, *rows)
+        m_block, first = Int32(0), behind
+        if seqlen_q * c.pack > c.tile_m:
+            m_block = over(behind, each)
+            first = behind - m_block * each
+        start, end = run.block - first, cutlass.min(first + run.stop - run.block, each)
+        where = m_block, place.head, run.group + who, run.block < run.stop
+        blocks = low + first, low + end, start, start + each - 1
+        return SharedTile(*where, start_q, seqlen_q, Int32(0), seqlen_k, *blocks, place.row, Int32(-1))
 
-    @cute.jit
-    def upcoming(self, run: Run, gmem: Gmem, problem: Problem) -> Run:
-        tile = self.decode(run, problem)
+    def completed(self, tile: SharedTile, run: Run, problem: Problem) -> SharedTile:
+        """With the rows of CTAs that share it."""
+        first, last = (row_of(block, run.total, run.rows) for block in (tile.first_row, tile.last_row))
+        part = cutlass.select_(first == last, Int32(-1), place_of(tile.row, first, tile.head, problem))
+        return tile._replace(first_row=first, last_row=last, part=part)
+
+    def upcoming(self, run: Run, tile: SharedTile, gmem: Gmem, problem: Problem) -> Run:
         return self._seek(run._replace(block=run.block + (tile.end - tile.first)), problem)
 
 
@@ -190,7 +219,7 @@ class SharedRange(Range):
 
 
 class GridSplit(NoSplit):
-    """In the workspace each CTA has two places for parts, the second for a tile that it begins, and one for a tile."""
+    """A CTA writes its parts to its places in the workspace, and there is one for a tile that `Combine` is to merge."""
 
     def __init__(self, config, rows: OneHead):
         super().__init__(config)
@@ -200,11 +229,10 @@ class GridSplit(NoSplit):
     def announce(self, tile: SharedTile, problem: Problem):
         """What `Combine` has to do: the CTA with the last part of a tile says so."""
         block, ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        row = block // problem.grid.heads
-        ends = tile.valid & (tile.first_row < row) & (tile.last_row == row)
+        ends = tile.valid & (tile.first_row < tile.row) & (tile.last_row == tile.row)
         at = self._tile(block, ctas, problem)
         tile = tile._replace(valid=ends)
-        with cute.arch.elect_one():
+        if cute.arch.thread_idx()[0] == 0:
             for i in cutlass.range_constexpr(len(tile)):
                 at[i] = Int32(tile[i])
 
@@ -217,7 +245,7 @@ class GridSplit(NoSplit):
     def send(self, w: Warpgroup, tile: SharedTile):
         """This CTA's part, where there are others: each thread's O, and the running max and the sum of its rows."""
         f, O = w.frag, acc_mn(w.frag.acc_O)  # (rows, cols)
-        if tile.first_row != tile.last_row:
+        if tile.part >= 0:
             for r in cutlass.range_constexpr(2):
                 if self.is_query(w, tile, r):
                     n = cute.size(O, mode=[1])
@@ -225,21 +253,19 @@ class GridSplit(NoSplit):
                     for c in cutlass.range_constexpr(n):
                         values[c] = O[r, c]
                     values[n], values[n + 1] = f.softmax.running_max[r], f.softmax.row_sum[r]
-                    row = cute.arch.block_idx()[0] // w.problem.grid.heads
-                    cute.autovec_copy(values, self.part(tile, row, w.problem, f.thread, r))
+                    cute.autovec_copy(values, self.part(tile.part, w.problem, f.thread, r))
 
     def stores(self, tile: SharedTile):
-        return tile.first_row == tile.last_row
+        return tile.part < 0
 
     def is_query(self, w: Warpgroup, tile: SharedTile, r: int):
         """Whether a thread's r-th row is one: no others are kept."""
         row = tile.m_block * ROWS + w.frag.cS[r, 0][0]
         return self.rows.owner(row, tile, w.gmem)[0] < w.problem.seqlen_q
 
-    def part(self, tile: SharedTile, row, problem: Problem, thread, r):
-        """Where a thread's r-th row lies of the part of a row of CTAs: (2, d_v / 8 + 1), the last pair its softmax."""
-        pairs, cta = self.config.d_v // 8 + 1, row * problem.grid.heads + tile.head
-        place = 2 * cta + Int32(row == tile.first_row)
+    def part(self, place, problem: Problem, thread, r):
+        """Where a thread's r-th row lies of a part: (2, d_v / 8 + 1), the last pair its softmax."""
+        pairs = self.config.d_v // 8 + 1
         begin = Int64(place * 2 + r) * (pairs * WARPGROUP * 8) + thread * 8
         pointer = cute.make_ptr(Float32, problem.args.split[0] + begin, cute.AddressSpace.gmem, assumed_align=8)
         return cute.make_tensor(pointer, cute.make_layout((2, pairs), stride=(1, 2 * WARPGROUP)))

@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import cpasync
 from .kv import Contiguous
 from .seqlen import REACH, ROWS_MAX, WRAP, SeqlenInfo, int32_at
 from .sequences import Varlen
-from .state import L2_KV_BYTES, SLACK, Gmem, Pipes, Problem, Smem, Tma, Warpgroup
+from .state import L2_KV_BYTES, SLACK, Gmem, Pipes, Problem, Smem, Tma, Warpgroup, wait_for_stream
 from .varlen_scheduler import VarlenGrid, VarlenTile
 
 
@@ -160,6 +160,30 @@ class Cached(Varlen):
             k = BatchKeys(keys, *where)
         l2_rows = Int32(L2_KV_BYTES // (2 * (self.config.head_dim + self.config.d_v)))
         return VarlenGrid(q, k, Int32(heads), batch, Int32(ratio), l2_rows)
+
+    def place(self, problem: Problem):
+        """What a CTA knows before it has waited for the stream."""
+        return ()
+
+    def wait(self, place):
+        """For what ran before on the stream, such as what wrote the lengths."""
+        wait_for_stream()
+
+    def head_kv(self, tile: VarlenTile, problem: Problem, place):
+        return tile.head // problem.group
+
+    def first(self, problem: Problem, place):
+        return super().first(problem)
+
+    def decode(self, index, problem: Problem, place):
+        return super().decode(index, problem)
+
+    def completed(self, tile: VarlenTile, index, problem: Problem):
+        """What the MMA warpgroups need to know besides."""
+        return tile
+
+    def upcoming(self, index, tile: VarlenTile, gmem: Gmem, problem: Problem):
+        return super().upcoming(index, gmem, problem)
 
     def problem_of(self, tile: VarlenTile, problem: Problem) -> Problem:
         return self.with_slack(super().problem_of(tile, problem), tile.batch)

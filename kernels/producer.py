@@ -6,14 +6,14 @@ from cutlass import Int32, cute, pipeline
 from .config import FwdConfig
 from .kv import tma_copy
 from .parts import Parts
-from .state import Gmem, Pipes, Problem, Smem, publish, rank
+from .state import Gmem, Pipes, Problem, Smem, publish, rank, wait_for_stream
 from .tile_scheduler import Tile
 
 
 class Producer:
     def __init__(self, config: FwdConfig, parts: Parts):
         self.config = config
-        self.rows, self.sequences, self.kv, self.split = parts.rows, parts.sequences, parts.kv, parts.split
+        self.rows, self.sequences, self.kv = parts.rows, parts.sequences, parts.kv
         self.blocks, self.trace = parts.blocks, parts.trace
 
     @cute.jit
@@ -87,27 +87,30 @@ class Producer:
 
 
 class CachedProducer(Producer):
-    """Looks up a block's pages once, for K and then for V, while its stage is not free yet."""
+    """Looks up a block's pages once, for K and then for V, while its stage is not free yet.
+
+    A tile's first K is asked for as soon as its place is known, and the tile published after that.
+    """
 
     @cute.jit
     def load(self, gmem: Gmem, smem: Smem, pipes: Pipes, problem: Problem):
         """As `Producer.load`."""
         q_state, k_state, v_state, t_state = self._states(pipeline.PipelineUserType.Producer)
-        index, tile = self._begin(problem)
-        self.split.announce(tile, problem)
-        done = Int32(0)
+        place = self.sequences.place(problem)
+        self.sequences.wait(place)
+        index = self.sequences.first(problem, place)
+        tile = self.sequences.decode(index, problem, place)
         while tile.valid:
-            t_state = publish(smem, pipes, t_state, tile)
-            head_kv, (queries, keys) = tile.head // problem.group, self.sequences.of_tile(tile)
-            load_q = self._load_q(gmem, smem, pipes, tile.head, queries)
+            head_kv, (queries, keys) = self.sequences.head_kv(tile, problem, place), self.sequences.of_tile(tile)
             load_k, load_v = (self.kv.loader(gmem, smem, pipes, name, head_kv, keys) for name in "kv")
-            own = self.sequences.problem_of(tile, problem)
-            (first, n_max), order = self.blocks.range(tile, own), self.blocks.order(tile, own)
+            (first, n_max), order = self._blocks(tile, problem)
             origin = problem.grid.k.origin(tile.batch)
             boxes = self.kv.place(order(n_max - 1), tile.seqlen_k, origin, problem)
             pipes.k.producer_acquire(k_state)
             load_k(boxes, k_state.index, k_state)
             k_state.advance()
+            t_state = publish(smem, pipes, t_state, self.sequences.completed(tile, index, problem))
+            load_q = self._load_q(gmem, smem, pipes, tile.head, queries)
             pipes.q.producer_acquire(q_state)
             self.sequences.load_q(load_q, tile, q_state)
             q_state.advance()
@@ -123,13 +126,10 @@ class CachedProducer(Producer):
             pipes.v.producer_acquire(v_state)
             load_v(boxes, v_state.index, v_state)
             v_state.advance()
-            index = self._upcoming(index, done, gmem, smem, problem)
-            tile = self._decode(index, problem)
-            done += 1
+            index = self.sequences.upcoming(index, tile, gmem, problem)
+            tile = self.sequences.decode(index, problem, place)
         publish(smem, pipes, t_state, tile)
 
-
-def wait_for_stream():
-    """For what ran before on this stream; what comes next may set itself up."""
-    cute.arch.griddepcontrol_wait()
-    cute.arch.griddepcontrol_launch_dependents()
+    def _blocks(self, tile: Tile, problem: Problem):
+        own = self.sequences.problem_of(tile, problem)
+        return self.blocks.range(tile, own), self.blocks.order(tile, own)

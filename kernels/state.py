@@ -126,6 +126,12 @@ class Warpgroup(NamedTuple):
     frag: Frag
 
 
+def wait_for_stream():
+    """For what ran before on this stream; what comes next may set itself up."""
+    cute.arch.griddepcontrol_wait()
+    cute.arch.griddepcontrol_launch_dependents()
+
+
 def cluster_sync(size: int):
     """Of a cluster's CTAs, or of one CTA's threads."""
     if size > 1:

@@ -1,9 +1,19 @@
 """Keys shared by all CTAs: the list of blocks by brute force, on plain ints, with the kernel's own functions."""
 
+from typing import NamedTuple
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cute_attn.kernels.grid_split import EqualShares, begin_of, row_of, rows_of_ctas, rows_with_runs, share_of
+from cute_attn.kernels.grid_split import EqualShares, begin_of, row_of, rows_of_ctas, rows_with_runs
+
+
+class Share(NamedTuple):
+    tile: int
+    first: int
+    end: int
+    first_row: int
+    last_row: int
 
 
 def shares(sequences, rows):
@@ -18,9 +28,11 @@ def shares(sequences, rows):
         found.append([])
         while block < stop:
             s = next(s for s in range(len(sequences)) if block < begins[s + 1])
-            share = share_of(block, stop, begins[s], sequences[s][1], total, rows)
-            found[-1].append((s, share))
-            block += share.end - share.first
+            tile, first = divmod(block - begins[s], sequences[s][1])
+            start, end = block - first, min(first + stop - block, sequences[s][1])
+            whose = (row_of(x, total, rows) for x in (start, start + sequences[s][1] - 1))
+            found[-1].append((s, Share(tile, first, end, *whose)))
+            block += end - first
     return found
 
 
