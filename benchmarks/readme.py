@@ -56,6 +56,7 @@ def text(sweep: dict) -> str:
             "![TFLOPS over sequence length](benchmarks/results/sweep_bf16.png)",
             *shapes(),
             *features(),
+            *serving(),
         ]
     )
 
@@ -137,6 +138,36 @@ def features() -> list[str]:
         "|---|---|---|---|",
     ]
     return [*heading, *lines, *stuck()] if lines else []
+
+
+def serving() -> list[str]:
+    """Attention over K/V caches, for each case, heads, head dim and number of new tokens; ratios as geometric means."""
+    kinds: dict[str, list[dict]] = defaultdict(list)
+    for r in ours_in("serving"):
+        if r["p50_us"]:
+            tokens = f"{r['seqlen_q']} token{'s' * (r['seqlen_q'] > 1)}"
+            kinds[f"{r['case']}, {r['heads']}/{r['heads_kv']}, d{r['head_dim']}, {tokens}"].append(r)
+    if not kinds:
+        return []
+    c = record("serving")["conditions"]
+    heading = [
+        "",
+        f"K/V caches (`serving.json`: bf16, {c['gpu']}, {c['date'][:10]}, torch {c['torch']}, nvidia-cutlass-dsl",
+        f"{c['cutlass_dsl']}), in CUDA-graph replays with K and V from memory:",
+        "",
+        "| heads of q/k, head dim, new tokens | cells | TB/s | TFLOPS | times as fast as the best other | least |",
+        "|---|---|---|---|---|---|",
+    ]
+    return [*heading, *(serving_row(kind, found) for kind, found in kinds.items())]
+
+
+def serving_row(kind: str, found: list[dict]) -> str:
+    others = [[x for name, x in r["ratios"].items() if name != "flash_fwd"] for r in found]
+    over = [min(ratios) for ratios in others if ratios]
+    tb_per_s = span([r["gb_per_s"] / 1000 for r in found])
+    tflops = " to ".join(dict.fromkeys(f"{f(r['tflops'] for r in found):.0f}" for f in (min, max)))
+    mean, least = (f"{f(over):.3f}" if over else "" for f in (geometric_mean, min))
+    return f"| {kind} | {len(found)} | {tb_per_s} | {tflops} | {mean} | {least} |"
 
 
 def stuck() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cute_attn.tools.bench import WIDTH, out_file
+from cute_attn.tools.bench import WIDTH, out_file, positive
 from cute_attn.tools.benchmark.frame import Groups, Run
 from cute_attn.tools.benchmark.implementations import Implementation
 from cute_attn.tools.benchmark.machine import no_hopper
@@ -22,7 +22,7 @@ def main(
     groups: Groups,
     argv: Sequence[str] | None = None,
     *,
-    make: Callable[..., Run] = Run,
+    make: type[Run] = Run,
     before: Callable[[], Any] = lambda: None,
     baselines: Sequence[Implementation] = (),
     **facts: Any,
@@ -40,6 +40,7 @@ def main(
     parser = argparse.ArgumentParser(f"benchmarks/{name}.py", description=description, formatter_class=formatter)
     parser.add_argument("--out", type=out_file, default=RESULTS / f"{name}.json")
     parser.add_argument("--only", action="append", metavar="WORD", help="groups whose name has this word; repeatable")
+    parser.add_argument("--rounds", type=positive, default=make.rounds, metavar="N", help=f"default {make.rounds}")
     arguments = parser.parse_args(argv)
     chosen = {name: rows for name, rows in groups.items() if any(word in name for word in arguments.only or [""])}
     if not chosen:
@@ -50,7 +51,7 @@ def main(
     before()
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     run = make(chosen, {"shapes": list(chosen), **facts}, console, arguments.out)
-    run.baselines, run.absent = baselines, absent(baselines)
+    run.baselines, run.absent, run.rounds = baselines, absent(baselines), arguments.rounds
     return run.run()
 
 

@@ -133,7 +133,7 @@ def logits(x):
     return x.q.double() @ x.k.double().mT * x.q.shape[3] ** -0.5  # (B, H, Sq, Sk)
 
 
-ALONE = "integrations", "lists", "modifiers", "varlen", "window"  # that take --out alone
+ALONE = "integrations", "lists", "modifiers", "serving", "varlen", "window"  # that take --out alone
 
 
 @pytest.mark.parametrize("script", ["accuracy", "odd_shapes", *ALONE])

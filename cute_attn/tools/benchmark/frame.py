@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 
 from ... import device
-from ...plan import plan
 from . import machine, report, timing
 from .implementations import OURS, Implementation, Prepared, first_line, first_run
 from .progress import Progress
@@ -53,6 +52,7 @@ class Row:
     absent: Mapping[str, str] = field(default_factory=dict)  # name -> why it has no time here
     error_max: float = ERROR_MAX
     host: bool = False  # the host time of an eager call too
+    sets: int = 0  # of operands, which calls take in turn: timed in replays of whole rounds, eager where none can be
 
 
 @dataclass
@@ -114,7 +114,10 @@ def _measure(rows: Sequence[Row], setup: Setup) -> list[Record]:
 
 
 def _checked(row: Row, name: str, setup: Setup) -> list[Attempt]:
-    """Eager and, with graphs, replayed; without a call where it is absent, refuses, fails or is wrong."""
+    """Eager and, with graphs, replayed; with sets replayed alone, where it can be captured.
+
+    Without a call where it is absent, refuses, fails or is wrong.
+    """
     if name in row.absent:
         return [Attempt(name, reason=row.absent[name])]
 
@@ -124,16 +127,20 @@ def _checked(row: Row, name: str, setup: Setup) -> list[Attempt]:
 
     prepared: list[Prepared] = []
     attempts = [_attempt(row, Attempt(name), eager)]
-    if setup.graph and attempts[0].call is not None:
-        attempts.append(_attempt(row, Attempt(name, GRAPH), lambda: _replay(prepared[0], row)))
+    if (setup.graph or row.sets) and attempts[0].call is not None:
+        attempts.append(_attempt(row, Attempt(name, GRAPH), lambda: _replay(prepared[0], row, setup.timer)))
+        if row.sets and attempts[1].call is not None:
+            return attempts[1:]
     return attempts
 
 
 def _attempt(row: Row, new: Attempt, prepare: Callable[[], tuple[Call, tuple]]) -> Attempt:
     try:
         call, (max_error, relative_error) = prepare()
-    except torch.AcceleratorError:
-        raise  # the CUDA context is gone, and with it everybody's tensors
+    except torch.AcceleratorError as error:
+        if context_lost():
+            raise  # and with it everybody's tensors
+        return replace(new, reason=f"failed ({type(error).__name__}: {first_line(error)})")
     except torch.OutOfMemoryError:
         return replace(new, reason="out of memory")
     except NotImplementedError as error:
@@ -149,9 +156,22 @@ def _attempt(row: Row, new: Attempt, prepare: Callable[[], tuple[Call, tuple]]) 
     return replace(checked, call=call)
 
 
-def _replay(prepared: Prepared, row: Row) -> tuple[Call, tuple]:
-    """Its graph, and the errors of what a replay wrote over NaN."""
-    call, last = timing.graphed(prepared.call, timing.graph_calls(row.spec.workload().flops))
+def context_lost() -> bool:
+    """Whether the CUDA context is gone: after an error that is only a call's own, as in a capture, others still run."""
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def _replay(prepared: Prepared, row: Row, timer: Timer) -> tuple[Call, tuple]:
+    """Its graph, and the errors of what the second replay wrote over NaN."""
+    if row.sets:
+        call, last = timing.graphed_rounds(prepared.call, row.sets, timer)
+    else:
+        call, last = timing.graphed(prepared.call, timing.graph_calls(row.spec.workload().flops))
+    call.run()
     prepared.bhsd(last).fill_(torch.nan)
     call.run()
     return call, row.truth.errors(prepared.bhsd(last)) if row.truth else (None, None)
@@ -185,7 +205,7 @@ def record(row: Row, attempt: Attempt, stats: Stats | None, setup: Setup) -> Rec
         **spec.facts(),
         "contender": attempt.implementation,
         "mode": attempt.mode,
-        "kernel": plan(p, device.name()).name if attempt.implementation == OURS and not spec.features else None,
+        "kernel": spec.kernel(device.name()) if attempt.implementation == OURS else None,
         "reason": attempt.reason,
         **(asdict(stats) if stats else dict.fromkeys(STATS)),
         "tflops": tflops,
@@ -221,6 +241,7 @@ class Run:
     """A timed run: conditions, then group after group, each printed and written as soon as it is finished."""
 
     rounds, graph = ROUNDS, False
+    method: Mapping[str, object] = METHOD
     ours: Container[str] = (OURS,)  # whose failures are the run's
 
     def __init__(self, groups: Groups, facts: dict[str, Any], console: Console, json: Path | None):
@@ -293,7 +314,7 @@ class Run:
             "timed": True,
             "complete": complete,
             "conditions": self.facts,
-            "method": METHOD | {"rounds": self.rounds},
+            "method": {**self.method, "rounds": self.rounds},
             "absent": self.absent,
             "records": self.records,
         }

@@ -125,8 +125,10 @@ class Sdpa:
         return Prepared(call, lambda o: o)
 
 
-class FlashAttention:
-    """A `flash_attn_func(q, k, v, causal=...)` on (B, S, H, D) that returns o or (o, lse, ...)."""
+class Package:
+    """One that may be installed: the first of these modules that imports and has `needed`."""
+
+    needed = "__name__"
 
     def __init__(self, name: str, *modules: str):
         self.name, self._modules = name, modules
@@ -144,13 +146,10 @@ class FlashAttention:
             except Exception as error:  # a library of another CUDA or torch fails here in many ways
                 broken = broken or f"does not import ({name}: {type(error).__name__}: {first_line(error)})"
                 continue
-            if hasattr(module, "flash_attn_func"):
+            if hasattr(module, self.needed):
                 self._module = module
                 return None
         return broken or f"not installed (no module {' or '.join(self._modules)})"
-
-    def refuses(self, problem):
-        return None
 
     def function(self, name):
         """Another function of its module; NotImplementedError where it has none."""
@@ -164,6 +163,15 @@ class FlashAttention:
             importlib.import_module(package), "__version__", None
         )
         return str(version) if version else _distribution(package) or self._module.__name__
+
+
+class FlashAttention(Package):
+    """A `flash_attn_func(q, k, v, causal=...)` on (B, S, H, D) that returns o or (o, lse, ...)."""
+
+    needed = "flash_attn_func"
+
+    def refuses(self, problem):
+        return None
 
     def prepare(self, inputs):
         q, k, v = inputs.bshd()

@@ -23,6 +23,7 @@ ROUNDS = 5
 WARMUP_MS, TIMED_MS = 60.0, 40.0
 SAMPLE_US = 20.0  # a sample is at least this long: events resolve about 0.5 us (CUDA runtime, cudaEventElapsedTime)
 GRAPH_CALLS, GRAPH_FLOP = 20, 2e12  # in a graph: so many calls, fewer where they would make more FLOP
+GRAPH_US = 2000.0  # a graph of whole rounds over sets of operands lasts about so long
 AWAKE_S = 0.02  # of work for the processor before host times
 METHOD = {
     "order": "rounds of all implementations, freshly shuffled in each",
@@ -259,3 +260,10 @@ def graphed(call: Call, calls: int = GRAPH_CALLS) -> tuple[Call, Any]:
             for _ in range(calls):
                 last = call.run()
     return Call(graph.replay, count=calls), last
+
+
+def graphed_rounds(call: Call, sets: int, timer: Timer) -> tuple[Call, Any]:
+    """`graphed`, of a call that takes so many sets of operands in turn: whole rounds over them, of about GRAPH_US."""
+    once = graphed(call, sets)
+    rounds = round(GRAPH_US / _estimate(once[0], timer))
+    return once if rounds < 2 else graphed(call, rounds * sets)

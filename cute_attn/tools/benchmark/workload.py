@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ... import plan
 from ...checks import TORCH_DTYPES
 from ...problem import Problem
 
 FLOP_FORMULA = "2 (D + Dv) for each visible (query, key) pair of each head"
 BYTES_FORMULA = "q, k, v read once, o and lse written once; keys that no query sees are left out"
 LSE_BYTES = 4
-FIELDS = tuple(name for name in Problem._fields if name != "features")  # of a problem, in a record
+FIELDS = tuple(name for name in Problem._fields if name not in ("features", "page"))  # of a problem, in a record
 
 
 class Peak(NamedTuple):
@@ -80,6 +81,16 @@ class Spec:
         left, right = self.window
         right = 0 if self.problem.causal else right
         return self.problem.heads * sum(visible_pairs(q, k, left, right) for q, k in self.sequences)
+
+    def kernel(self, gpu: str | None) -> str | None:
+        """The name of ours on a GPU, by that GPU's name; None where what else is asked decides."""
+        p = self.problem
+        if self.features:
+            return None
+        if p.page is None:
+            return plan.plan(p, gpu).name
+        sizes = p.head_dim_v, p.ratio, p.seqlen_q, p.page or None
+        return plan.kvcache(p.head_dim, p.dtype, p.causal, p.features, gpu, *sizes).name
 
     def workload(self) -> Workload:
         p, (left, _) = self.problem, self.window
