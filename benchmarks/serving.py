@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from caches import COLD_BYTES, MOST_SETS, CacheSpec, CacheTruth, build, over_keys, random_lengths
 from script import absent, main
-from serving_contenders import CONTENDERS
+from serving_implementations import CONTENDERS
 
 from cute_attn.tools.benchmark import frame
 from cute_attn.tools.benchmark.frame import Row

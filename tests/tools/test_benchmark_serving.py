@@ -29,7 +29,7 @@ def scripts():
     """The script and its parts as modules."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        names = "caches", "serving", "serving_contenders"
+        names = "caches", "serving", "serving_implementations"
         return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -205,7 +205,7 @@ def test_dense_implementations_take_the_sets_in_turn(scripts, caches, monkeypatc
     seen = []
     monkeypatch.setattr(implementations.cute_attn, "flash_fwd", lambda q, k, v, **_: seen.append((k, v)) or q)
     cache = caches.build(small(caches, keys=24), CPU)
-    prepared = scripts.serving_contenders.dense(implementations.CuteAttn(), cache)
+    prepared = scripts.serving_implementations.dense(implementations.CuteAttn(), cache)
     for _ in range(4):
         prepared.call.run()
     assert [k.data_ptr() for k, _ in seen] == [cache.k[i].data_ptr() for i in (0, 1, 2, 0)]
@@ -288,7 +288,7 @@ def reasons(scripts, spec, setup):
 
 def test_who_is_not_here_and_who_refuses_say_why(scripts, caches, setup, monkeypatch):
     monkeypatch.setattr(scripts.serving, "missing", dict)
-    packages = {one.package for one in scripts.serving_contenders.CONTENDERS if one.package}
+    packages = {one.package for one in scripts.serving_implementations.CONTENDERS if one.package}
     alike, ragged, paged = (small(caches, page, keys) for page, keys in ((0, 24), (0, (9, 5, 24)), (8, 24)))
     found = reasons(scripts, alike, setup)
     assert not found["cute_attn"] and not found["flash_fwd"] and len(packages) > 5
@@ -309,7 +309,7 @@ def test_absent_packages_say_why(scripts, caches, setup):
 
 def test_pages_of_flashinfer_are_those_of_the_table(scripts, caches):
     cache = caches.build(small(caches, 8), CPU)
-    starts, pages, last = scripts.serving_contenders.page_lists(cache)
+    starts, pages, last = scripts.serving_implementations.page_lists(cache)
     assert starts.tolist() == [0, 5, 14, 15] and last.tolist() == [1, 6, 5]
     for b, n in enumerate(cache.spec.pages):
         assert torch.equal(pages[starts[b] : starts[b + 1]], cache.page_table[b, :n])
@@ -337,7 +337,7 @@ class Operator:
 @pytest.mark.parametrize(("page", "keys", "made"), [(0, 24, 0), (0, (9, 5, 24), 1), (8, (9, 5, 24), 1)])
 def test_operators_of_flash_attention_3_are_called_right(scripts, caches, monkeypatch, page, keys, made):
     """Metadata where there are lengths, made once before the calls."""
-    contenders, cache = scripts.serving_contenders, caches.build(small(caches, page, keys), CPU)
+    contenders, cache = scripts.serving_implementations, caches.build(small(caches, page, keys), CPU)
     for metadata in (True, False):
         monkeypatch.setattr(torch.ops, "standin", operator := Operator(), raising=False)
         prepared = contenders.fa3_operator("standin", metadata, cache)
@@ -361,8 +361,8 @@ def test_a_run_is_written_with_its_method(scripts, caches, setup, tmp_path):
 
 
 def test_a_wrong_output_of_ours_fails_the_run(scripts, caches, setup, monkeypatch, capsys):
-    right = scripts.serving_contenders.flash_fwd_kvcache
-    monkeypatch.setattr(scripts.serving_contenders, "flash_fwd_kvcache", lambda *a, **k: right(*a, **k) * 1.5)
+    right = scripts.serving_implementations.flash_fwd_kvcache
+    monkeypatch.setattr(scripts.serving_implementations, "flash_fwd_kvcache", lambda *a, **k: right(*a, **k) * 1.5)
     make = partial(scripts.serving.rows, "paged", small(caches, 8))
     run = scripts.serving.Run({"paged": make}, {}, Console(), None)
     run.prepare = lambda: setup
