@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from caches import COLD_BYTES, MOST_SETS, CacheSpec, CacheTruth, build, over_keys, random_lengths
 from script import absent, main
-from serving_implementations import CONTENDERS
+from serving_implementations import IMPLEMENTATIONS
 
 from cute_attn.tools.benchmark import frame
 from cute_attn.tools.benchmark.frame import Row
@@ -68,16 +68,16 @@ def name(case: str, spec: CacheSpec) -> str:
 @cache
 def missing() -> dict[str, str]:
     """Who is not on this machine."""
-    return absent(CONTENDERS)
+    return absent(IMPLEMENTATIONS)
 
 
 def rows(case: str, spec: CacheSpec, device: torch.device) -> list[Row]:
     caches = build(spec, device)
-    reasons = {one.name: one.refuses(spec) for one in CONTENDERS} | missing()
+    reasons = {one.name: one.refuses(spec) for one in IMPLEMENTATIONS} | missing()
     return [
         Row(
             spec,
-            {one.name: partial(one.prepare, caches) for one in CONTENDERS},
+            {one.name: partial(one.prepare, caches) for one in IMPLEMENTATIONS},
             CacheTruth(caches),
             case,
             baseline="fa3",
@@ -97,7 +97,7 @@ class Run(frame.Run):
 
 GROUPS = {name(case, spec): partial(rows, case, spec) for case, specs in CELLS.items() for spec in specs}
 
-PEERS = [one for one in CONTENDERS if not isinstance(one.package, CuteAttn)]
+PEERS = [one for one in IMPLEMENTATIONS if not isinstance(one.package, CuteAttn)]
 
 if __name__ == "__main__":
     sys.exit(main("serving", __doc__, GROUPS, make=Run, baselines=PEERS, lengths=random_lengths(SEQUENCES)))

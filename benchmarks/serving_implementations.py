@@ -35,7 +35,7 @@ def pages_only(spec: CacheSpec) -> str | None:
 
 
 @dataclass(frozen=True)
-class Contender:
+class OverCaches:
     name: str
     prepare: Callable[[Cache], Prepared]
     refuses: Callable[[CacheSpec], str | None] = anything  # why a cell is not for it; None where it may be
@@ -149,14 +149,14 @@ def page_lists(cache: Cache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 FLASH_ATTN_3 = Package("flash_attn_3", "flash_attn_3._C")
 
-CONTENDERS = (
-    Contender(OURS, ours, package=CuteAttn()),
-    Contender("flash_fwd", partial(dense, CuteAttn()), equal_only, CuteAttn()),
-    Contender("cudnn", partial(dense, BASELINES["cudnn"]), like_cudnn, BASELINES["cudnn"]),
-    Contender("flash", flash, equal_only),
-    Contender("fa3", with_kvcache, package=BASELINES["fa3"]),
-    Contender("fa3_fwd", partial(fa3_operator, "fa3_fwd", True), no_pages, Package("fa3_fwd", "fa3_fwd._C")),
-    Contender("flash_attn_3", partial(fa3_operator, "flash_attn_3", False), package=FLASH_ATTN_3),
-    Contender("fa4", fa4, package=BASELINES["fa4"]),
-    Contender("flashinfer", flashinfer, pages_only, Package("flashinfer", "flashinfer")),
+IMPLEMENTATIONS = (
+    OverCaches(OURS, ours, package=CuteAttn()),
+    OverCaches("flash_fwd", partial(dense, CuteAttn()), equal_only, CuteAttn()),
+    OverCaches("cudnn", partial(dense, BASELINES["cudnn"]), like_cudnn, BASELINES["cudnn"]),
+    OverCaches("flash", flash, equal_only),
+    OverCaches("fa3", with_kvcache, package=BASELINES["fa3"]),
+    OverCaches("fa3_fwd", partial(fa3_operator, "fa3_fwd", True), no_pages, Package("fa3_fwd", "fa3_fwd._C")),
+    OverCaches("flash_attn_3", partial(fa3_operator, "flash_attn_3", False), package=FLASH_ATTN_3),
+    OverCaches("fa4", fa4, package=BASELINES["fa4"]),
+    OverCaches("flashinfer", flashinfer, pages_only, Package("flashinfer", "flashinfer")),
 )

@@ -288,7 +288,7 @@ def reasons(scripts, spec, setup):
 
 def test_who_is_not_here_and_who_refuses_say_why(scripts, caches, setup, monkeypatch):
     monkeypatch.setattr(scripts.serving, "missing", dict)
-    packages = {one.package for one in scripts.serving_implementations.CONTENDERS if one.package}
+    packages = {one.package for one in scripts.serving_implementations.IMPLEMENTATIONS if one.package}
     alike, ragged, paged = (small(caches, page, keys) for page, keys in ((0, 24), (0, (9, 5, 24)), (8, 24)))
     found = reasons(scripts, alike, setup)
     assert not found["cute_attn"] and not found["flash_fwd"] and len(packages) > 5
