@@ -66,7 +66,7 @@ class Request(NamedTuple):
                 return self.by_operator()
             if isinstance(self.operands, Dense) and not isinstance(q, Tensor) and hasattr(q, "__dlpack__"):
                 return self.by_dlpack()
-            if arrays.stands_in(q, k, v):
+            if arrays.stands_in(q=q, k=k, v=v):
                 return self.by_operator()
         self.operands.check()
         found = self.prepared()
@@ -218,10 +218,15 @@ def traced(request: Request) -> bool:
 
     A mode of functions alone, such as torch.device's, records nothing; but that of make_fx's pre_dispatch does.
     """
-    from . import operator
-
     tensors = dict(zip(("q", "k", "v", "out"), request.operands.tensors, strict=True))
     tensors |= {name: x for name, x in features.by_name(request.features).items() if isinstance(x, Tensor)}
+    return recorded(**tensors)
+
+
+def recorded(**tensors) -> bool:
+    """`traced`, of the tensors of any function."""
+    from . import operator
+
     arrays.no_tangents(**tensors)
     if operator.inside():
         return False

@@ -94,7 +94,7 @@ def interpreted(
     with contextlib.ExitStack() as stack:
         for where, name, what in (
             (checks.Spec, "of", classmethod(lambda cls, x: of(cls, x)._replace(device=CUDA))),
-            (device, "get", lambda index: gpu),
+            (device, "get", lambda index, *_: gpu),
             (device, "current", lambda: gpu.index),
             (compile, "get", found),
             (call, "known", {}),
