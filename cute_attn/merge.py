@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import arrays, call, checks, compile, device, notices, reference, states, strides
+from .checks import Spec
 from .kernels.merge_sm90 import STATES_MAX, MergeConfig
 from .request import recorded
 from .states import States
@@ -71,6 +72,7 @@ class Prepared(NamedTuple):
     kernel: Any  # a Callable; None: the CPU, or nothing to compute
     o: tuple  # the result's shape and strides
     lse: tuple[int, ...]  # its shape
+    nbytes: tuple[int, ...]  # that each of `Merge.tensors` reaches over
 
 
 class Merge(NamedTuple):
@@ -82,12 +84,16 @@ class Merge(NamedTuple):
     base2: bool
 
     @property
-    def tensors(self) -> list:
-        results = [x for x in (self.out, self.out_lse) if x is not None]
-        return [*self.o.tensors, *self.lse.tensors, *results]
+    def results(self) -> dict[str, Tensor]:
+        """Those that are given."""
+        return {name: x for name, x in (("out", self.out), ("out_lse", self.out_lse)) if x is not None}
+
+    @property
+    def tensors(self) -> tuple:
+        return *self.o.tensors, *self.lse.tensors, *self.results.values()
 
     def named(self) -> dict[str, Any]:
-        return self.o.named | self.lse.named | {"out": self.out, "out_lse": self.out_lse}
+        return self.o.named | self.lse.named | self.results
 
     def run(self) -> tuple[Tensor, Tensor]:
         """What merge_states returns."""
@@ -98,8 +104,8 @@ class Merge(NamedTuple):
             for name, x in (self.o.named | self.lse.named).items():
                 arrays.tensor(name, x)
             return self.by_operator()
-        if self.out is not None or self.out_lse is not None:
-            states.check_memory(self.o, self.lse, self.out, self.out_lse)
+        if self.results:
+            states.check_memory(self.o, self.lse, self.results, found.nbytes)
         first = self.o.tensors[0]
         out = first.new_empty_strided(*found.o) if self.out is None else self.out
         out_lse = first.new_empty(found.lse, dtype=torch.float32) if self.out_lse is None else self.out_lse
@@ -118,13 +124,18 @@ class Merge(NamedTuple):
             return True
         if {type(x) for x in self.tensors} == {Tensor}:
             return False
-        return any(isinstance(x, torch.fx.Proxy) for x in self.tensors) or arrays.stands_in(**self.named())
+        return self.symbolic or arrays.stands_in(**self.named())
+
+    @property
+    def symbolic(self) -> bool:
+        """Of torch.fx: nobody knows if such a tensor learns."""
+        return torch.fx.Proxy in [type(x) for x in self.tensors]
 
     def by_operator(self) -> tuple[Tensor, Tensor]:
         o, lse = self.o.each(), self.lse.each()
-        if arrays.learns(*self.o.tensors, *self.lse.tensors):
-            states.check_gradients(self.o, self.lse, self.out, self.out_lse)
-        if self.out is None and self.out_lse is None:
+        if not self.symbolic and arrays.learns(*self.o.tensors, *self.lse.tensors):
+            states.check_gradients(self.o, self.lse, self.results)
+        if not self.results:
             return torch.ops.cute_attn.merge_states(o, lse, self.layout, self.base2)
         out = torch.empty_like(o[0]) if self.out is None else self.out
         rows = states.rows_of(o[0], self.layout)
@@ -143,7 +154,8 @@ class Merge(NamedTuple):
             return self.made()
         if found is None:
             found = self.made()
-            call.keep(key, found)
+            if found.kernel is not None:
+                call.keep(key, found)
         return found
 
     def made(self) -> Prepared:
@@ -153,7 +165,8 @@ class Merge(NamedTuple):
         config = MergeConfig(states.DTYPES[first.dtype], self.layout, count if count <= STATES_MAX else 0)
         kernel = compile.get(config) if gpu is not None and first.shape.numel() else None
         dense = first.shape, strides.dense(first.shape, first.stride)
-        return Prepared(gpu, kernel, dense, states.rows_of(first, self.layout))
+        nbytes = tuple(Spec.of(x).nbytes for x in self.tensors)
+        return Prepared(gpu, kernel, dense, states.rows_of(first, self.layout), nbytes)
 
     def on_cpu(self, out: Tensor, out_lse: Tensor) -> None:
         notices.once(f"merge_states: {notices.CPU}")

@@ -1,5 +1,6 @@
 """What `merge_states` takes: o and lse of several states, and where the results go. Everything wrong raises here."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,10 @@ class States(NamedTuple):
             arrays.tensor(name, x)
         if not self.stacked:
             return {name: Spec.of(x) for name, x in self.named.items()}
+        if not self.given.dim():
+            raise ValueError(
+                f"{self.name}: a tensor without dimensions came; pass one of each state, or a stack of them"
+            )
         whole = Spec.of(self.given)
         return {f"{self.name}[i]": whole._replace(shape=whole.shape[1:], stride=whole.stride[1:])}
 
@@ -69,21 +74,17 @@ def states(name: str, given) -> States:
 
 def check(o: States, lse: States, out: Tensor | None, out_lse: Tensor | None, layout: str) -> Spec:
     """A state's o, if everything fits together."""
-    if o.stacked and not o.given.dim():
-        raise ValueError("o: a tensor without dimensions came; pass one of each state, or a stack of them")
-    first = next(iter(_check_o(o, layout).values()), None)
-    if not o.number or first is None:
-        raise ValueError("o: no state came; pass at least one")
-    rows = first.shape[:-1].numel()
-    if rows > checks.SIZE_MAX:
-        raise ValueError(f"o: {rows} rows of all heads; split them over several calls, of {checks.SIZE_MAX} at most")
+    first = _check_o(o, layout)
     _check_lse(lse, o.number, first, layout)
+    for name, x in (("out", out), ("out_lse", out_lse)):
+        if x is not None:
+            arrays.tensor(name, x)
+            checks.distinct(name, Spec.of(x))
     if out is not None:
-        _check_out(out, first, layout)
+        _one_o("out", Spec.of(out), layout)
+        _like("out", Spec.of(out), "o[0]", first)
     if out_lse is not None:
-        arrays.tensor("out_lse", out_lse)
         _one_lse("out_lse", Spec.of(out_lse), first, layout)
-        checks.distinct("out_lse", Spec.of(out_lse))
     return first
 
 
@@ -92,47 +93,47 @@ def rows_of(o: Spec | Tensor, layout: str) -> tuple[int, ...]:
     return tuple(o.shape[layout.index(x)] for x in ("ht" if layout == "thd" else "bhs"))
 
 
-def check_memory(o: States, lse: States, out: Tensor | None, out_lse: Tensor | None) -> None:
-    """A result replaces an input, or shares no element with any."""
-    inputs = o.named | lse.named
-    for name, result in (("out", out), ("out_lse", out_lse)):
-        if result is None:
-            continue
+def check_memory(o: States, lse: States, results: dict[str, Tensor], nbytes: tuple[int, ...]) -> None:
+    """A result replaces an input, or shares no element with any. nbytes: what all of them reach over, in this order."""
+    tensors = *o.tensors, *lse.tensors, *results.values()
+    starts = [x.data_ptr() for x in tensors]
+    for i, (name, result) in enumerate(results.items(), len(tensors) - len(results)):
         arrays.memory(name, result)
         if result.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires grad; pass {name}.detach(), or call under torch.no_grad()")
-        for whose, x in inputs.items():
-            for part in _states_meeting(result, x, whose in ("o", "lse")):
-                if not _same(result, part) and checks.overlap(result, part):
-                    what = f"shares memory with {whose}, and is none of its tensors"
-                    hint = f"pass a state's own to replace it, a {name} that shares nothing, or omit it"
-                    raise ValueError(f"{name}: {what}; {hint}")
-    if out is not None and out_lse is not None and _meet(out, out_lse) and checks.overlap(out, out_lse):
-        raise ValueError("out_lse: shares memory with out; pass one of its own, or omit it")
+        for j in range(i):
+            meet = starts[i] < starts[j] + nbytes[j] and starts[j] < starts[i] + nbytes[i]
+            if meet and tensors[j] is not result:
+                whose = [*o.named, *lse.named, *results][j]
+                _check_apart(name, result, whose, tensors[j].unbind() if whose in ("o", "lse") else (tensors[j],))
 
 
-def check_gradients(o: States, lse: States, out: Tensor | None, out_lse: Tensor | None) -> None:
+def check_gradients(o: States, lse: States, results: dict[str, Tensor]) -> None:
     """The results depend on o and on lse: a gradient that leaves out one of them is none."""
-    for name, x in (("out", out), ("out_lse", out_lse)):
-        if x is not None:
-            raise ValueError(f"{name}: given with inputs that require grad; omit it, or call under torch.no_grad()")
-    for name, x in lse.named.items():
-        if not x.requires_grad and arrays.learns(*o.tensors):
-            what = "does not require grad, but o does, and its gradient by way of lse would be lost; flash_fwd's lse"
-            hint = "call under torch.no_grad(), or pass lse.detach().requires_grad_() where it is a constant"
-            raise ValueError(f"{name}: {what} has none: {hint}")
+    for name in results:
+        raise ValueError(f"{name}: given with inputs that require grad; omit it, or call under torch.no_grad()")
+    for i, (x, y) in enumerate(zip(o.each(), lse.each(), strict=True)):
+        if x.requires_grad and not y.requires_grad:
+            what = f"lse[{i}]: does not require grad, but o[{i}] does, whose gradient is wrong without that of lse"
+            hint = "call under torch.no_grad(), or pass .requires_grad_() of an lse that is constant"
+            raise ValueError(f"{what} (flash_fwd's has none); {hint}")
 
 
-def _check_o(o: States, layout: str) -> dict[str, Spec]:
+def _check_o(o: States, layout: str) -> Spec:
+    """The first one."""
     specs = o.specs()
     first = next(iter(specs.values()), None)
+    if not o.number or first is None:
+        raise ValueError("o: no state came; pass at least one")
     for name, x in specs.items():
         _one_o(name, x, layout, " (one tensor is a stack of states: pass [o] for a single one)" if o.stacked else "")
-        if first is not None:
-            _like(name, x, "o[0]", first)
+        _like(name, x, "o[0]", first)
     if o.stacked:
         checks.placed("o", Spec.of(o.given))  # whose strides have one more
-    return specs
+    rows = first.shape[:-1].numel()
+    if rows > checks.SIZE_MAX:
+        raise ValueError(f"o: {rows} rows of all heads; split them over several calls, of {checks.SIZE_MAX} at most")
+    return first
 
 
 def _one_o(name: str, x: Spec, layout: str, hint: str = "") -> None:
@@ -159,8 +160,6 @@ def _like(name: str, x: Spec, whose: str, other: Spec) -> None:
 
 
 def _check_lse(lse: States, number: int, o: Spec, layout: str) -> None:
-    if lse.stacked and not lse.given.dim():
-        raise ValueError("lse: a tensor without dimensions came; pass one of each state, or a stack of them")
     specs = lse.specs()
     if lse.number != number:
         raise ValueError(f"lse: {lse.number} came with {number} of o; pass one for each")
@@ -182,24 +181,19 @@ def _one_lse(name: str, x: Spec, o: Spec, layout: str) -> None:
         raise ValueError(f"{name}: on {x.device}, but o[0] is on {o.device}; move one with .to(device)")
 
 
-def _check_out(out: Tensor, o: Spec, layout: str) -> None:
-    arrays.tensor("out", out)
-    x = Spec.of(out)
-    _one_o("out", x, layout)
-    _like("out", x, "o[0]", o)
-    checks.distinct("out", x)
-
-
-def _states_meeting(result: Tensor, x: Tensor, stacked: bool) -> list[Tensor]:
-    """Of an input, the states whose range of addresses a result's meets."""
-    if not _meet(result, x):
-        return []
-    return [part for part in x.unbind() if _meet(result, part)] if stacked else [x]
+def _check_apart(name: str, result: Tensor, whose: str, states: Sequence[Tensor]) -> None:
+    """From those that a result does not replace."""
+    for x in states:
+        replaced = whose != "out" and _same(result, x)
+        if not replaced and _meet(result, x) and checks.overlap(result, x):
+            hint = f"for {name} pass a state's own to replace it, or a tensor that shares nothing, or omit it"
+            raise ValueError(f"{name}: shares memory with {whose}, and is none of its tensors; {hint}")
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:
-    (a_start, a_size), (b_start, b_size) = ((x.data_ptr(), Spec.of(x).nbytes) for x in (a, b))
-    return a_start < b_start + b_size and b_start < a_start + a_size
+    """Whether their ranges of addresses do."""
+    (first, size), (other, other_size) = ((x.data_ptr(), Spec.of(x).nbytes) for x in (a, b))
+    return first < other + other_size and other < first + size
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

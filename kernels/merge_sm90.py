@@ -7,7 +7,7 @@ state. A CTA has whole rows, as many as its threads suffice for.
 
 from dataclasses import dataclass
 from functools import reduce
-from operator import mul
+from operator import mul, or_
 from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -15,6 +15,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from .layout import not_before
 from .producer import wait_for_stream
 from .state import ELEMENT, address
 
@@ -24,6 +25,7 @@ THREADS = 256
 VECTOR_BYTES = 16
 VECTORS = 2  # of a row that a thread has: it finds the row, and the weights, for all of them
 STATES_MAX = 8  # tensors of their own
+STATES_AT_ONCE = 4  # of a stack
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,6 @@ class MergeSm90:
             acc, lse = self._merge(states, part, base)
         else:
             acc, lse = self._merge_stack(states[0], part, base)
-        cute.arch.sync_threads()  # all threads of a row have read the lse that this may replace
         self._store(out.o, part, acc)
         if part.stores[0] & (part.columns[0] == 0):
             self._store_lse(out.lse, part, lse)
@@ -153,10 +154,11 @@ class MergeSm90:
 
     @cute.jit
     def _merge(self, states: list, part: Part, base: Base):
-        """Of so many states: all that is read is read at once."""
+        """Of so many states."""
         parts = [self._load(state.o, part.row, part) for state in states]
         lses = [self._lse(state.lse, part.row) for state in states]
-        top = self._finite(reduce(cute.arch.fmax, lses))
+        cute.arch.sync_threads()  # a row's lse is read by all before it may be replaced
+        top = self._not_before(parts, self._finite(reduce(cute.arch.fmax, lses)))
         weights = [self._weight(lse, top, base) for lse in lses]
         total = reduce(lambda a, b: a + b, weights)
         acc, scale = self._zeros(), self._inverse(total)
@@ -174,10 +176,27 @@ class MergeSm90:
         for i in cutlass.range(count, unroll=STATES_MAX):
             total += self._weight(self._lse(stack.lse, (i, *part.row)), top, base)
         scale = self._inverse(total)
-        for i in cutlass.range(count, unroll=STATES_MAX):
-            lse, vectors = self._lse(stack.lse, (i, *part.row)), self._load(stack.o, (i, *part.row), part)
-            self._add(acc, vectors, lse, self._weight(lse, top, base) * scale)
+        for first in cutlass.range(0, count, STATES_AT_ONCE):
+            self._add_some(acc, stack, first, part, base, (top, scale))
+        cute.arch.sync_threads()  # as in `_merge`
         return acc, self._total(top, total, base)
+
+    @cute.jit
+    def _add_some(self, acc: cute.Tensor, stack: State, first: Int32, part: Part, base: Base, relative: tuple):
+        """Of a stack, so many states from the first on; one beyond the last counts as one without keys."""
+        top, scale = relative
+        places = [(first + i, cutlass.min(first + i, stack.lse.shape[0] - 1)) for i in range(STATES_AT_ONCE)]
+        parts = [self._load(stack.o, (i, *part.row), part) for _, i in places]
+        lses = [self._lse(stack.lse, (i, *part.row)) for _, i in places]
+        top = self._not_before(parts, top)
+        for vectors, lse, (i, last) in zip(parts, lses, places, strict=True):
+            x = lse if i == last else -Float32.inf
+            self._add(acc, vectors, x, self._weight(x, top, base) * scale)
+
+    def _not_before(self, parts: list, x: Float32):
+        """x, but known no sooner than what was loaded: ptxas would load one bit after another, to save registers."""
+        words = [vectors[0, i] for vectors in parts for i in range(VECTORS)]
+        return x + Float32(not_before([reduce(or_, words)], Int32(0)))
 
     @cute.jit
     def _finite(self, top: Float32):
