@@ -33,7 +33,7 @@ def merge_states(
     """Partial results of the same queries, each over keys of its own, merged by one kernel into those over all keys.
 
     o = sum of w_i o_i with w_i = exp(lse_i - lse), lse = log(sum of exp(lse_i)): FlashInfer's merge_states, vLLM's
-    merge_attn_states (FlashDecoding, Dao et al., 2023; cascades of shared prefixes, Ye et al., 2024).
+    merge_attn_states (FlashDecoding, Dao et al., 2023; FlashInfer, arXiv:2501.01005).
 
     Args:
         o: a sequence of k >= 1 tensors of one shape, or one tensor (k, ...) of all: bf16, fp16 or float32, on a Hopper

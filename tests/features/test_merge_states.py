@@ -237,6 +237,8 @@ def test_cpu_edges():
     check(o, lse)
     check(*of_any_size())
     check(*strided("bshd"), layout="bshd")
+    v, s = torch.randn(7, 3, 4, 64), torch.randn(7, 3, 4)  # FlashInfer's (n, k, h, d) and (n, k, h)
+    check(v.transpose(0, 1), s.permute(1, 2, 0), layout="thd", base2=True)
     for sizes in ((0, 3, 7), (2, 0, 7), (2, 3, 0)):
         found = merge_states(*states(sizes=sizes))
         assert found[0].shape == (*sizes, 64) and found[1].shape == sizes
