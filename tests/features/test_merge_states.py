@@ -1,13 +1,14 @@
 """merge_states: the kernels on every type, layout and number of states; the CPU; gradients; tracers; errors."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cute_attn import flash_fwd, flash_fwd_varlen, merge_states, reference
+from cute_attn import device, flash_fwd, flash_fwd_varlen, merge_states, reference
 from cute_attn.kernels.merge_sm90 import STATES_AT_ONCE, STATES_MAX, MergeConfig
 from cute_attn.states import LAYOUTS, States
 from cute_attn.tools import inspect
@@ -500,6 +501,17 @@ def test_errors_of_a_gpu_alone():
         with pytest.raises(ValueError, match=r"^out: its data starts 8 bytes past"):
             merge_states(O, LSE, out=odd)
         assert (odd == 0).all()
+
+
+def test_another_gpu_is_named(monkeypatch):
+    ampere = SimpleNamespace(major=8, minor=0, name="NVIDIA A100", multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: ampere)
+    monkeypatch.setattr(device, "_devices", {})
+    own = device.get
+    with interpreted():
+        monkeypatch.setattr(device, "get", own)
+        with pytest.raises(ValueError, match=r"^o: on cuda:0, NVIDIA A100 .*cute_attn.reference.merge_states there"):
+            merge_states(O, LSE)
 
 
 def test_results_that_share_memory():
