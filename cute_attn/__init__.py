@@ -1,11 +1,21 @@
 """Exact attention for NVIDIA Hopper (sm_90a), in CuTe's Python DSL. Importing compiles nothing and needs no GPU."""
 
-from . import ops, ops_0_1  # noqa: F401  torch.ops.cute_attn.*
+from . import ops, ops_0_1, ops_merge  # noqa: F401  torch.ops.cute_attn.*
 from .api import flash_fwd, warmup
 from .block_mask import BlockLists
 from .explanation import explain
 from .kvcache import flash_fwd_kvcache
+from .merge import merge_states
 from .varlen import flash_fwd_varlen
 
 __version__ = "0.1.0"
-__all__ = ["BlockLists", "__version__", "explain", "flash_fwd", "flash_fwd_kvcache", "flash_fwd_varlen", "warmup"]
+__all__ = [
+    "BlockLists",
+    "__version__",
+    "explain",
+    "flash_fwd",
+    "flash_fwd_kvcache",
+    "flash_fwd_varlen",
+    "merge_states",
+    "warmup",
+]

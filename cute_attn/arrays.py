@@ -22,7 +22,7 @@ def tensor(name: str, x) -> None:
 def untransformed(name: str, x: torch.Tensor) -> None:
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         hint = "differentiate with torch.autograd, and put what vmap would map over into the batch"
-        raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and flash_fwd has no rule; {hint}")
+        raise TypeError(f"{name}: a tensor inside a transform of torch.func came, and cute_attn has no rule; {hint}")
 
 
 def backwards(x) -> bool:
@@ -66,7 +66,7 @@ def _of_a_tracer(x) -> bool:
 
 
 def stands_in(**named: torch.Tensor) -> bool:
-    """Whether q, k or v is a stand-in of torch's tracers, for which the operator says what comes back.
+    """Whether a tensor is a stand-in of torch's tracers, for which the operator says what comes back.
 
     Raises:
         TypeError: one is of another class without memory.
@@ -88,7 +88,7 @@ def no_tangents(**named) -> None:
             continue
         if forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
-                f"{name}: a dual tensor of forward-mode differentiation came, and flash_fwd has no such derivative; "
+                f"{name}: a dual tensor of forward-mode differentiation came, and cute_attn has no such derivative; "
                 "use torch.nn.functional.scaled_dot_product_attention under "
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or backward-mode"
             )
@@ -105,9 +105,9 @@ def flags(**named) -> None:
             raise TypeError(f"{name}: a bool is needed, {value!r} came")
 
 
-def learns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def learns(*tensors: torch.Tensor) -> bool:
     """Whether a backward may follow a call."""
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return torch.is_grad_enabled() and True in [x.requires_grad for x in tensors]
 
 
 def together(q: torch.Tensor, **named: torch.Tensor) -> None:

@@ -40,11 +40,11 @@ class Call(NamedTuple):
         kernel(*tensors, address, counter, scale, gpu.num_sms, *arguments, memory.data_ptr())
 
 
-known: dict[Hashable, Call] = {}
+known: dict[Hashable, Any] = {}  # Calls, and what `merge` prepares
 KNOWN_MAX = 4096  # looked up; with one more all are forgotten
 
 
-def keep(key: Hashable, call: Call) -> None:
+def keep(key: Hashable, call: Any) -> None:
     if len(known) >= KNOWN_MAX:
         known.clear()
     known[key] = call

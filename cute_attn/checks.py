@@ -126,11 +126,16 @@ def element(name: str, x: Spec) -> None:
 
 
 def placed(name: str, x: Spec) -> None:
-    """On the CPU; or on a GPU, as TMA takes it."""
-    if x.device.type == "cuda":
+    """On the CPU with any strides, or on a GPU with those that a kernel takes."""
+    if known_device(name, x):
         strides(name, x)
-    elif x.device.type != "cpu":
+
+
+def known_device(name: str, x: Spec) -> bool:
+    """Whether it is a GPU; False: the CPU."""
+    if x.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name}: device {x.device} is not supported; use a CUDA device (sm_90), or the CPU")
+    return x.device.type == "cuda"
 
 
 def varlen(q: Spec, k: Spec, v: Spec, batch: int) -> None:
@@ -209,14 +214,15 @@ def varlen_gradients(max_seqlen_q, max_seqlen_k, seqused_q, seqused_k) -> None:
 
 def strides(name: str, x: Spec) -> None:
     """The last dimension contiguous, the others at multiples of 16 bytes; sizes of 1 may have any stride."""
-    hint = f"use {name}.contiguous(), or pad the rows of its storage to a multiple of 8 elements"
+    alignment = 16 // x.dtype.itemsize
+    hint = f"use {name}.contiguous(), or pad the rows of its storage to a multiple of {alignment} elements"
     if x.stride[-1] != 1:
         what = f"stride {x.stride[-1]} in the last dimension, strides {x.stride}"
         raise ValueError(f"{name}: {what}; 1 is needed: {hint}")
     for i in reversed(range(len(x.shape) - 1)):
-        if x.shape[i] > 1 and x.stride[i] % ALIGNMENT:
+        if x.shape[i] > 1 and x.stride[i] % alignment:
             what = f"stride {x.stride[i]} in dimension {i}, strides {x.stride}"
-            raise ValueError(f"{name}: {what}; a multiple of {ALIGNMENT} elements (16 bytes) is needed: {hint}")
+            raise ValueError(f"{name}: {what}; a multiple of {alignment} elements (16 bytes) is needed: {hint}")
 
 
 def odd(stride: tuple[int, ...]) -> bool:
@@ -227,10 +233,14 @@ def odd(stride: tuple[int, ...]) -> bool:
 def addresses(**named: torch.Tensor) -> None:
     """Each tensor's data starts at a multiple of 16 bytes."""
     for name, x in named.items():
-        past = x.data_ptr() % 16
-        if past:
-            what = f"its data starts {past} bytes past a multiple of 16, storage offset {x.storage_offset()}"
-            raise ValueError(f"{name}: {what}; slice at a multiple of 8 elements, or use {name}.clone()")
+        aligned(name, x)
+
+
+def aligned(name: str, x: torch.Tensor) -> None:
+    past = x.data_ptr() % 16
+    if past:
+        what = f"its data starts {past} bytes past a multiple of 16, storage offset {x.storage_offset()}"
+        raise ValueError(f"{name}: {what}; slice at a multiple of {16 // x.itemsize} elements, or use {name}.clone()")
 
 
 def trained_head_dims(q: torch.Tensor, v: torch.Tensor) -> None:
@@ -277,10 +287,15 @@ def out(o: Spec, q: Spec, v: Spec, layout: str) -> None:
         raise TypeError(f"out: {o.dtype} came, q's {q.dtype} is needed")
     if o.device != q.device:
         raise ValueError(f"out: on {o.device}, but q is on {q.device}")
-    dims = sorted(o.dims, key=lambda dim: dim[1])
+    distinct("out", o)
+
+
+def distinct(name: str, x: Spec) -> None:
+    """It addresses no element twice."""
+    dims = sorted(x.dims, key=lambda dim: dim[1])
     if any(stride < extent(dims[:i]) for i, (_, stride) in enumerate(dims)):
-        what = f"strides {o.stride} address elements of shape {tuple(o.shape)} more than once"
-        raise ValueError(f"out: {what}; use a dense out")
+        what = f"strides {x.stride} address elements of shape {tuple(x.shape)} more than once"
+        raise ValueError(f"{name}: {what}; use a dense {name}")
 
 
 def out_memory(
@@ -306,10 +321,11 @@ def extent(dims: list[tuple[int, int]]) -> int:
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors whose ranges of addresses meet may share an element; slices of a packed qkv do not.
 
-    Exact where the outer strides of both have a common divisor that the inner extents fit in, else cautious.
+    Exact where the outer strides of both have a common divisor that the inner extents fit in, else cautious. Counted
+    in bytes: their types may differ.
     """
-    gap = (b.data_ptr() - a.data_ptr()) // a.element_size()
-    dims = [Spec.of(x).dims for x in (a, b)]
+    gap = b.data_ptr() - a.data_ptr()
+    dims = [[(n, s * x.itemsize) for n, s in Spec.of(x).dims] + [(x.itemsize, 1)] for x in (a, b)]
     for stride in {s for _, s in dims[0] + dims[1] if s > 1}:
         period = math.gcd(*(s for _, s in dims[0] + dims[1] if s >= stride))
         inner = [extent([(n, s) for n, s in x if s < stride]) for x in dims]

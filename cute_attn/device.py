@@ -12,6 +12,7 @@ import torch
 from . import tuned
 
 TILE_COUNTERS = 4096  # counters of 4 bytes in a slab
+SDPA = "torch.nn.functional.scaled_dot_product_attention"
 # torch.cuda.current_device without its check whether CUDA runs; a torch for CPUs has none.
 current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
@@ -23,12 +24,12 @@ class Device:
     one; a captured launch may be replayed beside anything, so each has one of its own, for good.
     """
 
-    def __init__(self, index: int):
+    def __init__(self, index: int, argument: str = "q", instead: str = SDPA):
         properties = torch.cuda.get_device_properties(index)
         if (properties.major, properties.minor) != (9, 0):
             raise ValueError(
-                f"q: on cuda:{index}, {properties.name} (sm_{properties.major}{properties.minor}); the kernels are for "
-                "Hopper (sm_90: H100, H200, GH200); use torch.nn.functional.scaled_dot_product_attention there"
+                f"{argument}: on cuda:{index}, {properties.name} (sm_{properties.major}{properties.minor}); the "
+                f"kernels are for Hopper (sm_90: H100, H200, GH200); use {instead} there"
             )
         self.index, self.name = index, properties.name
         self.num_sms = properties.multi_processor_count
@@ -88,12 +89,16 @@ _devices: dict[int, Device] = {}
 _lock = threading.Lock()
 
 
-def get(index: int) -> Device:
-    """The device with this index; ValueError where it is no Hopper GPU. The first warns by `other_cuda`."""
+def get(index: int, argument: str = "q", instead: str = SDPA) -> Device:
+    """The device with this index. The first warns by `other_cuda`.
+
+    Raises:
+        ValueError: it is no Hopper GPU; the message says which argument is there, and what to use instead.
+    """
     found = _devices.get(index)
     if found is None:
         with _lock:
-            found = _devices.get(index) or Device(index)
+            found = _devices.get(index) or Device(index, argument, instead)
             if not _devices and (text := other_cuda()):
                 warnings.warn(text, stacklevel=2)
             _devices[index] = found

@@ -1,5 +1,6 @@
 """Attention and its gradients by definition, in float32 or float64: the truth for tests, and what CPU tensors get."""
 
+import math
 from functools import partial
 from itertools import pairwise, product
 
@@ -62,6 +63,31 @@ def attention(
                 o[b, h, part], lse[b, h, part], row_max[b, h, part] = found
     o = o.transpose(1, 2) if layout == "bshd" else o
     return o, lse, *maxima(row_max, return_row_max, return_max_logit)
+
+
+def merge_states(o, lse, *, layout="bhsd", base2=False, dtype=torch.float64):
+    """As `cute_attn.merge_states`, in `dtype`: o and lse of all keys, of states that each have seen some of them."""
+    lse = torch.stack([x.to(dtype) for x in lse])
+    merged = 0
+    for x, share, empty in zip(o, shares(lse, base2), lse.isinf(), strict=True):
+        merged = merged + of_rows(share, layout) * x.to(dtype).masked_fill(of_rows(empty, layout), 0)
+    return merged, (lse.masked_fill(lse.isinf(), -torch.inf) * unit(base2)).logsumexp(0) / unit(base2)
+
+
+def shares(lse, base2):
+    """(k, ...) of lse (k, ...): the states' weights, which together are 1, or 0 where every lse is infinite."""
+    empty = lse.isinf()
+    return (lse.masked_fill(empty, -torch.inf) * unit(base2)).softmax(0).masked_fill(empty, 0)
+
+
+def unit(base2) -> float:
+    """What makes natural logarithms of lse."""
+    return math.log(2) if base2 else 1.0
+
+
+def of_rows(x, layout):
+    """lse's like, (..., H, S) or (..., H, total), beside o."""
+    return (x if layout == "bhsd" else x.transpose(-1, -2)).unsqueeze(-1)
 
 
 def maxima(row_max, return_row_max, return_max_logit, packed=False) -> list[torch.Tensor]:

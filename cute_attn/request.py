@@ -224,10 +224,15 @@ def traced(request: Request) -> bool:
 
     A mode of functions alone, such as torch.device's, records nothing; but that of make_fx's pre_dispatch does.
     """
-    from . import operator
-
     tensors = dict(zip(request.operands.names, request.operands.tensors, strict=True))
     tensors |= {name: x for name, x in features.by_name(request.features).items() if isinstance(x, Tensor)}
+    return recorded(**tensors)
+
+
+def recorded(**tensors) -> bool:
+    """`traced`, of the tensors of any function."""
+    from . import operator
+
     arrays.no_tangents(**tensors)
     if operator.inside():
         return False

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from .config import FwdConfig
 from .flash_fwd_sm90 import FlashFwdSm90
+from .merge_sm90 import MergeConfig, MergeSm90
 
 
 class KernelConfig(Protocol):
@@ -18,7 +19,7 @@ class KernelConfig(Protocol):
         """One value of each argument of the kernel's `__call__`, the stream among them, for its type."""
 
 
-KERNELS: dict[type, Callable[[Any], Callable]] = {FwdConfig: FlashFwdSm90}
+KERNELS: dict[type, Callable[[Any], Callable]] = {FwdConfig: FlashFwdSm90, MergeConfig: MergeSm90}
 
 
 def kernel_of(config: KernelConfig) -> Callable:

@@ -12,6 +12,7 @@ import torch
 
 from cute_attn import call, checks, compile, device, operands, plan, workspace
 from cute_attn.kernels.config import FwdConfig
+from cute_attn.kernels.registry import KernelConfig
 from tests.support import built
 
 from .host import Host
@@ -61,7 +62,7 @@ def _ptx_and_object(build: Callable, symbol: str) -> tuple[str, bytes]:
 
 
 @lru_cache(maxsize=256)
-def get(config: FwdConfig) -> Compiled:
+def get(config: KernelConfig) -> Compiled:
     """In place of `compile.get`."""
 
     def make() -> tuple[str, bytes]:
@@ -80,11 +81,11 @@ def interpreted(
 
     config: what to run, whatever the plan says; kernel: in place of what it is compiled to. seed: of every chance.
     """
-    asked: list[FwdConfig] = []
+    asked: list[KernelConfig] = []
     tile_counters = torch.zeros(1, dtype=torch.int32)
     gpu = SimpleNamespace(index=0, name="NVIDIA H200", num_sms=num_sms, tile_counter=tile_counters.data_ptr)
 
-    def found(wanted: FwdConfig) -> Compiled:
+    def found(wanted: KernelConfig) -> Compiled:
         asked.append(wanted)
         one = kernel or get(wanted)
         one.seed, one.room = seed, num_sms
@@ -94,7 +95,7 @@ def interpreted(
     with contextlib.ExitStack() as stack:
         for where, name, what in (
             (checks.Spec, "of", classmethod(lambda cls, x: of(cls, x)._replace(device=CUDA))),
-            (device, "get", lambda index: gpu),
+            (device, "get", lambda index, *_: gpu),
             (device, "current", lambda: gpu.index),
             (compile, "get", found),
             (call, "known", {}),

@@ -25,6 +25,8 @@ import cutlass
 from cute_attn import compile
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
 from cute_attn.kernels.mask import CausalOfEach
+from cute_attn.kernels.merge_sm90 import ELEMENTS, LSE_LAYOUTS, MergeConfig
+from cute_attn.kernels.registry import KernelConfig
 from cute_attn.mods import prepare
 from cute_attn.plan import EQUAL_HEAD_DIMS, FeatureKey, Problem, kvcache, plan, prebuilt, prebuilt_varlen, varlen
 from cute_attn.tools.benchmark.ablation import configs as stages
@@ -125,8 +127,8 @@ def tiles(c: FwdConfig) -> tuple:
 
 
 @lru_cache(maxsize=1)
-def chosen() -> dict[str, FwdConfig]:
-    """The first kernel of each combination, of each mask and score, and of each way of its tiles, by its name."""
+def chosen() -> dict[str, KernelConfig]:
+    """The first kernel of each combination, of each mask and score, and of each way of its tiles; all merges."""
     seen: set[tuple] = set()
     found = {}
     for config in dict.fromkeys(planned()):
@@ -134,7 +136,12 @@ def chosen() -> dict[str, FwdConfig]:
         if new:
             seen |= new
             found[named(config)] = config
-    return found
+    return found | {config.name: config for config in merges()}
+
+
+def merges() -> Iterator[MergeConfig]:
+    """Of every type and layout, of as many states as usual and of a stack."""
+    yield from (MergeConfig(*kind) for kind in product(ELEMENTS, LSE_LAYOUTS, (0, 2)))
 
 
 def named(c: FwdConfig) -> str:
@@ -143,7 +150,7 @@ def named(c: FwdConfig) -> str:
     return f"{c.name} {c.layout} {c.stages} stages {c.q_stages} of q{' in registers' if c.q_in_regs else ''}{turns}"
 
 
-def fingerprint(config: FwdConfig) -> str:
+def fingerprint(config: KernelConfig) -> str:
     """Of the PTX without comments and without the kernel's name."""
     with tempfile.TemporaryDirectory() as folder:
         with compile.lock:  # nobody runs the machine code

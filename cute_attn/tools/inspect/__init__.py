@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ... import compile
 from ...kernels.config import FwdConfig
 from ...kernels.ping_pong import WARPGROUP
+from ...kernels.registry import KernelConfig
 
 LOOP_WARPGROUP_OPS = 4  # at most: QK and PV are issued in one go each, an arrive and a wait for either
 ELEMENT_BYTES = 2  # of bf16 and fp16
@@ -199,7 +200,7 @@ def bounds(config: FwdConfig, report: StaticReport) -> Bounds:
 
 
 @lru_cache(maxsize=128)
-def build(config: FwdConfig) -> Build:
+def build(config: KernelConfig) -> Build:
     """Compile for inspection; the machine code is the same as `compile.get` runs."""
     nvdisasm = _tool("nvdisasm")
     with tempfile.TemporaryDirectory() as directory:
