@@ -17,7 +17,7 @@ from .integrations import dlpack
 from .operands import Dense, Operands, Ragged, gpu_of
 from .problem import PLAIN
 
-UNKEYED = AttributeError, IndexError, RuntimeError, TypeError  # of `Operands.key`
+UNKEYED = AttributeError, IndexError, RuntimeError, TypeError, ValueError  # of `Operands.key`
 
 
 class Outputs(NamedTuple):
@@ -147,9 +147,9 @@ class Request(NamedTuple):
                 row_max.fill_(-torch.inf)
             asked = asked._replace(row_max=row_max)
         if found.kernel is not None:
-            tensors = (q, k, v, o) if found.plain else self.operands.for_tma(o)
-            arguments = *features.arguments(asked), *self.operands.arguments(o)
             try:
+                tensors = (q, k, v, o) if found.plain else self.operands.for_tma(o)
+                arguments = *features.arguments(asked), *self.operands.arguments(o)
                 found.launch(tensors, lse, scale, arguments)
             except Exception:
                 self.refused(o)

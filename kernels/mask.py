@@ -59,7 +59,7 @@ class CausalOfEach(Mask):
     causal, of_each, name = True, True, "causal_of_each"
 
     def limit(self, row, problem):
-        return cutlass.min(row + 1 + problem.seqlen_k - problem.seqlen_q + problem.slack, problem.seqlen_k)
+        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.slack, 0)  # below 2^31
 
 
 @dataclass(frozen=True)

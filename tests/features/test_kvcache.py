@@ -1,6 +1,7 @@
 """flash_fwd_kvcache: right for every cache, and no row or page is read but the sequences' own."""
 
 from itertools import product
+from math import gcd
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
@@ -13,9 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cute_attn import flash_fwd, flash_fwd_kvcache, kvcache_checks, plan, request, workspace
-from cute_attn.checks import Spec
+from cute_attn.checks import SIZE_MAX, Spec
 from cute_attn.kernels.config import FwdConfig
+from cute_attn.kernels.mask import CausalOfEach
+from cute_attn.kernels.state import SLACK
 from cute_attn.kvcache_operands import Cached
+from cute_attn.plan import EVERY_HEAD_DIM
 from tests.interpreter import interpreted
 from tests.support.attention import DTYPES
 from tests.support.kvcache import NO_PAGES, STORAGE, check, dense, edges, heads_first, interleaved, marked, paged, right
@@ -194,6 +198,7 @@ WRONG = {
     "length float": (dict(cache_seqlens=3.0), TypeError, "cache_seqlens: 3.0 came; an int32 tensor"),
     "length bool": (dict(cache_seqlens=True), TypeError, "cache_seqlens: True came"),
     "length list": (dict(cache_seqlens=[3, 4]), TypeError, r"cache_seqlens: \[3, 4\] came"),
+    "length array": (dict(cache_seqlens=np.array([3, 4])), TypeError, r"cache_seqlens: array\(\[3, 4\]\) came"),
     "length": (
         dict(cache_seqlens=11),
         ValueError,
@@ -347,6 +352,27 @@ def test_a_cache_whose_rows_are_counted_beyond_int32():
     kvcache_checks.caches(large, large, q, True)
 
 
+def test_the_reach_of_a_cache_is_that_of_its_boxes():
+    """Up to behind the last row of the last page, where a coordinate may be; whatever heads lie further away."""
+    q = Spec(torch.Size((1, 1, 1, 64)), (64, 64, 64, 1), torch.float16, torch.device("cpu"))
+    pages = (1 << 27) - 100
+    shape = torch.Size((pages, 16, 1, 8))  # as (rows, pages, heads, d), transposed
+    far = q._replace(shape=shape, stride=(8, 8 * pages, 8, 1))
+    with pytest.raises(ValueError, match=r"k_cache: strides .* reach over \d+ times 8 elements"):
+        kvcache_checks.caches(far, far, q._replace(shape=torch.Size((1, 1, 1, 8))), True)
+    q = q._replace(shape=torch.Size((1, 1, 2, 64)))
+    heads = q._replace(shape=torch.Size((1 << 24, 16, 2, 64)), stride=(1024, 64, 1 << 38, 1))
+    kvcache_checks.caches(heads, heads, q, True)
+
+
+def test_a_sequence_that_is_not_causal_sees_the_last_of_most_keys():
+    """By int32s, that of a row which is no query too: it counts for its tile's blocks."""
+    every, queries = np.int32(SIZE_MAX), np.int32(5)
+    problem = SimpleNamespace(seqlen_q=queries, seqlen_k=every, slack=np.int32(SLACK))
+    with np.errstate(over="raise"):
+        assert all(CausalOfEach().limit(row, problem) == SIZE_MAX for row in np.arange(64, dtype=np.int32))
+
+
 WRONG_WITH_GRADIENTS = dict(q=dict(q=Q.clone().requires_grad_()), v=dict(v_cache=KV.clone().requires_grad_()))
 
 
@@ -480,6 +506,26 @@ def test_a_cache_without_memory_is_another_that_is_not_read(on_a_gpu):
         assert addresses(*caches) == addresses(q, o) == addresses(q_rows, o_rows)
         assert on_a_gpu[-1].arguments[8:-2] == (0, 3, 3, 3, 2, 0, 0, 0, 64, 32)
     assert len(on_a_gpu) == 3
+
+
+@pytest.mark.parametrize("name", ["cache_seqlens", "page_table", "causal"])
+def test_no_vmap_of_a_like_call(name, on_a_gpu):
+    """What is mapped over looks like what has come before."""
+    case = paged([40, 7, 9], 16, seqlen_q=2)
+    given = case.call | dict(causal=int32([1, 0, 1], "cpu"))
+    flash_fwd_kvcache(**given)
+    with pytest.raises(TypeError, match=f"{name}: a tensor inside a transform of torch.func came"):
+        torch.vmap(lambda x: flash_fwd_kvcache(**given | {name: x}))(given[name][None])
+
+
+def test_every_plan_has_a_kernel():
+    """With boxes that TMA writes to whole 128 bytes, of narrow atoms too."""
+    sizes = product(EVERY_HEAD_DIM, EVERY_HEAD_DIM, (None, 1, 2, 48, 256), (False, True), (1, 130))
+    for d, d_v, page_size, causal, longest in sizes:
+        how = dict(head_dim_v=0 if d_v == d else d_v, max_seqlen_q=longest, page_size=page_size)
+        config = plan.kvcache(d, "bf16", causal, **how)
+        rows = min(gcd(2 * columns, 128) * config.cache.box for columns in (config.head_dim, config.columns_v))
+        assert rows % 128 == 0, config.name
 
 
 def test_nothing_to_launch(on_a_gpu):
