@@ -79,6 +79,17 @@ class Window(Mask):
 
 
 @dataclass(frozen=True)
+class WindowOfEach(Window):
+    """With nothing to the right for the sequences whose problem.slack is 0."""
+
+    of_each, name = True, "window_of_each"
+
+    def limit(self, row, problem):
+        right = cutlass.min(problem.args.mask[1], problem.slack)
+        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + right, 0)
+
+
+@dataclass(frozen=True)
 class PackGqaMask(Mask):
     """`mask` where `pack` rows, a power of two, are one query's."""
 

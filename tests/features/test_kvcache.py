@@ -137,6 +137,9 @@ def test_each_sequence_causal_or_not():
     check(case, causal=each, window=(4, 2))
     o, ones = (flash_fwd_kvcache(**case.call, causal=causal) for causal in (True, torch.ones_like(each)))
     assert torch.equal(o, ones)
+    assert torch.equal(o, flash_fwd_kvcache(**case.call, causal=each, window=(None, 0))), "all end at the diagonal"
+    function = torch.compile(flash_fwd_kvcache, fullgraph=True, backend="aot_eager")
+    assert torch.equal(o, function(**case.call, causal=each, window=(None, 0)))
 
 
 def test_as_flash_fwd():
@@ -728,6 +731,30 @@ def test_one_length_and_wild_ones_interpreted():
     with interpreted():
         check(case, causal=True)
         check(wild)
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize(
+    ("d", "d_v", "page_size", "seqlen_q"),
+    [(320, 256, 16, 2), (512, 256, 1, 2), (320, None, 3, 2), (96, 448, 1, 2), (224, None, 5, 130)],
+)
+def test_wide_heads_interpreted(d, d_v, page_size, seqlen_q):
+    """Keys that fewer stages share, and boxes of one row: of two warpgroups' columns, of tiles of many rows."""
+    with interpreted():
+        check(paged([65, 3], page_size, d=d, d_v=d_v, seqlen_q=seqlen_q, heads=2), causal=True)
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+@pytest.mark.parametrize("name", ["plain", "window", "alibi", "both, window"])
+def test_each_causal_or_not_interpreted(name, seqlen_q):
+    """Whose scores differ on both sides of the diagonal, and whose windows end there or beyond."""
+    more = dict(plain={}, window=dict(window=(40, 2)), alibi=cases("cpu")["alibi"]) | functions("cpu")
+    with interpreted():
+        case = paged([65, 3, 63, 0, 33, 130], 16, heads=HEADS, seqlen_q=seqlen_q)
+        check(case, causal=int32([1, 0, 1, 0, 0, 1], "cpu"), **more[name])
 
 
 @interpreter
