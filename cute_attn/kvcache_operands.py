@@ -181,7 +181,7 @@ class Cached(NamedTuple):
     def _of_keys(self) -> tuple[int, int]:
         """page_table and its rows' stride; or cache_batch_idx and cache_leftpad."""
         if self.page_table is not None:
-            return self.page_table.data_ptr(), self.page_table.stride(0)
+            return self.page_table.data_ptr(), self.page_table.stride(0) if self.batch > 1 else 0
         index, leftpad = self.cache_batch_idx, self.cache_leftpad
         return 0 if index is None else index.data_ptr(), 0 if leftpad is None else leftpad.data_ptr()
 

@@ -531,6 +531,14 @@ def test_every_plan_has_a_kernel():
         assert rows % 128 == 0, config.name
 
 
+def test_one_sequence_has_no_distance_to_the_next(on_a_gpu):
+    """Whatever stride its row of page_table has."""
+    case = paged([40], 16)
+    table = case.how["page_table"]
+    flash_fwd_kvcache(**case.call | dict(page_table=table.as_strided(table.shape, (1 << 40, 1))))
+    assert on_a_gpu[-1].arguments[-2:] == (table.data_ptr(), 0)
+
+
 def test_nothing_to_launch(on_a_gpu):
     o = flash_fwd_kvcache(Q[:, :0], KV, KV, cache_seqlens=2)
     assert o.shape == (2, 0, 4, 16) and not hasattr(on_a_gpu[0], "arguments")
@@ -743,6 +751,23 @@ def test_wide_heads_interpreted(d, d_v, page_size, seqlen_q):
     """Keys that fewer stages share, and boxes of one row: of two warpgroups' columns, of tiles of many rows."""
     with interpreted():
         check(paged([65, 3], page_size, d=d, d_v=d_v, seqlen_q=seqlen_q, heads=2), causal=True)
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+def test_rows_of_q_and_out_interpreted(seqlen_q):
+    """Sequences at different distances in q and in out."""
+    case = dense([70, 3, 0], 90, seqlen_q=seqlen_q)
+    sliced = torch.cat((case.q, torch.full_like(case.q, torch.nan)), dim=1)[:, :seqlen_q]
+    expanded = case.q[:1].expand(3, -1, -1, -1)
+    wide = torch.empty(3, seqlen_q + 2, 5, 72).bfloat16()[:, :seqlen_q, :4, :64]
+    heads_before_rows = torch.empty(3, 4, seqlen_q, 64).bfloat16().transpose(1, 2)
+    with interpreted():
+        for q, out in product((case.q, sliced, expanded), (None, wide, heads_before_rows)):
+            o, lse = flash_fwd_kvcache(**case.call | dict(q=q), causal=True, return_lse=True, out=out)
+            assert out is None or o is out
+            right(case._replace(q=q), o, lse, causal=True)
 
 
 @interpreter
