@@ -95,7 +95,7 @@ class Cached(NamedTuple):
             return
         for name, x in self.places.items():
             if isinstance(x, Tensor):
-                arrays.memory(name, x)
+                arrays.real(name, x)
 
     def specs(self) -> tuple[Spec, Spec, Spec, Spec]:
         for name, x in zip(self.names, self.tensors[:3], strict=False):

@@ -521,6 +521,18 @@ def test_no_vmap_of_a_like_call(name, on_a_gpu):
         torch.vmap(lambda x: flash_fwd_kvcache(**given | {name: x}))(given[name][None])
 
 
+@pytest.mark.parametrize("name", ["cache_seqlens", "page_table", "causal"])
+def test_no_fake_tensor_beside_real_ones(name, on_a_gpu):
+    """Whose address is 0, which says that there is none."""
+    case = paged([40, 7, 9], 16, seqlen_q=2)
+    given = case.call | dict(causal=int32([1, 0, 1], "cpu"))
+    fake = FakeTensorMode().from_tensor(given[name])
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"{name}: a .*FakeTensor came beside tensors with memory"):
+            flash_fwd_kvcache(**given | {name: fake})
+        flash_fwd_kvcache(**given)
+
+
 def test_every_plan_has_a_kernel():
     """With boxes that TMA writes to whole 128 bytes, of narrow atoms too."""
     sizes = product(EVERY_HEAD_DIM, EVERY_HEAD_DIM, (None, 1, 2, 48, 256), (False, True), (1, 130))
