@@ -58,6 +58,13 @@ def wraps(x: torch.Tensor) -> bool:
     return x.is_nested or x.data_ptr() == 0 < x.numel()
 
 
+def real(name: str, x: torch.Tensor) -> None:
+    """x is no stand-in of a tracer beside others that are none: its address would be 0."""
+    memory(name, x)
+    if type(x) is not torch.Tensor and _of_a_tracer(x):
+        raise TypeError(f"{name}: a {type_word(x)} came beside tensors with memory; pass all as fake ones, or none")
+
+
 def _of_a_tracer(x) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor

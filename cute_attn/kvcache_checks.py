@@ -105,8 +105,8 @@ def _cache(name: str, x: Spec, q: Spec, paged: bool) -> None:
     if x.device != q.device:
         raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one with .to(device)")
     checks.placed(name, x)
-    unit = as_pages(x.shape, x.stride).unit
-    units = checks.extent(x.dims) // unit
+    (page, row, *_), unit = as_pages(x.shape, x.stride)
+    units = ((x.shape[0] - 1) * page + x.shape[1] * row) // unit  # up to behind the last row: where boxes end
     if units >= UNITS_MAX:
         what = f"strides {x.stride} of shape {tuple(x.shape)} reach over {units} times {unit} elements"
         why = f"the greatest common divisor of its first two; below {UNITS_MAX} are supported"

@@ -10,7 +10,7 @@ from . import arrays, checks, plan, reference
 from . import kvcache_checks as asked
 from .checks import Spec
 from .kernels.config import FwdConfig
-from .kernels.mask import CausalOfEach
+from .kernels.mask import CausalOfEach, WindowOfEach
 from .operands import o_like, specs_of, with_strides
 from .problem import Problem
 
@@ -95,7 +95,7 @@ class Cached(NamedTuple):
             return
         for name, x in self.places.items():
             if isinstance(x, Tensor):
-                arrays.memory(name, x)
+                arrays.real(name, x)
 
     def specs(self) -> tuple[Spec, Spec, Spec, Spec]:
         for name, x in zip(self.names, self.tensors[:3], strict=False):
@@ -142,8 +142,9 @@ class Cached(NamedTuple):
         if gpu is None:
             return None
         p, page_size = problem, None if self.page_table is None else max(self.k.shape[1], 1)
-        longest = self.max_seqlen_q if self.packed else p.seqlen_q
-        key = p.features if self.causal_each is None else p.features.joined(causal_of_each=CausalOfEach())
+        longest, key = self.max_seqlen_q if self.packed else p.seqlen_q, p.features
+        if self.causal_each is not None:
+            key = key.joined(causal_of_each=WindowOfEach() if key.window else CausalOfEach())
         return plan.kvcache(p.head_dim, p.dtype, p.causal, key, gpu, p.head_dim_v, p.ratio, longest, page_size)
 
     def rows(self) -> tuple[int, ...]:
@@ -180,7 +181,7 @@ class Cached(NamedTuple):
     def _of_keys(self) -> tuple[int, int]:
         """page_table and its rows' stride; or cache_batch_idx and cache_leftpad."""
         if self.page_table is not None:
-            return self.page_table.data_ptr(), self.page_table.stride(0)
+            return self.page_table.data_ptr(), self.page_table.stride(0) if self.batch > 1 else 0
         index, leftpad = self.cache_batch_idx, self.cache_leftpad
         return 0 if index is None else index.data_ptr(), 0 if leftpad is None else leftpad.data_ptr()
 

@@ -17,7 +17,7 @@ from .integrations import dlpack
 from .operands import Dense, Operands, Ragged, gpu_of
 from .problem import PLAIN
 
-UNKEYED = AttributeError, IndexError, RuntimeError, TypeError  # of `Operands.key`
+UNKEYED = AttributeError, IndexError, RuntimeError, TypeError, ValueError  # of `Operands.key`
 
 
 class Outputs(NamedTuple):
@@ -147,9 +147,9 @@ class Request(NamedTuple):
                 row_max.fill_(-torch.inf)
             asked = asked._replace(row_max=row_max)
         if found.kernel is not None:
-            tensors = (q, k, v, o) if found.plain else self.operands.for_tma(o)
-            arguments = *features.arguments(asked), *self.operands.arguments(o)
             try:
+                tensors = (q, k, v, o) if found.plain else self.operands.for_tma(o)
+                arguments = *features.arguments(asked), *self.operands.arguments(o)
                 found.launch(tensors, lse, scale, arguments)
             except Exception:
                 self.refused(o)
@@ -199,6 +199,8 @@ def request(operands: Operands, outputs: Outputs, causal, scale, constant_time, 
     if not type(causal) is type(constant_time) is bool:
         arrays.flags(causal=causal, constant_time=constant_time)
     causal, found = features.collect(causal, given)
+    if causal and getattr(operands, "causal_each", None) is not None:
+        operands = operands._replace(causal_each=None)  # by a window that ends at the diagonal all are
     return Request(operands, causal, scale, constant_time, found, outputs)
 
 

@@ -264,8 +264,9 @@ class FwdConfig:
             return make_fake_tensor(ELEMENT[self.dtype], shape, strides, assumed_align=16)
 
         k, v = (cached(d), cached(d_v)) if self.cache else (tensor(h_kv, s_k, d), tensor(h_kv, s_k, d_v))
+        rows_o = cute.sym_int() if self.cache else s_q  # a cache's sequences may lie at other distances in q and in o
         return (
-            *(tensor(h, s_q, d), k, v, tensor(h, s_q, d_v)),
+            *(tensor(h, s_q, d), k, v, tensor(h, rows_o, d_v)),
             *(Int64(0), Int64(0), Float32(1.0), Int32(1)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             *chain(*self.signature()),

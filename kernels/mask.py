@@ -59,7 +59,7 @@ class CausalOfEach(Mask):
     causal, of_each, name = True, True, "causal_of_each"
 
     def limit(self, row, problem):
-        return cutlass.min(row + 1 + problem.seqlen_k - problem.seqlen_q + problem.slack, problem.seqlen_k)
+        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.slack, 0)  # below 2^31
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,17 @@ class Window(Mask):
 
     def limit(self, row, problem):
         return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.args.mask[1], 0)  # below 2^31
+
+
+@dataclass(frozen=True)
+class WindowOfEach(Window):
+    """With nothing to the right for the sequences whose problem.slack is 0."""
+
+    of_each, name = True, "window_of_each"
+
+    def limit(self, row, problem):
+        right = cutlass.min(problem.args.mask[1], problem.slack)
+        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + right, 0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from math import gcd
 
-from ..kernels.config import FwdConfig, KvCache
+from ..kernels.config import SMEM_BYTES, FwdConfig, KvCache
 from ..kernels.grid_split import EqualShares
 from ..problem import Problem
 from .candidates import kernel_dims
@@ -25,10 +25,12 @@ def few_queries(problem: Problem, config: FwdConfig) -> bool:
 def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     """64 rows to a CTA, of which an SM has two where two stages or three of 64 keys, or of 32, leave room for them."""
     few = replace(config, tile_m=64, q_stages=1, pingpong=False, q_in_regs=False, speculative=False)
+    room = SMEM_BYTES - 1024 - 2 * few.head_dim * few.tile_m
     sizes = [
         replace(few, scheduler=EqualShares, tile_n=n, stages=stages, cache=KvCache(n))
         for n in (64, 32)
         for stages in (3, 2)
+        if 2 * stages * n * (few.head_dim + few.d_v) <= room
     ]
     most = TWO_CTAS - (BOUNDS if config.mask.windowed or problem.features.alibi else 0)
     return next((x for x in sizes if x.ctas_per_sm == 2 and x.registers_held <= most), sizes[0])
@@ -51,15 +53,18 @@ def cached(problem: Problem, config: FwdConfig) -> FwdConfig:
     tile_n = keys_of_stage(problem.page, config.tile_n)
     box = box_of(problem.page, tile_n)
     speculative = config.speculative and box == tile_n
-    return replace(_whole_atoms(config, box), tile_n=tile_n, cache=KvCache(box, paged=True), speculative=speculative)
+    changes = dict(tile_n=tile_n, cache=KvCache(box, paged=True), speculative=speculative)
+    return replace(config, **changes | (_whole_atoms(config) if box == 1 else {}))
 
 
-def _whole_atoms(config: FwdConfig, box: int) -> FwdConfig:
-    """Boxes of one row: TMA writes them to whole 128 bytes, which those of head dims with narrower atoms are not."""
-    if box > 1:
-        return config
-    head_dim, head_dim_v = kernel_dims(*(-(-d // 64) * 64 for d in (config.head_dim, config.d_v)))
-    return replace(config, head_dim=head_dim, head_dim_v=head_dim_v)
+def _whole_atoms(config: FwdConfig) -> dict[str, int]:
+    """Boxes of one row: TMA writes them to whole 128 bytes, which those of head dims with narrower atoms are not.
+
+    Of V's columns each warpgroup that shares the rows has an equal part.
+    """
+    sizes = (config.head_dim, 64), (config.d_v, 64 * config.head_dim_splits)
+    head_dim, head_dim_v = kernel_dims(*(-(-d // n) * n for d, n in sizes))
+    return dict(head_dim=head_dim, head_dim_v=head_dim_v)
 
 
 RULES = (

@@ -1,6 +1,7 @@
 """flash_fwd_kvcache: right for every cache, and no row or page is read but the sequences' own."""
 
 from itertools import product
+from math import gcd
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
@@ -13,9 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cute_attn import flash_fwd, flash_fwd_kvcache, kvcache_checks, plan, request, workspace
-from cute_attn.checks import Spec
+from cute_attn.checks import SIZE_MAX, Spec
 from cute_attn.kernels.config import FwdConfig
+from cute_attn.kernels.mask import CausalOfEach
+from cute_attn.kernels.state import SLACK
 from cute_attn.kvcache_operands import Cached
+from cute_attn.plan import EVERY_HEAD_DIM
 from cute_attn.tools import inspect
 from tests.interpreter import interpreted
 from tests.support.attention import DTYPES
@@ -134,6 +138,9 @@ def test_each_sequence_causal_or_not():
     check(case, causal=each, window=(4, 2))
     o, ones = (flash_fwd_kvcache(**case.call, causal=causal) for causal in (True, torch.ones_like(each)))
     assert torch.equal(o, ones)
+    assert torch.equal(o, flash_fwd_kvcache(**case.call, causal=each, window=(None, 0))), "all end at the diagonal"
+    function = torch.compile(flash_fwd_kvcache, fullgraph=True, backend="aot_eager")
+    assert torch.equal(o, function(**case.call, causal=each, window=(None, 0)))
 
 
 def test_as_flash_fwd():
@@ -195,6 +202,7 @@ WRONG = {
     "length float": (dict(cache_seqlens=3.0), TypeError, "cache_seqlens: 3.0 came; an int32 tensor"),
     "length bool": (dict(cache_seqlens=True), TypeError, "cache_seqlens: True came"),
     "length list": (dict(cache_seqlens=[3, 4]), TypeError, r"cache_seqlens: \[3, 4\] came"),
+    "length array": (dict(cache_seqlens=np.array([3, 4])), TypeError, r"cache_seqlens: array\(\[3, 4\]\) came"),
     "length": (
         dict(cache_seqlens=11),
         ValueError,
@@ -348,6 +356,27 @@ def test_a_cache_whose_rows_are_counted_beyond_int32():
     kvcache_checks.caches(large, large, q, True)
 
 
+def test_the_reach_of_a_cache_is_that_of_its_boxes():
+    """Up to behind the last row of the last page, where a coordinate may be; whatever heads lie further away."""
+    q = Spec(torch.Size((1, 1, 1, 64)), (64, 64, 64, 1), torch.float16, torch.device("cpu"))
+    pages = (1 << 27) - 100
+    shape = torch.Size((pages, 16, 1, 8))  # as (rows, pages, heads, d), transposed
+    far = q._replace(shape=shape, stride=(8, 8 * pages, 8, 1))
+    with pytest.raises(ValueError, match=r"k_cache: strides .* reach over \d+ times 8 elements"):
+        kvcache_checks.caches(far, far, q._replace(shape=torch.Size((1, 1, 1, 8))), True)
+    q = q._replace(shape=torch.Size((1, 1, 2, 64)))
+    heads = q._replace(shape=torch.Size((1 << 24, 16, 2, 64)), stride=(1024, 64, 1 << 38, 1))
+    kvcache_checks.caches(heads, heads, q, True)
+
+
+def test_a_sequence_that_is_not_causal_sees_the_last_of_most_keys():
+    """By int32s, that of a row which is no query too: it counts for its tile's blocks."""
+    every, queries = np.int32(SIZE_MAX), np.int32(5)
+    problem = SimpleNamespace(seqlen_q=queries, seqlen_k=every, slack=np.int32(SLACK))
+    with np.errstate(over="raise"):
+        assert all(CausalOfEach().limit(row, problem) == SIZE_MAX for row in np.arange(64, dtype=np.int32))
+
+
 WRONG_WITH_GRADIENTS = dict(q=dict(q=Q.clone().requires_grad_()), v=dict(v_cache=KV.clone().requires_grad_()))
 
 
@@ -481,6 +510,46 @@ def test_a_cache_without_memory_is_another_that_is_not_read(on_a_gpu):
         assert addresses(*caches) == addresses(q, o) == addresses(q_rows, o_rows)
         assert on_a_gpu[-1].arguments[8:-2] == (0, 3, 3, 3, 2, 0, 0, 0, 64, 32)
     assert len(on_a_gpu) == 3
+
+
+@pytest.mark.parametrize("name", ["cache_seqlens", "page_table", "causal"])
+def test_no_vmap_of_a_like_call(name, on_a_gpu):
+    """What is mapped over looks like what has come before."""
+    case = paged([40, 7, 9], 16, seqlen_q=2)
+    given = case.call | dict(causal=int32([1, 0, 1], "cpu"))
+    flash_fwd_kvcache(**given)
+    with pytest.raises(TypeError, match=f"{name}: a tensor inside a transform of torch.func came"):
+        torch.vmap(lambda x: flash_fwd_kvcache(**given | {name: x}))(given[name][None])
+
+
+@pytest.mark.parametrize("name", ["cache_seqlens", "page_table", "causal"])
+def test_no_fake_tensor_beside_real_ones(name, on_a_gpu):
+    """Whose address is 0, which says that there is none."""
+    case = paged([40, 7, 9], 16, seqlen_q=2)
+    given = case.call | dict(causal=int32([1, 0, 1], "cpu"))
+    fake = FakeTensorMode().from_tensor(given[name])
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"{name}: a .*FakeTensor came beside tensors with memory"):
+            flash_fwd_kvcache(**given | {name: fake})
+        flash_fwd_kvcache(**given)
+
+
+def test_every_plan_has_a_kernel():
+    """With boxes that TMA writes to whole 128 bytes, of narrow atoms too."""
+    sizes = product(EVERY_HEAD_DIM, EVERY_HEAD_DIM, (None, 1, 2, 48, 256), (False, True), (1, 130))
+    for d, d_v, page_size, causal, longest in sizes:
+        how = dict(head_dim_v=0 if d_v == d else d_v, max_seqlen_q=longest, page_size=page_size)
+        config = plan.kvcache(d, "bf16", causal, **how)
+        rows = min(gcd(2 * columns, 128) * config.cache.box for columns in (config.head_dim, config.columns_v))
+        assert rows % 128 == 0, config.name
+
+
+def test_one_sequence_has_no_distance_to_the_next(on_a_gpu):
+    """Whatever stride its row of page_table has."""
+    case = paged([40], 16)
+    table = case.how["page_table"]
+    flash_fwd_kvcache(**case.call | dict(page_table=table.as_strided(table.shape, (1 << 40, 1))))
+    assert on_a_gpu[-1].arguments[-2:] == (table.data_ptr(), 0)
 
 
 def test_nothing_to_launch(on_a_gpu):
@@ -726,6 +795,47 @@ def test_one_length_and_wild_ones_interpreted():
     with interpreted():
         check(case, causal=True)
         check(wild)
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize(
+    ("d", "d_v", "page_size", "seqlen_q"),
+    [(320, 256, 16, 2), (512, 256, 1, 2), (320, None, 3, 2), (96, 448, 1, 2), (224, None, 5, 130)],
+)
+def test_wide_heads_interpreted(d, d_v, page_size, seqlen_q):
+    """Keys that fewer stages share, and boxes of one row: of two warpgroups' columns, of tiles of many rows."""
+    with interpreted():
+        check(paged([65, 3], page_size, d=d, d_v=d_v, seqlen_q=seqlen_q, heads=2), causal=True)
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+def test_rows_of_q_and_out_interpreted(seqlen_q):
+    """Sequences at different distances in q and in out."""
+    case = dense([70, 3, 0], 90, seqlen_q=seqlen_q)
+    sliced = torch.cat((case.q, torch.full_like(case.q, torch.nan)), dim=1)[:, :seqlen_q]
+    expanded = case.q[:1].expand(3, -1, -1, -1)
+    wide = torch.empty(3, seqlen_q + 2, 5, 72).bfloat16()[:, :seqlen_q, :4, :64]
+    heads_before_rows = torch.empty(3, 4, seqlen_q, 64).bfloat16().transpose(1, 2)
+    with interpreted():
+        for q, out in product((case.q, sliced, expanded), (None, wide, heads_before_rows)):
+            o, lse = flash_fwd_kvcache(**case.call | dict(q=q), causal=True, return_lse=True, out=out)
+            assert out is None or o is out
+            right(case._replace(q=q), o, lse, causal=True)
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize("seqlen_q", [3, 70])
+@pytest.mark.parametrize("name", ["plain", "window", "alibi", "both, window"])
+def test_each_causal_or_not_interpreted(name, seqlen_q):
+    """Whose scores differ on both sides of the diagonal, and whose windows end there or beyond."""
+    more = dict(plain={}, window=dict(window=(40, 2)), alibi=cases("cpu")["alibi"]) | functions("cpu")
+    with interpreted():
+        case = paged([65, 3, 63, 0, 33, 130], 16, heads=HEADS, seqlen_q=seqlen_q)
+        check(case, causal=int32([1, 0, 1, 0, 0, 1], "cpu"), **more[name])
 
 
 @interpreter
