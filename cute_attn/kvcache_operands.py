@@ -79,6 +79,10 @@ class Cached(NamedTuple):
         k, table = self.k.shape, self.page_table
         return 0 if self.empty else k[1] if table is None else table.shape[1] * k[1]
 
+    def all_causal(self) -> "Cached":
+        """As by a window that ends at the diagonal."""
+        return self._replace(causal_each=None)
+
     def key(self) -> Hashable:
         q, k, v, out, lengths, *places, max_q, each = self
         return (

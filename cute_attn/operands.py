@@ -40,6 +40,9 @@ class Operands(Protocol):
     def layout(self) -> str:
         """As FwdConfig has it."""
 
+    def all_causal(self) -> "Operands":
+        """The same, where all sequences are causal, whatever is asked of each."""
+
     def key(self) -> Hashable:
         """All that decides the kernel and its results' shapes, but for what the compiled call itself holds against q,
         k and v before it launches: out's shape, and every type and device but q's.
@@ -116,6 +119,9 @@ class Dense(NamedTuple):
     @property
     def tensors(self) -> tuple:
         return self.q, self.k, self.v, self.out
+
+    def all_causal(self) -> "Dense":
+        return self
 
     def key(self) -> Hashable:
         return dense_key(self.q, self.k, self.v, self.out, self.layout)
@@ -208,6 +214,9 @@ class Ragged(NamedTuple):
     @property
     def hints(self) -> tuple:
         return self.max_seqlen_q, self.max_seqlen_k
+
+    def all_causal(self) -> "Ragged":
+        return self
 
     def key(self) -> Hashable:
         q, k, v, out, cu_q, cu_k, used_q, used_k, max_q, max_k = self

@@ -199,9 +199,7 @@ def request(operands: Operands, outputs: Outputs, causal, scale, constant_time, 
     if not type(causal) is type(constant_time) is bool:
         arrays.flags(causal=causal, constant_time=constant_time)
     causal, found = features.collect(causal, given)
-    if causal and getattr(operands, "causal_each", None) is not None:
-        operands = operands._replace(causal_each=None)  # by a window that ends at the diagonal all are
-    return Request(operands, causal, scale, constant_time, found, outputs)
+    return Request(operands.all_causal() if causal else operands, causal, scale, constant_time, found, outputs)
 
 
 def seen_before(q, k, v, key: Callable, arguments: tuple, causal: bool, constant_time: bool) -> call.Call | None:

@@ -52,19 +52,18 @@ def cached(problem: Problem, config: FwdConfig) -> FwdConfig:
         return replace(config, cache=KvCache(config.tile_n))
     tile_n = keys_of_stage(problem.page, config.tile_n)
     box = box_of(problem.page, tile_n)
-    speculative = config.speculative and box == tile_n
-    changes = dict(tile_n=tile_n, cache=KvCache(box, paged=True), speculative=speculative)
-    return replace(config, **changes | (_whole_atoms(config) if box == 1 else {}))
+    head_dim, head_dim_v = _whole_atoms(config) if box == 1 else (config.head_dim, config.head_dim_v)
+    dims = replace(config, head_dim=head_dim, head_dim_v=head_dim_v, tile_n=tile_n, cache=KvCache(box, paged=True))
+    return replace(dims, speculative=config.speculative and box == tile_n)
 
 
-def _whole_atoms(config: FwdConfig) -> dict[str, int]:
+def _whole_atoms(config: FwdConfig) -> tuple[int, int]:
     """Boxes of one row: TMA writes them to whole 128 bytes, which those of head dims with narrower atoms are not.
 
     Of V's columns each warpgroup that shares the rows has an equal part.
     """
     sizes = (config.head_dim, 64), (config.d_v, 64 * config.head_dim_splits)
-    head_dim, head_dim_v = kernel_dims(*(-(-d // n) * n for d, n in sizes))
-    return dict(head_dim=head_dim, head_dim_v=head_dim_v)
+    return kernel_dims(*(-(-d // n) * n for d, n in sizes))
 
 
 RULES = (

@@ -24,7 +24,7 @@ import cutlass
 
 from cute_attn import compile
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
-from cute_attn.kernels.mask import CausalOfEach
+from cute_attn.kernels.mask import CausalOfEach, WindowOfEach
 from cute_attn.kernels.merge_sm90 import ELEMENTS, LSE_LAYOUTS, MergeConfig
 from cute_attn.kernels.registry import KernelConfig
 from cute_attn.mods import prepare
@@ -67,6 +67,7 @@ def cache_feature_keys() -> Iterator[FeatureKey]:
     one = [key for key in feature_keys() if len(key) <= 1]
     yield from (key for key in one if not (key.sparse or key.row_max or key.dropout))
     yield FeatureKey(causal_of_each=CausalOfEach())
+    yield FeatureKey(window=True, causal_of_each=WindowOfEach())
     yield FeatureKey(softcap=True, alibi=True, sinks=True)
     yield FeatureKey(window=True, softcap=True, sinks=True)
 
