@@ -234,7 +234,7 @@ class Ragged(NamedTuple):
             return
         for name, x in zip(LENGTHS, self.lengths, strict=True):
             if isinstance(x, Tensor):
-                arrays.memory(name, x)
+                arrays.real(name, x)
 
     def specs(self) -> tuple[Spec, Spec, Spec, Spec]:
         for name, x in zip("qkv", self.tensors, strict=False):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cute_attn import (
     backward,
@@ -234,7 +235,10 @@ def test_sequences_end_with_the_tensors():
 
 Q, KV = torch.zeros(10, 4, 16, dtype=torch.float16), torch.zeros(12, 2, 16, dtype=torch.float16)
 CU_Q, CU_K = int32([0, 4, 10], "cpu"), int32([0, 6, 12], "cpu")
+FAKE = FakeTensorMode().from_tensor(CU_Q)
 WRONG = {
+    "fake": (dict(cu_seqlens_q=FAKE), TypeError, "cu_seqlens_q: a .*FakeTensor came beside tensors with memory"),
+    "fake used": (dict(seqused_k=FAKE), TypeError, "seqused_k: a .*FakeTensor came beside tensors with memory"),
     "q dims": (dict(q=Q[None]), ValueError, r"q: 4 dimensions, .*; 3 are needed: \(total_q, H, D\)"),
     "k dims": (dict(k=KV[0]), ValueError, r"k: 2 dimensions, .*; 3 are needed: \(total_k, Hk, D\)"),
     "type": (dict(q=Q.float(), k=KV.float(), v=KV.float()), TypeError, "q: torch.float32 is not supported"),
