@@ -16,8 +16,7 @@ from cutlass import Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from .layout import not_before
-from .producer import wait_for_stream
-from .state import ELEMENT, address
+from .state import ELEMENT, address, wait_for_stream
 
 ELEMENTS = ELEMENT | {"fp32": Float32}
 LSE_LAYOUTS = {"bhsd": "bhs", "bshd": "bhs", "thd": "ht"}
