@@ -197,16 +197,17 @@ class FwdConfig:
     def _smem_bytes(self, o_tiles: int) -> int:
         rows, keys = self.tile_m, self.stages * self.tile_n
         tiles = 2 * self.head_dim * (self.q_stages * rows + keys) + 2 * self.d_v * (o_tiles * rows + keys)
-        return tiles + (self.split - 1) * self._part_bytes + 1024  # barriers, the tile slots, and alignment
+        return tiles + (self.split - 1) * self.part_bytes + 1024  # barriers, the tile slots, and alignment
 
     @property
-    def _part_bytes(self) -> int:
+    def part_bytes(self) -> int:
+        """Of what a CTA has of a tile that it shares."""
         return 4 * 64 * (self.d_v + 8)
 
     @property
     def split_max(self) -> int:
         """CTAs that may share the keys of a tile which one has to itself now: what the others send must fit."""
-        return 1 + (SMEM_BYTES - self._smem_bytes(o_tiles=0)) // self._part_bytes
+        return 1 + (SMEM_BYTES - self._smem_bytes(o_tiles=0)) // self.part_bytes
 
     @property
     def shares(self) -> bool:
@@ -224,11 +225,6 @@ class FwdConfig:
         if self.shares:
             return 2 if 2 * (self.smem_bytes + 1024) <= SMEM_BYTES + 1024 else 1
         return 1 if self.d_v < self.head_dim else 0  # or ptxas ignores setmaxnreg: O has few columns
-
-    @property
-    def part_bytes(self) -> int:
-        """Of what a CTA has of a tile that it shares."""
-        return self._part_bytes
 
     def workspace_bytes(self, num_sms: int, heads: int, heads_kv: int) -> int:
         """That a launch needs; 0: none. For the parts of tiles, and 64 bytes to say of which."""
