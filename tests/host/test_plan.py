@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cute_attn import plan as room
-from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, SparseBlocks
+from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, KvCache, SparseBlocks
 from cute_attn.kernels.mask import Causal, Window
 from cute_attn.kernels.score import Alibi, Softcap
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
-from cute_attn.plan import FeatureKey, Problem, plan, prebuilt
+from cute_attn.kernels.varlen_scheduler import VarlenScheduler
+from cute_attn.plan import FeatureKey, Problem, kvcache, plan, prebuilt
 from tests.host import plans
 
 PROBLEMS = st.builds(
@@ -32,6 +33,16 @@ PROBLEMS = st.builds(
     constant_time=st.booleans(),
     features=st.sampled_from([FeatureKey(), FeatureKey(window=True)]),
     head_dim_v=st.just(0),
+    page=st.none(),
+)
+CACHED = st.builds(
+    kvcache,
+    head_dim=st.integers(1, 64).map(lambda n: 8 * n),
+    dtype=st.sampled_from(["bf16", "fp16"]),
+    causal=st.booleans(),
+    ratio=st.sampled_from([1, 2, 3, 8, 71]),
+    max_seqlen_q=st.none() | st.integers(0, 5000),
+    page_size=st.none() | st.integers(1, 300),
 )
 
 
@@ -82,6 +93,14 @@ def test_few_tiles_reach_more_sms():
     assert plan(Problem(1, 265, 265, 64, 512, 64)).tile_m == 256
 
 
+@given(config=CACHED)
+def test_a_cache_kernel_for_whatever_comes(config):
+    """TMA has a lane for each box, and boxes of one row end at 128 bytes."""
+    assert config.cache and config.cache_boxes <= 32
+    assert config.cache.box > 1 or config.head_dim % 64 == 0 == config.columns_v % 64
+    assert config.smem_bytes <= SMEM_BYTES
+
+
 def test_the_config_is_the_compile_key():
     """Each field makes another key, and prints, since the disk cache's key is the printed config."""
     base = FwdConfig(128)
@@ -89,11 +108,17 @@ def test_the_config_is_the_compile_key():
     others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, speculative=True)
     others |= dict(constant_time=True, timeline=True, overlap=False)
     others |= dict(score=Softcap(), sinks=True, dropout=True, row_max=True, sparse=SparseBlocks(128, 128, True), pack=8)
-    others |= dict(head_dim_v=64)
+    others |= dict(head_dim_v=64, cache=KvCache(64))
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
-    bases = {name: few if name == "split" else base for name in others}
-    configs = [base, few, *(dataclasses.replace(bases[name], **{name: value}) for name, value in others.items())]
+    varlen = FwdConfig(128, layout="thd", scheduler=VarlenScheduler)
+    bases = dict.fromkeys(others, base) | dict(split=few, cache=varlen)
+    configs = [
+        base,
+        few,
+        varlen,
+        *(dataclasses.replace(bases[name], **{name: value}) for name, value in others.items()),
+    ]
     assert len({repr(c) for c in configs}) == len(set(configs)) == len(configs)
 
 
