@@ -53,16 +53,6 @@ class Causal(Mask):
 
 
 @dataclass(frozen=True)
-class CausalOfEach(Mask):
-    """Causal for the sequences whose problem.slack is 0; that of the others is beyond all keys."""
-
-    causal, of_each, name = True, True, "causal_of_each"
-
-    def limit(self, row, problem):
-        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.slack, 0)  # below 2^31
-
-
-@dataclass(frozen=True)
 class Window(Mask):
     """Query i sees the keys from i - left to i + right, aligned to the last key; problem.args.mask is (left, right)."""
 
@@ -76,6 +66,16 @@ class Window(Mask):
 
     def limit(self, row, problem):
         return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.args.mask[1], 0)  # below 2^31
+
+
+@dataclass(frozen=True)
+class CausalOfEach(Mask):
+    """Causal for the sequences whose problem.slack is 0; that of the others is beyond all keys."""
+
+    causal, of_each, name = True, True, "causal_of_each"
+
+    def limit(self, row, problem):
+        return problem.seqlen_k + cutlass.min(row + 1 - problem.seqlen_q + problem.slack, 0)  # below 2^31
 
 
 @dataclass(frozen=True)

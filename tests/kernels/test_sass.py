@@ -135,8 +135,10 @@ def test_a_kernel_that_spills_is_reported():
 
 # The checker on text written by hand: a kernel of two loops, the edge loop with a mask. A barrier is polled behind the
 # end, and the steady loop may skip the rescale of O.
-LOG = """
+NAME = FwdConfig(64).name
+LOG = f"""
 \x1b[96mremark[ptxas info]:\x1b[0m ptxas output: ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{NAME}_cutlass_0' for 'sm_90a'
 ptxas         .     0 bytes stack frame, 0 bytes spill
           stores, 0 bytes spill loads
 ptxas info    : Used 168 registers, used 16 barriers
@@ -149,7 +151,7 @@ HGMMA.64x64x16.F32.BF16 R88, R152, gdesc[UR20].tnspB, R88, gsb0 ;
 WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
 """
 SASS = f"""
-.text.kernel:
+.text.{NAME}_cutlass_0:
 UTMALDG.4D [UR8], [UR4] ;
 USETMAXREG.DEALLOC.CTAPOOL 0x18 ;
 USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;
@@ -249,6 +251,19 @@ def test_crafted_problem_in_the_code(old, new, problem):
 def test_crafted_problem_in_the_log(old, new, problems):
     assert old in LOG
     assert crafted(log=LOG.replace(old, new)).problems() == problems
+
+
+def test_crafted_kernels_of_one_config():
+    """The code and the registers are the forward's, spills those of both."""
+    other = f".text.{NAME}_combine_cutlass_1:\nHGMMA.64x64x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT, gsb0 ;\nEXIT ;"
+    log = (
+        LOG.replace(NAME, f"{NAME}_combine").replace("168", "70").replace("0 bytes spill loads", "4 bytes spill loads")
+    )
+    alone = crafted()
+    for sass, text in ((f"\n{other}{SASS}", log + LOG), (f"{SASS}{other}", LOG + log)):
+        both = crafted(sass, text)
+        assert both.problems() == ["spills: 0 bytes stored, 4 loaded"]
+        assert (both.wgmma, both.loops, both.registers_at_launch) == (alone.wgmma, alone.loops, 168)
 
 
 def test_a_silent_ptxas_is_no_healthy_kernel():

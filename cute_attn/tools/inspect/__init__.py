@@ -235,7 +235,7 @@ def read(config: FwdConfig, build: Build) -> StaticReport:
     """Judge what the tools said: of the forward kernel, and what all kernels of the config spill."""
     used = re.search(_USED.format(re.escape(config.name)), build.log)
     if not used:
-        raise RuntimeError(f"ptxas: no registers of {config.name} in its log: {build.log!r}")
+        raise RuntimeError(f"ptxas: no registers and spills of {config.name} in its log: {build.log!r}")
     stack, stores, loads = _frames(build.log)
     code = parse(_section(build.sass, config.name))
     kinds = [x.opcode.split(".")[0] for x in code]
