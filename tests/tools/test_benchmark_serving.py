@@ -278,7 +278,7 @@ def test_a_replay_that_does_nothing_is_wrong(scripts, caches, setup, monkeypatch
     assert found[1]["mode"] == "graph" and found[1]["reason"] == "wrong (NaN or inf in the output)"
 
 
-# Contenders
+# Implementations
 
 
 def reasons(scripts, spec, setup):
@@ -337,10 +337,10 @@ class Operator:
 @pytest.mark.parametrize(("page", "keys", "made"), [(0, 24, 0), (0, (9, 5, 24), 1), (8, (9, 5, 24), 1)])
 def test_operators_of_flash_attention_3_are_called_right(scripts, caches, monkeypatch, page, keys, made):
     """Metadata where there are lengths, made once before the calls."""
-    contenders, cache = scripts.serving_implementations, caches.build(small(caches, page, keys), CPU)
+    implementations, cache = scripts.serving_implementations, caches.build(small(caches, page, keys), CPU)
     for metadata in (True, False):
         monkeypatch.setattr(torch.ops, "standin", operator := Operator(), raising=False)
-        prepared = contenders.fa3_operator("standin", metadata, cache)
+        prepared = implementations.fa3_operator("standin", metadata, cache)
         outputs = [prepared.bhsd(prepared.call.run()) for _ in range(2)]
         assert all(caches.CacheTruth(cache).errors(o)[1] < 1e-2 for o in outputs)
         assert len(operator.metadata) == made * metadata
