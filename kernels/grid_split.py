@@ -83,6 +83,12 @@ class EqualShares(Static):
     """`min_blocks` to a run at least, or fewer CTAs than there are have one."""
 
     varlen, shares, tile, name, min_blocks = True, True, SharedTile, "shares", 2
+    tile_bytes = 4 * FIELDS  # of a tile in the workspace
+
+    @staticmethod
+    def rows(heads, room):
+        """Of CTAs, for which the GPU has room. The host's workspace is by this too."""
+        return cutlass.max(room // heads, 1)
 
 
 def over(a, b):
@@ -115,16 +121,11 @@ def place_of(row, first_row, head, problem: Problem):
     return 2 * (row * problem.grid.heads + head) + Int32(row == first_row)
 
 
-def rows_of_ctas(heads, room):
-    """How many rows the GPU has room for."""
-    return cutlass.max(room // heads, 1)
-
-
 class SharedCached(Cached):
     """The tiles of a CTA are those of its run."""
 
     def clusters(self, grid, room):
-        return rows_of_ctas(grid.heads, room * self.config.ctas_per_sm) * grid.heads
+        return self.config.scheduler.rows(grid.heads, room * self.config.ctas_per_sm) * grid.heads
 
     def place(self, problem: Problem) -> Place:
         """Known before the lengths are."""
@@ -272,5 +273,9 @@ class GridSplit(NoSplit):
 
     def _tile(self, block, ctas, problem: Problem):
         """Where a CTA's word to `Combine` lies, behind all parts."""
-        begin = problem.args.split[0] + Int64(ctas) * (2 * self.config.part_bytes) + block * (4 * FIELDS)
+        begin = (
+            problem.args.split[0]
+            + Int64(ctas) * (2 * self.config.part_bytes)
+            + block * self.config.scheduler.tile_bytes
+        )
         return cute.make_tensor(int32_at(begin), FIELDS)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cute_attn.kernels.grid_split import EqualShares, begin_of, row_of, rows_of_ctas, rows_with_runs
+from cute_attn.kernels.grid_split import EqualShares, begin_of, row_of, rows_with_runs
 
 
 class Share(NamedTuple):
@@ -75,5 +75,5 @@ def test_runs_are_not_shorter_than_worth_their_merge(total, rows):
 
 @given(heads=st.integers(1, 200), room=st.integers(1, 264))
 def test_every_head_has_a_cta_in_each_row(heads, room):
-    rows = rows_of_ctas(heads, room)
+    rows = EqualShares.rows(heads, room)
     assert rows >= 1 and (rows == 1 or rows * heads <= room)
