@@ -22,9 +22,6 @@ class NoSplit(Part):
     def loaded(self):
         """Where the producer warpgroup is done."""
 
-    def announce(self, tile: Tile, problem: Problem):
-        """By the MMA warpgroups, when they know a CTA's first tile."""
-
     def send(self, w: Warpgroup, tile: Tile):
         """To whom stores the tile."""
 

@@ -1,23 +1,31 @@
 """The second kernel of a split over the grid: merges the parts of a tile, and writes O and LSE.
 
-A CTA is for a place of the workspace where a tile may be announced, and for 32 columns of O. Its threads hold rows and
-columns as those did that wrote the parts, so the softmax's `merge` and the epilogue are the forward's.
+A CTA is for the tile whose last part a CTA of the forward had, for 16 of its rows and 32 columns of O. Its warps share
+the parts. Their threads hold rows and columns as those did that wrote the parts, so the softmax's `merge` and the
+epilogue are the forward's.
 """
+
+from functools import reduce
+from operator import or_
 
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import Float32, Int32, cute
+from cutlass.memory import SmemAllocator
 
 from .config import FwdConfig
 from .epilogue import Epilogue
-from .grid_split import place_of
-from .layout import acc_mn
+from .grid_split import SharedTile, over, place_of
+from .layout import acc_mn, not_before
 from .parts import Parts
-from .ping_pong import WARPGROUP
 from .split_head_dim import NOBODY, WholeHeadDim
 from .state import ROWS, Frag, Gmem, Problem, Tiling, Warpgroup, wait_for_stream
 
-COLUMNS = 32  # of a CTA: four threads of a row store 16 bytes each
+COLUMNS = 32  # of a CTA: the four threads of a row store 16 bytes each
+GROUP = 16  # rows: those of a warp of the MMA warpgroup
+WARPS = 4
+AT_ONCE = 4  # parts that a warp reads
+OWN = COLUMNS // 2 + 4  # float32s of a thread: of two rows a quarter of the columns, the running max and the sum
 
 
 class Columns(WholeHeadDim):
@@ -38,35 +46,65 @@ class Columns(WholeHeadDim):
 
 class Combine:
     def __init__(self, config: FwdConfig, parts: Parts):
-        self.config, self.split = config, parts.split
+        self.config, self.split, self.sequences = config, parts.split, parts.sequences
         self.parts = parts._replace(head_dim=Columns(config))
         self.epilogue = Epilogue(config, self.parts)
 
     @property
     def slices(self) -> int:
-        """CTAs to a tile."""
+        """Of columns."""
         return self.config.d_v // COLUMNS
 
     @cute.jit
     def launch(self, gmem: Gmem, problem: Problem, tiling: Tiling, ctas: Int32, stream: cuda.CUstream):
         """Behind the forward kernel of so many CTAs."""
+        rows = cutlass.min(problem.grid.q.length, ROWS) * self.config.pack  # of a tile, at most
+        groups = cutlass.min(cute.ceil_div(rows, GROUP), ROWS // GROUP)
         self.kernel.set_name_prefix(f"{self.config.name}_combine", keep_mangled_name=False)
-        self.kernel(gmem, problem, tiling).launch(
-            grid=(ctas * self.slices, 1, 1), block=(WARPGROUP, 1, 1), stream=stream, use_pdl=True
+        self.kernel(gmem, problem, tiling, groups).launch(
+            grid=(ctas * groups * self.slices, 1, 1), block=(32 * WARPS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
-    def kernel(self, gmem: Gmem, problem: Problem, tiling: Tiling):
-        wait_for_stream()
-        block, ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0] // self.slices
-        tile = self.split.announced(block // self.slices, ctas, problem)
-        if tile.valid:
-            own = self.parts.sequences.problem_of(tile, problem)
-            self.tile(Warpgroup(gmem, None, None, tiling, own, self.fragments(block % self.slices, tiling, own)), tile)
+    def kernel(self, gmem: Gmem, problem: Problem, tiling: Tiling, groups: Int32):
+        """The forward has waited for the lengths before it let this kernel begin, so they are read beside it."""
+        alloc = SmemAllocator()
+        shared = alloc.allocate_tensor(Int32, cute.make_layout(len(SharedTile._fields)), 16)
+        sums = alloc.allocate_tensor(Float32, cute.make_layout((OWN, 32, WARPS - 1)), 16)
+        block, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
+        whose, columns = over(block, self.slices), block % self.slices
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
+            self._find(shared, over(whose, groups), groups * self.slices, problem)
+        cute.arch.sync_threads()
+        tile = SharedTile(*(cute.arch.make_warp_uniform(shared[i]) for i in range(len(SharedTile._fields))))
+        own = self.sequences.problem_of(tile, problem)
+        frag = self._fragments(columns, whose % groups * 32 + thread % 32, tiling, own)
+        w = Warpgroup(gmem, None, None, tiling, own, frag)
+        rows, some = self._rows(w, tile)
+        queries = some & (tile.valid != 0)
+        if queries | (block == 0):  # or this kernel might end before the forward
+            self._wait(rows)
+            if queries:
+                self._tile(w, tile, rows, sums)
 
-    def fragments(self, columns, tiling: Tiling, problem: Problem) -> Frag:
-        """A thread's rows of O, by so many columns."""
-        c, thread = self.config, cute.arch.thread_idx()[0]
+    @cute.jit
+    def _find(self, shared: cute.Tensor, block: Int32, of_each: Int32, problem: Problem):
+        """By one warp: the tile of a block of the forward, for which this kernel has so many."""
+        ctas = over(cute.arch.grid_dim()[0], of_each)
+        tile = self.sequences.merged(self.sequences.place_of(block, ctas, problem), problem)
+        with cute.arch.elect_one():
+            for i in cutlass.range_constexpr(len(tile)):
+                shared[i] = Int32(tile[i])
+
+    @cute.jit
+    def _wait(self, rows: list):
+        """On a condition that always holds, so that ptxas does not leave for later what they need."""
+        if rows[0] + rows[1] >= 0:
+            wait_for_stream()
+
+    def _fragments(self, columns, thread, tiling: Tiling, problem: Problem) -> Frag:
+        """Of a thread of the MMA warpgroup, by so many columns."""
+        c = self.config
         thr = tiling.mma_qk.get_slice(thread)
         cS = acc_mn(thr.partition_C(cute.make_identity_tensor((ROWS, c.tile_n))))  # (rows, cols)
         acc_O = cute.make_rmem_tensor(((2, 2, COLUMNS // 8), 1, 1), Float32)
@@ -74,33 +112,101 @@ class Combine:
         softmax = self.parts.softmax.state.create(scale_log2, 2)
         return Frag(columns, thread, None, None, None, None, acc_O, softmax, cS)
 
+    def _rows(self, w: Warpgroup, tile):
+        """Which a thread reads: in place of those that are no queries its warp's first, which then is one, or none is."""
+        queries = [self.split.is_query(w, tile, r) for r in range(2)]
+        rows = [w.frag.cS[r, 0][0] for r in range(2)]
+        rows = [cutlass.select_(query, row, row // GROUP * GROUP) for query, row in zip(queries, rows, strict=True)]
+        return rows, cute.arch.vote_any_sync(queries[0] | queries[1])
+
     @cute.jit
-    def tile(self, w: Warpgroup, tile):
-        """All parts, from the first keys on."""
+    def _tile(self, w: Warpgroup, tile, rows: list, sums: cute.Tensor):
+        """Each warp its parts, then the first one what all have."""
         w.frag.softmax.reset()
         w.frag.acc_O.fill(0.0)
-        for r in cutlass.range_constexpr(2):
-            query = self.split.is_query(w, tile, r)
-            if cute.arch.vote_any_sync(query):
-                whose = self._whose(w, r, query)
-                for row in cutlass.range(tile.first_row, tile.last_row + 1, unroll=4):  # loads in flight
-                    self.add(w, tile, row, r, whose)
-        self.epilogue.store(w, tile)
+        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+        for first in cutlass.range(tile.first_row + warp, tile.last_row + 1, WARPS * AT_ONCE, unroll=1):
+            self._add_some(w, tile, first, rows)
+        if warp > 0:
+            cute.autovec_copy(self._sum(w), sums[None, lane, warp - 1])
+        cute.arch.sync_threads()
+        if warp == 0:
+            self._add(w, [self._loaded(sums[None, lane, i]) for i in range(WARPS - 1)])
+            self.epilogue.store(w, tile)
 
-    def _whose(self, w: Warpgroup, r: int, query):
-        """Thread and row to read from: of a row that is no query those of the warp's first, which then is one."""
-        thread = w.frag.thread
-        return cutlass.select_(query, thread, thread - thread % 32 // 4 * 4), cutlass.select_(query, Int32(r), Int32(0))
+    @cute.jit
+    def _add_some(self, w: Warpgroup, tile, first: Int32, rows: list):
+        """So many of a warp's parts, all of them on their way before one is used: ptxas would save registers."""
+        parts = [self._part(w, tile, first + WARPS * i, rows) for i in range(AT_ONCE)]
+        words = [cute.recast_tensor(part, Int32) for part in parts]
+        last = not_before([reduce(or_, (x[i] for x in words for i in range(OWN)))], tile.last_row)
+        for i in cutlass.range_constexpr(1, AT_ONCE):
+            for r in cutlass.range_constexpr(2):
+                softmax = self._views(parts[i], r)[1]
+                there = first + WARPS * i <= last
+                softmax[0], softmax[1] = (softmax[0] if there else -Float32.inf), (softmax[1] if there else Float32(0.0))
+        self._add(w, parts)
 
-    def add(self, w: Warpgroup, tile, row: Int32, r: int, whose):
-        """A part of a thread's r-th row."""
-        f, place = w.frag, place_of(row, tile.first_row, tile.head, w.problem)
-        part = self.split.part(place, w.problem, *whose)  # (2, d_v / 8 + 1)
-        O, state = cute.make_rmem_tensor((2, COLUMNS // 8), Float32), cute.make_rmem_tensor(2, Float32)
-        own = cute.local_tile(part, (2, COLUMNS // 8), (0, f.wg))
-        cute.autovec_copy(own, O)
-        cute.autovec_copy(part[None, self.config.d_v // 8], state)
-        keep, add = f.softmax.merge(r, state[0], state[1], self.config.margin)
-        mine = acc_mn(f.acc_O)[r, None]  # (cols,)
-        theirs = cute.make_tensor(O.iterator, cute.make_layout(mine.shape))
-        mine.store(mine.load() * keep + theirs.load() * add)
+    def _part(self, w: Warpgroup, tile, whose, rows: list) -> cute.Tensor:
+        """What a thread reads of one; beyond the last, of that again."""
+        place = place_of(cutlass.min(whose, tile.last_row), tile.first_row, tile.head, w.problem)
+        part = cute.make_rmem_tensor(OWN, Float32)
+        for r, row in enumerate(rows):
+            O, softmax = self.split.part(place, row, w.frag.thread % 4, w.problem)
+            its_O, its_softmax = self._views(part, r)
+            cute.autovec_copy(cute.local_tile(O, its_O.shape, (0, w.frag.wg)), its_O)
+            cute.autovec_copy(softmax, its_softmax)
+        return part
+
+    def _sum(self, w: Warpgroup) -> cute.Tensor:
+        """What a thread has found, like a part."""
+        own, f = cute.make_rmem_tensor(OWN, Float32), w.frag
+        for r in range(2):
+            O, softmax = self._views(own, r)
+            for i in range(cute.size(O)):
+                O[i] = acc_mn(f.acc_O)[r, i]
+            softmax[0], softmax[1] = f.softmax.running_max[r], f.softmax.row_sum[r]
+        return own
+
+    def _loaded(self, t: cute.Tensor) -> cute.Tensor:
+        own = cute.make_rmem_tensor(OWN, Float32)
+        cute.autovec_copy(t, own)
+        return own
+
+    def _views(self, own: cute.Tensor, r: int):
+        """Of a row of what a thread reads: O (4, columns / 16), and its running max and sum (2,)."""
+        n = COLUMNS // 4
+        O = cute.make_tensor(own.iterator + r * n, cute.make_layout((4, n // 4)))
+        return O, cute.make_tensor(own.iterator + (2 * n + 2 * r), cute.make_layout(2))
+
+    @cute.jit
+    def _add(self, w: Warpgroup, parts: list):
+        """Those whose rows have running maxima at once; one that is anchored is merged alone."""
+        softmax = w.frag.softmax
+        maxima = [self._views(part, r)[1][0] for part in parts for r in range(2)]
+        maxima += [softmax.running_max[r] for r in range(2)]
+        if cute.arch.vote_any_sync(reduce(or_, (x != x for x in maxima))):
+            for i in cutlass.range_constexpr(len(parts)):
+                self._add_any(w, parts[i])
+        else:
+            self._add_plain(w, parts)
+
+    def _add_any(self, w: Warpgroup, part: cute.Tensor):
+        for r in range(2):
+            O, softmax = self._views(part, r)
+            keep, add = w.frag.softmax.merge(r, softmax[0], softmax[1], self.config.margin)
+            self._scale_and_add(w, r, keep, [O], [add])
+
+    def _add_plain(self, w: Warpgroup, parts: list):
+        for r in range(2):
+            rows = [self._views(part, r) for part in parts]
+            keep, *factors = w.frag.softmax.merge_plain(r, [x[0] for _, x in rows], [x[1] for _, x in rows])
+            self._scale_and_add(w, r, keep, [O for O, _ in rows], factors)
+
+    def _scale_and_add(self, w: Warpgroup, r: int, keep, others: list, factors: list):
+        mine = acc_mn(w.frag.acc_O)[r, None]  # (cols,)
+        for i in range(cute.size(mine)):
+            total = mine[i] * keep
+            for O, factor in zip(others, factors, strict=True):
+                total = cute.math.fma(O[i], factor, total)
+            mine[i] = total

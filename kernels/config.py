@@ -227,12 +227,11 @@ class FwdConfig:
         return 1 if self.d_v < self.head_dim else 0  # or ptxas ignores setmaxnreg: O has few columns
 
     def workspace_bytes(self, num_sms: int, heads: int, heads_kv: int) -> int:
-        """That a launch needs; 0: none. For the parts of tiles, and to say of which."""
+        """That a launch needs, for the parts of tiles; 0: none."""
         if not self.shares:
             return 0
         packs = heads_kv * -(-(heads // heads_kv) // self.pack) if self.pack > 1 else heads
-        ctas = self.scheduler.rows(packs, num_sms * self.ctas_per_sm) * packs
-        return ctas * (2 * self.part_bytes + self.scheduler.tile_bytes)
+        return self.scheduler.rows(packs, num_sms * self.ctas_per_sm) * packs * 2 * self.part_bytes
 
     @property
     def varlen(self) -> bool:

@@ -204,7 +204,6 @@ class FlashFwdSm90:
         kv_state, done = nth(Int32(0), c.stages), Int32(0)  # tiles
         self.mainloop.turns.start(f.wg)
         tile = consume(smem, pipes, nth(done, 2), self.parts.blocks.tile_type)
-        self.parts.split.announce(tile, problem)
         while tile.valid:
             w = Warpgroup(gmem, smem, pipes, tiling, self.parts.sequences.problem_of(tile, problem), f)
             q_state = nth(done, c.q_stages)

@@ -3,7 +3,7 @@
 A row of CTAs, one for each head, takes a run of key blocks, all runs equal to within a block: Stream-K (Osama et al.,
 arXiv:2301.03598) over the sequences' blocks. The heads of a row walk through the same keys at once, since a cache has
 them side by side. Of a run's tiles at most the two at its ends are shared with other rows. A CTA writes what it has of
-these to the workspace, in float32, and `Combine` adds the parts up in the keys' order: results do not depend on time.
+these to the workspace, in float32, and `Combine` adds the parts up in one order: results do not depend on time.
 """
 
 from typing import Any, NamedTuple
@@ -18,13 +18,9 @@ from .kv_cache import Cached
 from .layout import acc_mn
 from .mask import Blocks
 from .pack_gqa import OneHead
-from .ping_pong import WARPGROUP
-from .seqlen import int32_at
 from .state import ROWS, Gmem, Problem, Warpgroup, wait_for_stream
 from .tile_scheduler import Static
 from .varlen_scheduler import LANES, running_sum
-
-FIELDS = 16  # int32s of a tile in the workspace
 
 
 class SharedTile(NamedTuple):
@@ -83,7 +79,6 @@ class EqualShares(Static):
     """`min_blocks` to a run at least, or fewer CTAs than there are have one."""
 
     varlen, shares, tile, name, min_blocks = True, True, SharedTile, "shares", 2
-    tile_bytes = 4 * FIELDS  # of a tile in the workspace
 
     @staticmethod
     def rows(heads, room):
@@ -129,7 +124,10 @@ class SharedCached(Cached):
 
     def place(self, problem: Problem) -> Place:
         """Known before the lengths are."""
-        (block, _, _), (ctas, _, _), heads = cute.arch.block_idx(), cute.arch.grid_dim(), problem.grid.heads
+        return self.place_of(cute.arch.block_idx()[0], cute.arch.grid_dim()[0], problem)
+
+    def place_of(self, block, ctas, problem: Problem) -> Place:
+        heads = problem.grid.heads
         row = over(block, heads)
         head = block - row * heads
         return Place(row, over(ctas, heads), head, over(head, problem.group))
@@ -202,6 +200,13 @@ class SharedCached(Cached):
         part = cutlass.select_(first == last, Int32(-1), place_of(tile.row, first, tile.head, problem))
         return tile._replace(first_row=first, last_row=last, part=part)
 
+    def merged(self, place: Place, problem: Problem) -> SharedTile:
+        """The tile whose last part is this CTA's, if others have some of it: the first of the run."""
+        run = self.first(problem, place)
+        tile = self.completed(self.decode(run, problem, place), run, problem)
+        ends = tile.valid & (tile.first_row < tile.row) & (tile.last_row == tile.row)
+        return tile._replace(valid=ends)
+
     def upcoming(self, run: Run, tile: SharedTile, gmem: Gmem, problem: Problem) -> Run:
         return self._seek(run._replace(block=run.block + (tile.end - tile.first)), problem)
 
@@ -220,27 +225,11 @@ class SharedRange(Range):
 
 
 class GridSplit(NoSplit):
-    """A CTA writes its parts to its places in the workspace, and there is one for a tile that `Combine` is to merge."""
+    """A CTA writes its parts to its places in the workspace."""
 
     def __init__(self, config, rows: OneHead):
         super().__init__(config)
         self.rows = rows
-
-    @cute.jit
-    def announce(self, tile: SharedTile, problem: Problem):
-        """What `Combine` has to do: the CTA with the last part of a tile says so."""
-        block, ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        ends = tile.valid & (tile.first_row < tile.row) & (tile.last_row == tile.row)
-        at = self._tile(block, ctas, problem)
-        tile = tile._replace(valid=ends)
-        if cute.arch.thread_idx()[0] == 0:
-            for i in cutlass.range_constexpr(len(tile)):
-                at[i] = Int32(tile[i])
-
-    def announced(self, block, ctas, problem: Problem) -> SharedTile:
-        at = self._tile(block, ctas, problem)
-        tile = SharedTile(*(at[i] for i in range(len(SharedTile._fields))))
-        return tile._replace(valid=tile.valid != 0)
 
     @cute.jit
     def send(self, w: Warpgroup, tile: SharedTile):
@@ -250,11 +239,13 @@ class GridSplit(NoSplit):
             for r in cutlass.range_constexpr(2):
                 if self.is_query(w, tile, r):
                     n = cute.size(O, mode=[1])
-                    values = cute.make_rmem_tensor((2, n // 2 + 1), Float32)
+                    values, state = cute.make_rmem_tensor((4, n // 4), Float32), cute.make_rmem_tensor(2, Float32)
                     for c in cutlass.range_constexpr(n):
                         values[c] = O[r, c]
-                    values[n], values[n + 1] = f.softmax.running_max[r], f.softmax.row_sum[r]
-                    cute.autovec_copy(values, self.part(tile.part, w.problem, f.thread, r))
+                    state[0], state[1] = f.softmax.running_max[r], f.softmax.row_sum[r]
+                    to, to_state = self.part(tile.part, f.cS[r, 0][0], f.thread % 4, w.problem)
+                    cute.autovec_copy(values, to)
+                    cute.autovec_copy(state, to_state)
 
     def stores(self, tile: SharedTile):
         return tile.part < 0
@@ -264,18 +255,19 @@ class GridSplit(NoSplit):
         row = tile.m_block * ROWS + w.frag.cS[r, 0][0]
         return self.rows.owner(row, tile, w.gmem)[0] < w.problem.seqlen_q
 
-    def part(self, place, problem: Problem, thread, r):
-        """Where a thread's r-th row lies of a part: (2, d_v / 8 + 1), the last pair its softmax."""
-        pairs = self.config.d_v // 8 + 1
-        begin = Int64(place * 2 + r) * (pairs * WARPGROUP * 8) + thread * 8
-        pointer = cute.make_ptr(Float32, problem.args.split[0] + begin, cute.AddressSpace.gmem, assumed_align=8)
-        return cute.make_tensor(pointer, cute.make_layout((2, pairs), stride=(1, 2 * WARPGROUP)))
+    def part(self, place, row, quarter, problem: Problem):
+        """Where of a part lies what one of four threads has of a row: O (4, d_v / 16), and its softmax (2,).
 
-    def _tile(self, block, ctas, problem: Problem):
-        """Where a CTA's word to `Combine` lies, behind all parts."""
-        begin = (
-            problem.args.split[0]
-            + Int64(ctas) * (2 * self.config.part_bytes)
-            + block * self.config.scheduler.tile_bytes
+        The columns are in the accumulators' order: a thread's values of a row are neighbours by fours.
+        """
+        c = self.config
+        begin = problem.args.split[0] + Int64(place) * c.part_bytes
+        O = cute.make_layout((4, c.d_v // 16), stride=(1, 16))
+        return (
+            cute.make_tensor(float32_at(begin + (row * c.d_v + quarter * 4) * 4, 16), O),
+            cute.make_tensor(float32_at(begin + (ROWS * c.d_v + (row * 4 + quarter) * 2) * 4, 8), 2),
         )
-        return cute.make_tensor(int32_at(begin), FIELDS)
+
+
+def float32_at(address: Int64, align: int):
+    return cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=align)

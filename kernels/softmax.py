@@ -11,6 +11,8 @@ exact for equal scores of any size. `running_max` then differs among the four th
 first, so that no quick way takes it for a running max; the anchor in the second. A `Line` says what that means.
 """
 
+from functools import reduce
+from operator import add as plus
 from typing import NamedTuple
 
 import cutlass
@@ -216,6 +218,16 @@ class Softmax(NamedTuple):
         self.running_max[r] = running_max if lead > 0.0 else self.running_max[r]
         self.row_sum[r] = self.row_sum[r] * keep + row_sum * add
         return keep, add
+
+    def merge_plain(self, r: int, running_maxima: list, row_sums: list) -> list:
+        """`merge` of several at once, none of them and not this one anchored: the factors of this O, and of theirs."""
+        maxima, sums = [self.running_max[r], *running_maxima], [self.row_sum[r], *row_sums]
+        top = reduce(cute.arch.fmax, maxima)
+        least = cute.arch.fmax(top, LOWEST)  # finite: -inf - -inf would be NaN
+        factors = [cute.math.exp2(x - least, fastmath=True) for x in maxima]
+        self.running_max[r] = top
+        self.row_sum[r] = reduce(plus, (x * factor for x, factor in zip(sums, factors, strict=True)))
+        return factors
 
     @cute.jit
     def join(self, logits: cute.Tensor, lse: cute.Tensor) -> cute.Tensor:

@@ -24,7 +24,7 @@ What is found, as a `Fault`, a `Deadlock` with where each warp waits, or a wrong
     - what one warp overtakes: places of a ring that are freed too early or too late
     - a CTA that is reached by its cluster, or still read by TMA, when it has ended
     - stores to shared memory that TMA or WGMMA reads without fence.proxy.async
-    - global memory that is touched before griddepcontrol.wait
+    - global memory that is touched before griddepcontrol.wait, but what a call's later launches read of its inputs
 
 What is not modelled: time, caches and their hints, and the machine code: what ptxas makes of PTX is not seen. Warps see
 each other's stores at once, in the order of the program, so a missing memory fence does not show, nor one of WGMMA. Two

@@ -38,9 +38,10 @@ class Compiled:
     def __call__(self, *arguments):
         launches = self.host(*arguments)
         addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments if not isinstance(x, float)]
-        memory = Global(addresses)
-        for launch in launches:
-            Machine(self.kernels[launch.kernel], launch, memory, self.room, self.seed).run()
+        memory = Global(addresses, track=len(launches) > 1)
+        for i, launch in enumerate(launches):
+            depends = dict(prerequisite=i > 0, dependents=i + 1 < len(launches))
+            Machine(self.kernels[launch.kernel], launch, memory, self.room, self.seed, **depends).run()
 
     def changed(self, line: int, text: str) -> "Compiled":
         """With another text in place of a line of the PTX."""

@@ -175,6 +175,14 @@ class Cta:
         if self.ended:
             raise Fault(f"shared memory: {why} reaches CTA {self.index}, which has ended")
 
+    def reads_global(self, addresses: np.ndarray, size: int, why: str):
+        """What no launch of the same call has written may be read before the wait: those before it have waited."""
+        if self.waited or not self.cluster.machine.prerequisite or self._written(addresses, size, why):
+            self.touches_global(why)
+
+    def _written(self, addresses: np.ndarray, size: int, why: str) -> bool:
+        return self.cluster.machine.memory.written(addresses, size, why)
+
     def touches_global(self, why: str):
         if not self.waited:
             raise Fault(f"global memory: {why} before griddepcontrol.wait")
@@ -199,10 +207,23 @@ class Cluster:
 
 
 class Machine:
-    """One launch. `room`: how many CTAs are there at once. `seed` decides every chance."""
+    """One launch. `room`: how many CTAs are there at once. `seed` decides every chance.
 
-    def __init__(self, kernel: Kernel, launch: Launch, memory: Global, room: int = 1 << 30, seed: int = 0):
+    prerequisite, dependents: whether the same call has launched another one before, and launches one behind this.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        launch: Launch,
+        memory: Global,
+        room: int = 1 << 30,
+        seed: int = 0,
+        prerequisite: bool = False,
+        dependents: bool = False,
+    ):
         self.kernel, self.launch, self.memory = kernel, launch, memory
+        self.prerequisite, self.dependents, self.waited = prerequisite, dependents, False
         self.room, self.random, self.blocks = max(room // launch.cluster, 1), random.Random(seed), 0
         self.parameters = self._packed(launch.parameters)
         self.flying: list[Transfer] = []
@@ -217,6 +238,8 @@ class Machine:
                 if self._waiting:
                     self._refill()
                 self._one_turn()
+        if self.prerequisite and not self.waited:
+            raise Fault("griddepcontrol.wait: no thread has waited, so this launch may end before that before it")
 
     def chance(self) -> bool:
         return self.random.random() < 0.5

@@ -31,9 +31,9 @@ class Allocation(NamedTuple):
 
 
 class Global:
-    """The storages of live CPU tensors that contain an address which the launch got."""
+    """The storages of live CPU tensors that contain an address which the launch got. track: what has been written."""
 
-    def __init__(self, addresses: Iterable[int]):
+    def __init__(self, addresses: Iterable[int], track: bool = False):
         wanted = sorted(a for a in addresses if a)
         found = {}
         for start, size in map(_storage, _tensors()):
@@ -42,6 +42,7 @@ class Global:
                 found[start] = max(size, found.get(start, 0))
         self.allocations = [_allocation(start, found[start]) for start in sorted(found)]
         self._starts = [a.start for a in self.allocations]
+        self._written = {id(a.bytes): np.zeros(len(a.bytes), bool) for a in self.allocations} if track else None
 
     def find(self, first: int, last: int, why: str) -> Allocation:
         """The one that bytes from first to last lie in."""
@@ -73,7 +74,18 @@ class Global:
     def store(self, addresses: np.ndarray, values: np.ndarray, why: str):
         raw, span = values.view(np.uint8).reshape(len(values), -1), np.arange(values.itemsize)
         for memory, offsets, here in self.bytes_at(addresses, values.itemsize, why):
-            memory[offsets[:, None] + span] = raw[here]
+            self.put(memory, offsets[:, None] + span, raw[here])
+
+    def put(self, memory: np.ndarray, places: np.ndarray, values: np.ndarray):
+        """Into an allocation's."""
+        memory[places] = values
+        if self._written is not None:
+            self._written[id(memory)][places] = True
+
+    def written(self, addresses: np.ndarray, size: int, why: str) -> bool:
+        """Whether some of these items have been, by this launch or one before it of the same call."""
+        parts, span = self.bytes_at(addresses, size, why), np.arange(size)
+        return any(self._written[id(memory)][offsets[:, None] + span].any() for memory, offsets, _ in parts)
 
 
 def freeze():
@@ -211,7 +223,7 @@ def _load_parameter(w, addresses, dtype, why):
 
 
 def _load_global(w, addresses, dtype, why):
-    w.cta.touches_global(why)
+    w.cta.reads_global(addresses, dtype.itemsize, why)
     return w.machine.memory.load(addresses, dtype, why)
 
 

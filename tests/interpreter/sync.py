@@ -220,10 +220,17 @@ def _cluster_wait(w):
 
 
 def griddepcontrol(i: Instruction, s: Slots):
-    """Launches follow each other here; but nothing of global memory may be touched before this wait."""
+    """Launches follow each other here; but nothing of global memory may be touched before this wait.
+
+    Of a call's launches the later ones may read what the earlier ones have not written, since these have waited before
+    they let them begin.
+    """
 
     def step(w):
-        w.cta.waited = w.cta.waited or i.words[1] == "wait"
+        if i.words[1] == "wait":
+            w.cta.waited = w.machine.waited = True
+        elif w.machine.dependents and not w.cta.waited:
+            raise Fault("griddepcontrol.launch_dependents before griddepcontrol.wait")
 
     return step
 

@@ -102,7 +102,7 @@ def store(machine, d: Descriptor, start: tuple[int, ...], cta, at: int):
     values = np.ascontiguousarray(values).view(np.uint8)[b.inside, : b.width]
     if len(b.addresses):
         memory, offsets = _place(machine, b, "a TMA store")
-        memory[offsets] = values
+        machine.memory.put(memory, offsets, values)
 
 
 def _place(machine, b: Box, why: str) -> tuple[np.ndarray, np.ndarray]:
