@@ -1,12 +1,12 @@
 """The second kernel of a split over the grid: merges the parts of a tile, and writes O and LSE.
 
-A CTA is for the tile whose last part a CTA of the forward had, for 16 of its rows and 32 columns of O. Its warps share
-the parts. Their threads hold rows and columns as those did that wrote the parts, so the softmax's `merge` and the
+A CTA is for 16 rows of a tile that CTAs of the forward may have shared, and 32 columns of O. Its warps share the parts. Their threads hold rows and columns as those did that wrote the parts, so the softmax's `merge` and the
 epilogue are the forward's.
 """
 
 from functools import reduce
 from operator import or_
+from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -26,6 +26,15 @@ GROUP = 16  # rows: those of a warp of the MMA warpgroup
 WARPS = 4
 AT_ONCE = 4  # parts that a warp reads
 OWN = COLUMNS // 2 + 4  # float32s of a thread: of two rows a quarter of the columns, the running max and the sum
+COMBINE_BYTES = 4 * (OWN * 32 * (WARPS - 1) + 16)  # of shared memory
+
+
+class Tiles(NamedTuple):
+    """Of which tiles the kernel has CTAs: see `SharedCached.units`."""
+
+    rows: Int32  # of the forward's CTAs
+    m_blocks: Int32
+    groups: Int32  # of rows, of a tile
 
 
 class Columns(WholeHeadDim):
@@ -60,25 +69,30 @@ class Combine:
         """Behind the forward kernel of so many CTAs."""
         rows = cutlass.min(problem.grid.q.length, ROWS) * self.config.pack  # of a tile, at most
         groups = cutlass.min(cute.ceil_div(rows, GROUP), ROWS // GROUP)
+        units, m_blocks = self.sequences.units(problem, ctas)
         self.kernel.set_name_prefix(f"{self.config.name}_combine", keep_mangled_name=False)
-        self.kernel(gmem, problem, tiling, groups).launch(
-            grid=(ctas * groups * self.slices, 1, 1), block=(32 * WARPS, 1, 1), stream=stream, use_pdl=True
+        self.kernel(gmem, problem, tiling, Tiles(over(ctas, problem.grid.heads), m_blocks, groups)).launch(
+            grid=(units * problem.grid.heads * groups * self.slices, 1, 1),
+            block=(32 * WARPS, 1, 1),
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
-    def kernel(self, gmem: Gmem, problem: Problem, tiling: Tiling, groups: Int32):
+    def kernel(self, gmem: Gmem, problem: Problem, tiling: Tiling, tiles: Tiles):
         """The forward has waited for the lengths before it let this kernel begin, so they are read beside it."""
         alloc = SmemAllocator()
         shared = alloc.allocate_tensor(Int32, cute.make_layout(len(SharedTile._fields)), 16)
         sums = alloc.allocate_tensor(Float32, cute.make_layout((OWN, 32, WARPS - 1)), 16)
         block, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
         whose, columns = over(block, self.slices), block % self.slices
+        of_head = over(whose, tiles.groups)
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
-            self._find(shared, over(whose, groups), groups * self.slices, problem)
+            self._find(shared, of_head, tiles, problem)
         cute.arch.sync_threads()
         tile = SharedTile(*(cute.arch.make_warp_uniform(shared[i]) for i in range(len(SharedTile._fields))))
         own = self.sequences.problem_of(tile, problem)
-        frag = self._fragments(columns, whose % groups * 32 + thread % 32, tiling, own)
+        frag = self._fragments(columns, (whose - of_head * tiles.groups) * 32 + thread % 32, tiling, own)
         w = Warpgroup(gmem, None, None, tiling, own, frag)
         rows, some = self._rows(w, tile)
         queries = some & (tile.valid != 0)
@@ -88,10 +102,10 @@ class Combine:
                 self._tile(w, tile, rows, sums)
 
     @cute.jit
-    def _find(self, shared: cute.Tensor, block: Int32, of_each: Int32, problem: Problem):
-        """By one warp: the tile of a block of the forward, for which this kernel has so many."""
-        ctas = over(cute.arch.grid_dim()[0], of_each)
-        tile = self.sequences.merged(self.sequences.place_of(block, ctas, problem), problem)
+    def _find(self, shared: cute.Tensor, of_head: Int32, tiles: Tiles, problem: Problem):
+        """By one warp."""
+        place = self.sequences.place_of(of_head, tiles.rows * problem.grid.heads, problem)
+        tile = self.sequences.merged(place.row, place, tiles.m_blocks, problem)
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(len(tile)):
                 shared[i] = Int32(tile[i])

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import chain, islice
+from math import gcd
 
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
@@ -146,12 +147,17 @@ class FwdConfig:
 
     @property
     def producer_last(self) -> bool:
-        """The producer is one warp behind the MMA warpgroup, so that registers are left for a second CTA."""
+        """The producer has no warps to spare, and is behind the MMA warpgroup: registers are left for `Combine`."""
         return self.shares
 
     @property
+    def producer_warps(self) -> int:
+        """That load. One suffices for few boxes, and for some where memory is what takes the time."""
+        return gcd(max(self.cache_boxes // 4, 1) if self.shares else self.cache_boxes, 4)
+
+    @property
     def threads(self) -> int:
-        return 128 * self.warpgroups + (32 if self.producer_last else 128)
+        return 128 * self.warpgroups + (32 * self.producer_warps if self.producer_last else 128)
 
     @property
     def registers_held(self) -> int:
@@ -221,17 +227,15 @@ class FwdConfig:
 
     @property
     def ctas_per_sm(self) -> int:
-        """That ptxas leaves registers for; 0: as it likes. Those that share the keys are two, where memory suffices."""
-        if self.shares:
-            return 2 if 2 * (self.smem_bytes + 1024) <= SMEM_BYTES + 1024 else 1
-        return 1 if self.d_v < self.head_dim else 0  # or ptxas ignores setmaxnreg: O has few columns
+        """That ptxas leaves registers for; 0: as it likes."""
+        return 1 if self.shares or self.d_v < self.head_dim else 0  # or ptxas ignores setmaxnreg: O has few columns
 
     def workspace_bytes(self, num_sms: int, heads: int, heads_kv: int) -> int:
         """That a launch needs, for the parts of tiles; 0: none."""
         if not self.shares:
             return 0
         packs = heads_kv * -(-(heads // heads_kv) // self.pack) if self.pack > 1 else heads
-        return self.scheduler.rows(packs, num_sms * self.ctas_per_sm) * packs * 2 * self.part_bytes
+        return self.scheduler.rows(packs, num_sms) * packs * 2 * self.part_bytes
 
     @property
     def varlen(self) -> bool:

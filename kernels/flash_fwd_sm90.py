@@ -88,7 +88,6 @@ class FlashFwdSm90:
             stream=stream,
             use_pdl=True,
             min_blocks_per_mp=c.ctas_per_sm,
-            preferred_smem_carveout=100 if c.ctas_per_sm > 1 else None,  # or the DSL asks a GPU
         )
         if cutlass.const_expr(self.combine is not None):
             self.combine.launch(gmem, problem, tiling, clusters, stream)
@@ -150,6 +149,9 @@ class FlashFwdSm90:
                 cute.arch.setmaxregister_decrease(registers[0])
             if warp == first:
                 self.producer.load(gmem, smem, pipes, problem)
+            if cutlass.const_expr(c.producer_warps > 1):
+                if (warp > first) & (warp < first + c.producer_warps):
+                    self.producer.help(gmem, smem, pipes, problem, warp - first)
             self.parts.split.loaded()
         else:
             if cutlass.const_expr(registers):
@@ -190,7 +192,7 @@ class FlashFwdSm90:
             barrier_storage=alloc.allocate_array(Int64, 4),
             num_stages=2,
             producer_group=group(1),
-            consumer_group=group(WARPGROUP * c.warpgroups),  # each reader arrives for itself: racecheck sees that
+            consumer_group=group(WARPGROUP * c.warpgroups + 32 * (c.producer_warps - 1)),  # each reader arrives for itself: racecheck sees that
         )
         q_ring = ring(c.q_stages, c.tile_m, c.head_dim)
         kv_rings = (ring(c.stages, c.tile_n, d, c.cluster) for d in (c.head_dim, c.d_v))

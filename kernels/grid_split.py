@@ -23,6 +23,9 @@ from .tile_scheduler import Static
 from .varlen_scheduler import LANES, running_sum
 
 
+AT_ONCE = 4  # times 32 lengths that a warp asks for
+
+
 class SharedTile(NamedTuple):
     """A tile, and which of its blocks the CTA takes."""
 
@@ -75,6 +78,16 @@ class Run(NamedTuple):
     own_end: Any  # blocks up to the end of its sequence
 
 
+class List(NamedTuple):
+    """Of all blocks, as a warp knows it that looks at the first 32 sequences."""
+
+    own: Lane
+    own_end: Any
+    end: Any
+    total: Any
+    rows: Any
+
+
 class EqualShares(Static):
     """`min_blocks` to a run at least, or fewer CTAs than there are have one."""
 
@@ -120,7 +133,7 @@ class SharedCached(Cached):
     """The tiles of a CTA are those of its run."""
 
     def clusters(self, grid, room):
-        return self.config.scheduler.rows(grid.heads, room * self.config.ctas_per_sm) * grid.heads
+        return self.config.scheduler.rows(grid.heads, room) * grid.heads
 
     def place(self, problem: Problem) -> Place:
         """Known before the lengths are."""
@@ -141,18 +154,33 @@ class SharedCached(Cached):
     def head_kv(self, tile: SharedTile, problem: Problem, place: Place):
         return place.head_kv
 
-    @cute.jit
     def first(self, problem: Problem, place: Place) -> Run:
         """Run, like all of these, by one warp; the lengths must be there."""
-        own = self._lane(Int32(0), problem)
+        return self._run(place.row, self._list(problem, place), problem)
+
+    @cute.jit
+    def _list(self, problem: Problem, place: Place) -> List:
+        own, others = self._lane(Int32(0), problem), Int32(0)
+        for i in cutlass.range(1, (problem.grid.batch + LANES - 1) // LANES, AT_ONCE, unroll=1):
+            for j in cutlass.range_constexpr(AT_ONCE):  # lengths on their way; beyond the last sequence are no blocks
+                others = others + self._lane((i + j) * LANES, problem).blocks
         own_end = running_sum(own.blocks)
         end = cute.arch.shuffle_sync(own_end, LANES - 1)
-        total = end
-        for i in cutlass.range(1, (problem.grid.batch + LANES - 1) // LANES, unroll=1):
-            total = total + cute.arch.warp_redux_sync(self._lane(i * LANES, problem).blocks, "add")
-        rows = rows_with_runs(total, place.rows, self.config.scheduler.min_blocks)
-        run = (begin_of(cutlass.min(place.row + i, rows), total, rows) for i in range(2))
-        return self._seek(Run(*run, total, rows, Int32(0), end, own, own_end), problem)
+        total = end + cute.arch.warp_redux_sync(others, "add")
+        return List(own, own_end, end, total, rows_with_runs(total, place.rows, self.config.scheduler.min_blocks))
+
+    def _run(self, row: Int32, blocks: List, problem: Problem) -> Run:
+        total, rows = blocks.total, blocks.rows
+        run = (begin_of(cutlass.min(row + i, rows), total, rows) for i in range(2))
+        return self._seek(Run(*run, total, rows, Int32(0), blocks.end, blocks.own, blocks.own_end), problem)
+
+    def units(self, problem: Problem, ctas: Int32):
+        """How many tiles `merged` may find of a head, and its m_blocks, 0: it looks by rows of CTAs."""
+        g, rows = problem.grid, over(ctas, problem.grid.heads)
+        m_blocks = (g.q.length * self.config.pack + self.config.tile_m - 1) // self.config.tile_m
+        tiles = g.batch * cutlass.min(m_blocks, LANES + 1)
+        by_tile = (g.q.cu_seqlens == 0) & (tiles <= cutlass.min(rows, LANES))
+        return cutlass.select_(by_tile, tiles, rows), cutlass.select_(by_tile, m_blocks, Int32(0))
 
     @cute.jit
     def _lane(self, group: Int32, problem: Problem) -> Lane:
@@ -200,12 +228,29 @@ class SharedCached(Cached):
         part = cutlass.select_(first == last, Int32(-1), place_of(tile.row, first, tile.head, problem))
         return tile._replace(first_row=first, last_row=last, part=part)
 
-    def merged(self, place: Place, problem: Problem) -> SharedTile:
-        """The tile whose last part is this CTA's, if others have some of it: the first of the run."""
-        run = self.first(problem, place)
+    @cute.jit
+    def merged(self, unit: Int32, place: Place, m_blocks: Int32, problem: Problem) -> SharedTile:
+        """The unit-th tile that several CTAs may share: the one whose last part is in the unit-th row of CTAs.
+
+        Or, where a sequence has no more than so many m_blocks, of up to 32 tiles the unit-th. Not valid where a single
+        CTA has it.
+        """
+        blocks, row, right = self._list(problem, place), unit, Boolean(True)
+        batch = m_block = Int32(0)
+        if m_blocks > 0:
+            batch = over(unit, m_blocks)
+            m_block = unit - batch * m_blocks
+            end, all_blocks, each = (
+                cute.arch.shuffle_sync(x, batch) for x in (blocks.own_end, blocks.own.blocks, blocks.own.each)
+            )
+            row = row_of(cutlass.max(end - all_blocks + (m_block + 1) * each - 1, 0), blocks.total, blocks.rows)
+        place = place._replace(row=row)
+        run = self._run(row, blocks, problem)
         tile = self.completed(self.decode(run, problem, place), run, problem)
-        ends = tile.valid & (tile.first_row < tile.row) & (tile.last_row == tile.row)
-        return tile._replace(valid=ends)
+        if m_blocks > 0:
+            right = (tile.batch == batch) & (tile.m_block == m_block)
+        ends = tile.valid & (tile.first_row < row) & (tile.last_row == row)
+        return tile._replace(valid=ends & right)
 
     def upcoming(self, run: Run, tile: SharedTile, gmem: Gmem, problem: Problem) -> Run:
         return self._seek(run._replace(block=run.block + (tile.end - tile.first)), problem)

@@ -129,8 +129,9 @@ class Origin(NamedTuple):
 
 
 class Boxes(NamedTuple):
-    """Of a block of keys, each lane's box, by the coordinates of `in_cache`."""
+    """Of some blocks of keys, each lane's box, by the coordinates of `in_cache`."""
 
+    first: Int32  # block
     row: Int32
     y_k: Int32
     y_v: Int32
@@ -203,7 +204,12 @@ class Cached(Varlen):
 
 
 class Paged(Contiguous):
-    """K and V of a cache. `place` is where a block lies, worked out before its stage is free and then V's too."""
+    """K and V of a cache. `place` is where some blocks lie, worked out before their stages are free and then V's too."""
+
+    @property
+    def blocks_at_once(self) -> int:
+        """As many as there are lanes for the boxes of; without pages a block's place needs no look at memory."""
+        return 32 // self.config.cache_boxes if self.config.cache.paged else 1
 
     def units(self, sequences):
         return sequences[8:10]
@@ -216,33 +222,47 @@ class Paged(Contiguous):
         return Tma(*cpasync.make_tiled_tma_atom(op, in_cache(t, unit), boxes, box))
 
     @cute.jit
+    def next_place(self, boxes: Boxes, n_block: Int32, seqlen_k: Int32, origin: Origin, problem: Problem) -> Boxes:
+        """The same, where the block is among these."""
+        n = n_block - boxes.first
+        if (n < 0) | (n >= self.blocks_at_once):
+            boxes = self.place(n_block, seqlen_k, origin, problem)
+        return boxes
+
+    @cute.jit
     def place(self, n_block: Int32, seqlen_k: Int32, origin: Origin, problem: Problem) -> Boxes:
         """Lane i works out where the i-th box lies; one beyond the last key is nowhere, and reads zeros."""
-        c, keys = self.config, problem.grid.k.keys
-        box = cute.arch.lane_idx() if c.cache_boxes > 1 else 0
-        key = n_block * c.tile_n + box * c.cache.box
+        c, keys, n = self.config, problem.grid.k.keys, self.blocks_at_once
+        first = n_block // n * n
+        box = cute.arch.lane_idx() if c.cache.paged else 0
+        key = first * c.tile_n + box * c.cache.box
         left = cutlass.max(cutlass.min(seqlen_k - key, c.cache.box), 0)  # rows of it
         page, row = origin.page, origin.row + key
         if cutlass.const_expr(c.cache.paged):
             page, row = Int32(0), Int32(0)
-            if (left > 0) & (box < c.cache_boxes):
+            if (left > 0) & (box < n * c.cache_boxes):
                 n, row = divmod(key, problem.grid.k.page_size)
                 page = keys.page(cute.make_tensor(int32_at(origin.table) + n, 1)[0])
         y_k, y_v = (page * x.page + (row + left) * x.row for x in (keys.k, keys.v))
-        return Boxes(ROWS_MAX - left, y_k, y_v)
+        return Boxes(first, ROWS_MAX - left, y_k, y_v)
 
     def loader(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, head, sequence):
-        """What loads a block into a stage: (boxes, stage, state). TMA takes its coordinates from uniform registers."""
+        """What loads a block into a stage: (boxes, block, stage, state, which of the producer's warps).
+
+        TMA takes its coordinates from uniform registers.
+        """
         c, columns = self.config, self.config.columns_v if name == "v" else self.config.head_dim
         tma, pipe, box = getattr(gmem, name), getattr(pipes, name), (self.config.cache.box, columns)
         parts = c.head_dim_splits if name == "v" else 1
         s = cute.group_modes(cute.flat_divide(getattr(smem, name), box), 0, 2)  # (box, boxes, 1, slots)
 
-        def load(boxes: Boxes, stage, state):
+        def load(boxes: Boxes, n_block, stage, state, number):
             self.trace.mark(gmem, smem, 0, f"load {name}")
             barrier = pipe.producer_get_barrier(state)
-            for i in range(c.cache_boxes):
-                row, y = (uniform(x, i, c.cache_boxes) for x in (boxes.row, boxes.y_k if name == "k" else boxes.y_v))
+            for i in range(0, c.cache_boxes, c.producer_warps):
+                i = i if number is None else i + number
+                lane = (n_block - boxes.first) * c.cache_boxes + i if c.cache.paged else None
+                row, y = (uniform(x, lane) for x in (boxes.row, boxes.y_k if name == "k" else boxes.y_v))
                 g = cute.domain_offset((row, 0), tma.tensor[None, None, head, y, ROWS_MAX])
                 for part in range(parts):
                     gT = cute.group_modes(cute.local_tile(g, box, (0, part)), 0, 2)
@@ -253,9 +273,9 @@ class Paged(Contiguous):
         return load
 
 
-def uniform(x, lane: int, lanes: int):
-    """What a lane has, of a number that only some lanes have."""
-    return cute.arch.make_warp_uniform(cute.arch.shuffle_sync(x, lane) if lanes > 1 else x)
+def uniform(x, lane):
+    """What a lane has; None: what all of them have."""
+    return cute.arch.make_warp_uniform(x if lane is None else cute.arch.shuffle_sync(x, lane))
 
 
 def strides_of(t: cute.Tensor, unit: Int64) -> Strides:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import gcd
 
+from ..kernels.combine import COMBINE_BYTES
 from ..kernels.config import SMEM_BYTES, FwdConfig, KvCache
 from ..kernels.grid_split import EqualShares
 from ..problem import Problem
@@ -10,9 +11,9 @@ from .candidates import kernel_dims
 from .rule import Rule
 
 FEW_ROWS = 128  # of a K/V head and sequence: with more, tiles enough read the same keys
-TWO_CTAS = 128  # registers_held up to which two CTAs of 160 threads have enough: ptxas gives each thread 168
-BOUNDS = 24  # of these for a window's second bound, or ALiBi's slopes
-BOX_ROWS = 64  # at most, of a page
+KEYS = 64  # of a stage, where all CTAs share them
+LEAST_STAGES, STAGES = 3, 16  # that are left for `Combine` to begin early; at most
+BOX_ROWS = 128  # at most, of a page
 BOXES = 32  # at most, of a stage: a lane for each
 
 
@@ -23,17 +24,18 @@ def few_queries(problem: Problem, config: FwdConfig) -> bool:
 
 
 def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
-    """64 rows to a CTA, of which an SM has two where two stages or three of 64 keys, or of 32, leave room for them."""
-    few = replace(config, tile_m=64, q_stages=1, pingpong=False, q_in_regs=False, speculative=False)
-    room = SMEM_BYTES - 1024 - 2 * few.head_dim * few.tile_m
-    sizes = [
-        replace(few, scheduler=EqualShares, tile_n=n, stages=stages, cache=KvCache(n))
-        for n in (64, 32)
-        for stages in (3, 2)
-        if 2 * stages * n * (few.head_dim + few.d_v) <= room
-    ]
-    most = TWO_CTAS - (BOUNDS if config.mask.windowed or problem.features.alibi else 0)
-    return next((x for x in sizes if x.ctas_per_sm == 2 and x.registers_held <= most), sizes[0])
+    """A CTA of 64 rows to an SM, and its memory for K and V."""
+    how = dict(tile_m=64, tile_n=KEYS, stages=1, q_stages=1, pingpong=False, q_in_regs=False, speculative=False)
+    few = replace(config, **how, scheduler=EqualShares, cache=KvCache(KEYS))
+    return replace(few, stages=most_stages(few))
+
+
+def most_stages(config: FwdConfig) -> int:
+    """That memory has room for; of one that shares the keys, beside a CTA of `Combine`, where enough are left."""
+    q, kv = config.q_stages * config.tile_m * config.head_dim, config.tile_n * (config.head_dim + config.d_v)
+    room, combine = SMEM_BYTES - 1024 - 2 * q, COMBINE_BYTES + 1024 if config.shares else 0
+    most, beside = (min(n // (2 * kv), STAGES) for n in (room, room - combine))
+    return beside if beside >= LEAST_STAGES else most
 
 
 def box_of(page: int, tile_n: int) -> int:
@@ -53,8 +55,10 @@ def cached(problem: Problem, config: FwdConfig) -> FwdConfig:
     tile_n = keys_of_stage(problem.page, config.tile_n)
     box = box_of(problem.page, tile_n)
     head_dim, head_dim_v = _whole_atoms(config) if box == 1 else (config.head_dim, config.head_dim_v)
-    dims = replace(config, head_dim=head_dim, head_dim_v=head_dim_v, tile_n=tile_n, cache=KvCache(box, paged=True))
-    return replace(dims, speculative=config.speculative and box == tile_n)
+    dims = dict(head_dim=head_dim, head_dim_v=head_dim_v, tile_n=tile_n, cache=KvCache(box, paged=True))
+    dims = replace(config, **dims, stages=1, speculative=config.speculative and box == tile_n)
+    most = most_stages(dims)
+    return replace(dims, stages=most if dims.shares else min(most, config.stages * (config.tile_n // tile_n)))
 
 
 def _whole_atoms(config: FwdConfig) -> tuple[int, int]:
