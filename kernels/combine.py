@@ -38,41 +38,45 @@ class Tiles(NamedTuple):
 
 
 class Columns(WholeHeadDim):
-    """`wg` says which."""
+    """`wg` says which, and of which 64 rows."""
 
     columns = COLUMNS
 
+    @property
+    def slices(self) -> int:
+        return self.config.d_v // COLUMNS
+
     def row_block(self, wg):
-        return 0  # a tile has one
+        return wg // self.slices
+
+    def slice(self, wg):
+        return wg % self.slices
 
     def first_column(self, wg):
-        return wg * COLUMNS
+        return self.slice(wg) * COLUMNS
 
     def stored_row(self, row, wg):
         """By the first."""
-        return row | cutlass.min(wg, 1) * NOBODY
+        return row | cutlass.min(self.slice(wg), 1) * NOBODY
 
 
 class Combine:
     def __init__(self, config: FwdConfig, parts: Parts):
         self.config, self.split, self.sequences = config, parts.split, parts.sequences
-        self.parts = parts._replace(head_dim=Columns(config))
+        self.columns = Columns(config)
+        self.parts = parts._replace(head_dim=self.columns)
         self.epilogue = Epilogue(config, self.parts)
-
-    @property
-    def slices(self) -> int:
-        """Of columns."""
-        return self.config.d_v // COLUMNS
 
     @cute.jit
     def launch(self, gmem: Gmem, problem: Problem, tiling: Tiling, ctas: Int32, stream: cuda.CUstream):
         """Behind the forward kernel of so many CTAs."""
-        rows = cutlass.min(problem.grid.q.length, ROWS) * self.config.pack  # of a tile, at most
-        groups = cutlass.min(cute.ceil_div(rows, GROUP), ROWS // GROUP)
+        tile_m, pack = self.config.tile_m, self.config.pack
+        rows = cutlass.min(problem.grid.q.length, tile_m) * pack  # of a tile, at most
+        groups = cutlass.min(cute.ceil_div(rows, GROUP), tile_m // GROUP)
         units, m_blocks = self.sequences.units(problem, ctas)
         self.kernel.set_name_prefix(f"{self.config.name}_combine", keep_mangled_name=False)
         self.kernel(gmem, problem, tiling, Tiles(over(ctas, problem.grid.heads), m_blocks, groups)).launch(
-            grid=(units * problem.grid.heads * groups * self.slices, 1, 1),
+            grid=(units * problem.grid.heads * groups * self.columns.slices, 1, 1),
             block=(32 * WARPS, 1, 1),
             stream=stream,
             use_pdl=True,
@@ -85,14 +89,16 @@ class Combine:
         shared = alloc.allocate_tensor(Int32, cute.make_layout(len(SharedTile._fields)), 16)
         sums = alloc.allocate_tensor(Float32, cute.make_layout((OWN, 32, WARPS - 1)), 16)
         block, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
-        whose, columns = over(block, self.slices), block % self.slices
+        whose, columns = over(block, self.columns.slices), block % self.columns.slices
         of_head = over(whose, tiles.groups)
+        group = whose - of_head * tiles.groups
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
             self._find(shared, of_head, tiles, problem)
         cute.arch.sync_threads()
         tile = SharedTile(*(cute.arch.make_warp_uniform(shared[i]) for i in range(len(SharedTile._fields))))
         own = self.sequences.problem_of(tile, problem)
-        frag = self._fragments(columns, (whose - of_head * tiles.groups) * 32 + thread % 32, tiling, own)
+        row_block, warp = group // (ROWS // GROUP), group % (ROWS // GROUP)
+        frag = self._fragments(row_block * self.columns.slices + columns, warp * 32 + thread % 32, tiling, own)
         w = Warpgroup(gmem, None, None, tiling, own, frag)
         rows, some = self._rows(w, tile)
         queries = some & (tile.valid != 0)
@@ -117,7 +123,7 @@ class Combine:
             wait_for_stream()
 
     def _fragments(self, columns, thread, tiling: Tiling, problem: Problem) -> Frag:
-        """Of a thread of the MMA warpgroup, by so many columns."""
+        """Of a thread of an MMA warpgroup, by some of its columns."""
         c = self.config
         thr = tiling.mma_qk.get_slice(thread)
         cS = acc_mn(thr.partition_C(cute.make_identity_tensor((ROWS, c.tile_n))))  # (rows, cols)
@@ -128,8 +134,9 @@ class Combine:
 
     def _rows(self, w: Warpgroup, tile):
         """Which a thread reads: in place of those that are no queries its warp's first, which then is one, or none is."""
-        queries = [self.split.is_query(w, tile, r) for r in range(2)]
-        rows = [w.frag.cS[r, 0][0] for r in range(2)]
+        block = self.columns.row_block(w.frag.wg)
+        queries = [self.split.is_query(w, tile, block, r) for r in range(2)]
+        rows = [block * ROWS + w.frag.cS[r, 0][0] for r in range(2)]
         rows = [cutlass.select_(query, row, row // GROUP * GROUP) for query, row in zip(queries, rows, strict=True)]
         return rows, cute.arch.vote_any_sync(queries[0] | queries[1])
 
@@ -168,7 +175,7 @@ class Combine:
         for r, row in enumerate(rows):
             O, softmax = self.split.part(place, row, w.frag.thread % 4, w.problem)
             its_O, its_softmax = self._views(part, r)
-            cute.autovec_copy(cute.local_tile(O, its_O.shape, (0, w.frag.wg)), its_O)
+            cute.autovec_copy(cute.local_tile(O, its_O.shape, (0, self.columns.slice(w.frag.wg))), its_O)
             cute.autovec_copy(softmax, its_softmax)
         return part
 

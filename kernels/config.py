@@ -99,7 +99,8 @@ class FwdConfig:
         plain = self.cluster == 1 and not self.speculative and not self.constant_time
         assert self.sparse is None or plain, "with block-sparse indices any step may mask"
         assert self.sparse is None or self.sparse.block_m % self.tile_m == 0 == self.sparse.block_n % self.tile_n
-        assert self.pack in PACKS, "a block of 64 rows has whole queries, TMA's boxes no others"
+        whole = self.pack in PACKS or (self.shares and self.pack == self.tile_m)
+        assert whole, "a block of 64 rows has whole queries, TMA's boxes no others; or a tile has one"
         assert self.pack == 1 or self.packable, "what is asked of a tile has one head"
         assert self.varlen == self.scheduler.varlen, "lengths on the device, and a scheduler that reads them there"
         assert not self.varlen or self.cluster_size == 1, "a cluster's tiles are of one sequence"
@@ -107,7 +108,7 @@ class FwdConfig:
         assert not (self.timeline and self.split > 1), "no trace of a split"
         assert self.cache is None or (self.varlen and self.tile_n % self.cache.box == 0), "a stage has whole boxes"
         assert self.cache is None or self.cache_boxes <= 32, "a lane for each box"
-        assert not self.shares or (self.cache and self.tile_m == 64 and self.head_dim_splits == 1), "one merge per CTA"
+        assert not self.shares or (self.cache and self.tile_m <= 128 and self.head_dim_splits == 1), "registers suffice"
         assert not self.shares or (self.overlap and not self.speculative), "a merge needs a row's running max"
         assert not self.shares or not (self.row_max or self.dropout), "of whole rows"
         assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
@@ -168,7 +169,7 @@ class FwdConfig:
     @property
     def registers(self) -> tuple[int, int] | None:
         """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
-        if self.warpgroups == 2 and self.registers_held <= 80:
+        if self.shares or (self.warpgroups == 2 and self.registers_held <= 80):
             return None
         busy = self.varlen or self.sparse or self.widest > 256 or self.diagonal_first
         return (BUSY_REGISTERS if busy else REGISTERS)[self.warpgroups]
@@ -208,7 +209,7 @@ class FwdConfig:
     @property
     def part_bytes(self) -> int:
         """Of what a CTA has of a tile that it shares."""
-        return 4 * 64 * (self.d_v + 8)
+        return 4 * self.tile_m * (self.d_v + 8)
 
     @property
     def split_max(self) -> int:

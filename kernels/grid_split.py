@@ -89,9 +89,14 @@ class List(NamedTuple):
 
 
 class EqualShares(Static):
-    """`min_blocks` to a run at least, or fewer CTAs than there are have one."""
+    """`least` blocks to a run, or fewer CTAs than there are have one."""
 
     varlen, shares, tile, name, min_blocks = True, True, SharedTile, "shares", 2
+
+    @classmethod
+    def least(cls, queries):
+        """Blocks of a run, of tiles with so many rows that are queries: a part costs more the more there are."""
+        return cls.min_blocks + queries // 32
 
     @staticmethod
     def rows(heads, room):
@@ -111,9 +116,9 @@ def begin_of(row, total, rows):
     return each * row + cutlass.min(row, total - each * rows)
 
 
-def rows_with_runs(total, rows, min_blocks):
+def rows_with_runs(total, rows, least):
     """Fewer than there are where runs would be shorter than that."""
-    return cutlass.max(cutlass.min(rows, over(total, min_blocks)), 1)
+    return cutlass.max(cutlass.min(rows, over(total, least)), 1)
 
 
 def row_of(block, total, rows):
@@ -167,7 +172,9 @@ class SharedCached(Cached):
         own_end = running_sum(own.blocks)
         end = cute.arch.shuffle_sync(own_end, LANES - 1)
         total = end + cute.arch.warp_redux_sync(others, "add")
-        return List(own, own_end, end, total, rows_with_runs(total, place.rows, self.config.scheduler.min_blocks))
+        queries = cutlass.min(problem.grid.q.length * self.config.pack, self.config.tile_m)
+        least = self.config.scheduler.least(queries)
+        return List(own, own_end, end, total, rows_with_runs(total, place.rows, least))
 
     def _run(self, row: Int32, blocks: List, problem: Problem) -> Run:
         total, rows = blocks.total, blocks.rows
@@ -282,22 +289,23 @@ class GridSplit(NoSplit):
         f, O = w.frag, acc_mn(w.frag.acc_O)  # (rows, cols)
         if tile.part >= 0:
             for r in cutlass.range_constexpr(2):
-                if self.is_query(w, tile, r):
+                if self.is_query(w, tile, f.wg, r):
                     n = cute.size(O, mode=[1])
                     values, state = cute.make_rmem_tensor((4, n // 4), Float32), cute.make_rmem_tensor(2, Float32)
                     for c in cutlass.range_constexpr(n):
                         values[c] = O[r, c]
                     state[0], state[1] = f.softmax.running_max[r], f.softmax.row_sum[r]
-                    to, to_state = self.part(tile.part, f.cS[r, 0][0], f.thread % 4, w.problem)
+                    row = f.wg * ROWS + f.cS[r, 0][0]
+                    to, to_state = self.part(tile.part, row, f.thread % 4, w.problem)
                     cute.autovec_copy(values, to)
                     cute.autovec_copy(state, to_state)
 
     def stores(self, tile: SharedTile):
         return tile.part < 0
 
-    def is_query(self, w: Warpgroup, tile: SharedTile, r: int):
-        """Whether a thread's r-th row is one: no others are kept."""
-        row = tile.m_block * ROWS + w.frag.cS[r, 0][0]
+    def is_query(self, w: Warpgroup, tile: SharedTile, block, r: int):
+        """Whether a thread's r-th row of so-many-th 64 is one: no others are kept."""
+        row = tile.m_block * self.config.tile_m + block * ROWS + w.frag.cS[r, 0][0]
         return self.rows.owner(row, tile, w.gmem)[0] < w.problem.seqlen_q
 
     def part(self, place, row, quarter, problem: Problem):
@@ -310,7 +318,7 @@ class GridSplit(NoSplit):
         O = cute.make_layout((4, c.d_v // 16), stride=(1, 16))
         return (
             cute.make_tensor(float32_at(begin + (row * c.d_v + quarter * 4) * 4, 16), O),
-            cute.make_tensor(float32_at(begin + (ROWS * c.d_v + (row * 4 + quarter) * 2) * 4, 8), 2),
+            cute.make_tensor(float32_at(begin + (c.tile_m * c.d_v + (row * 4 + quarter) * 2) * 4, 8), 2),
         )
 
 

@@ -41,7 +41,7 @@ class Contiguous(Part):
 
 
 def tma_copy(trace: NoTrace, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, columns: list, cluster: int = 1):
-    """What loads one of the blocks of each of the `columns`, (rows, d, blocks), into a stage's slots."""
+    """What loads one of the blocks of each of the `columns`, (rows, d, blocks...), into a stage's slots."""
     tma, s, pipe, parts = getattr(gmem, name), getattr(smem, name), getattr(pipes, name), len(columns)
     place, layout = rank() if cluster > 1 else 0, cute.make_layout(cluster)
     smem_tile = cute.group_modes(s, 0, 2)
@@ -53,8 +53,9 @@ def tma_copy(trace: NoTrace, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, co
     def copy(block, stage, state):
         trace.mark(gmem, smem, 0, f"load {name}")
         barrier = pipe.producer_get_barrier(state)
+        where = block if isinstance(block, tuple) else (block,)
         for i, (sT, gT) in enumerate(shares):
             slot = stage if parts == 1 else stage * parts + i
-            cute.copy(tma.atom, gT[None, block], sT[None, slot], tma_bar_ptr=barrier, **share)
+            cute.copy(tma.atom, gT[None, *where], sT[None, slot], tma_bar_ptr=barrier, **share)
 
     return copy

@@ -21,6 +21,10 @@ NOBODY = (1 << 31) - 1  # no query has this number
 class OneHead(Part):
     """Row p of a tile is its p-th query."""
 
+    def block(self, number):
+        """Where the number-th 64 rows of a head lie, of `tiles`."""
+        return number
+
     def __init__(self, config, sequences: Dense):
         super().__init__(config)
         self.sequences = sequences
@@ -56,7 +60,16 @@ class PackGQA(OneHead):
     @property
     def box(self) -> tuple[int, int]:
         """Heads and queries of 64 rows."""
-        return self.config.pack, ROWS // self.config.pack
+        return min(self.config.pack, ROWS), max(ROWS // self.config.pack, 1)
+
+    @property
+    def blocks_of_query(self) -> int:
+        """Of 64 rows."""
+        return max(self.config.pack // ROWS, 1)
+
+    def block(self, number):
+        n = self.blocks_of_query
+        return (number % n, number // n) if n > 1 else number
 
     def tma(self, op, t: cute.Tensor, mK: cute.Tensor, smem: cute.Layout, d: int) -> Tma:
         return Tma(*cpasync.make_tiled_tma_atom(op, self.sequences.pack(t, mK.shape[2]), smem, (self.box, d)))
@@ -71,8 +84,11 @@ class PackGQA(OneHead):
         ratio = self.sequences.ratio(t, gmem)
         packs = cute.ceil_div(ratio, self.config.pack)
         g = self.sequences.packed_heads(t, head // packs, ratio, sequence)  # ((ratio, s), d)
-        box = self.box, self._columns(name)
-        return cute.local_tile(g, box, ((head % packs, None), 0))  # ((pack, 64 / pack), d, blocks)
+        box, n = (self.box, self._columns(name)), self.blocks_of_query
+        if n == 1:
+            return cute.local_tile(g, box, ((head % packs, None), 0))  # ((pack, 64 / pack), d, blocks)
+        g = cute.domain_offset(((head % packs * self.config.pack, 0), 0), g)
+        return cute.local_tile(g, box, ((None, None), 0))  # ((64, 1), d, blocks of a query, queries)
 
     def query(self, row):
         return self.config.row_mask.query(row)

@@ -83,7 +83,8 @@ class Producer:
 
     def _load_q(self, gmem: Gmem, smem: Smem, pipes: Pipes, head, sequence):
         """What loads 64 rows of q into a slot."""
-        return tma_copy(self.trace, gmem, smem, pipes, "q", [self.rows.tiles(gmem, "q", head, sequence)])
+        copy = tma_copy(self.trace, gmem, smem, pipes, "q", [self.rows.tiles(gmem, "q", head, sequence)])
+        return lambda block, slot, state: copy(self.rows.block(block), slot, state)
 
 
 class CachedProducer(Producer):

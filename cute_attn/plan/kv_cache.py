@@ -4,7 +4,7 @@ from dataclasses import replace
 from math import gcd
 
 from ..kernels.combine import COMBINE_BYTES
-from ..kernels.config import SMEM_BYTES, FwdConfig, KvCache
+from ..kernels.config import PACKS, SMEM_BYTES, FwdConfig, KvCache
 from ..kernels.grid_split import EqualShares
 from ..problem import Problem
 from .candidates import kernel_dims
@@ -24,9 +24,11 @@ def few_queries(problem: Problem, config: FwdConfig) -> bool:
 
 
 def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
-    """A CTA of 64 rows to an SM, and its memory for K and V."""
-    how = dict(tile_m=64, tile_n=KEYS, stages=1, q_stages=1, pingpong=False, q_in_regs=False, speculative=False)
-    few = replace(config, **how, scheduler=EqualShares, cache=KvCache(KEYS))
+    """A CTA to an SM, and its memory for K and V. A tile has all rows, and one query's are no more than it has."""
+    pack = FEW_ROWS if problem.seqlen_q == 1 and problem.ratio > config.pack == PACKS[-1] else config.pack
+    tile_m = 64 if problem.seqlen_q * pack <= 64 else FEW_ROWS
+    how = dict(tile_m=tile_m, tile_n=KEYS, stages=1, q_stages=1, pingpong=False, q_in_regs=False, speculative=False)
+    few = replace(config, **how, pack=pack, scheduler=EqualShares, cache=KvCache(KEYS))
     return replace(few, stages=most_stages(few))
 
 
@@ -36,6 +38,10 @@ def most_stages(config: FwdConfig) -> int:
     room, combine = SMEM_BYTES - 1024 - 2 * q, COMBINE_BYTES + 1024 if config.shares else 0
     most, beside = (min(n // (2 * kv), STAGES) for n in (room, room - combine))
     return beside if beside >= LEAST_STAGES else most
+
+
+def long_queries(problem: Problem, config: FwdConfig) -> bool:
+    return not config.shares and config.head_dim == config.d_v == 128 and (config.tile_m, config.tile_n) == (192, 64)
 
 
 def box_of(page: int, tile_n: int) -> int:
@@ -56,7 +62,7 @@ def cached(problem: Problem, config: FwdConfig) -> FwdConfig:
     box = box_of(problem.page, tile_n)
     head_dim, head_dim_v = _whole_atoms(config) if box == 1 else (config.head_dim, config.head_dim_v)
     dims = dict(head_dim=head_dim, head_dim_v=head_dim_v, tile_n=tile_n, cache=KvCache(box, paged=True))
-    dims = replace(config, **dims, stages=1, speculative=config.speculative and box == tile_n)
+    dims = replace(config, **dims, stages=1, speculative=config.speculative and tile_n <= 2 * box)
     most = most_stages(dims)
     return replace(dims, stages=most if dims.shares else min(most, config.stages * (config.tile_n // tile_n)))
 
@@ -76,6 +82,12 @@ RULES = (
         "what counts is how fast K and V come: all CTAs share the keys, and a second kernel merges what they found",
         few_queries,
         shared,
+    ),
+    Rule(
+        "many queries over a cache",
+        "a chunk's queries see many more keys than there are of them: 128 rows by 128 keys keep the tensor cores busier",
+        long_queries,
+        lambda problem, config: replace(config, tile_m=128, tile_n=128, stages=2),
     ),
     Rule(
         "K/V cache",

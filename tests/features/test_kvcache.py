@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cute_attn import flash_fwd, flash_fwd_kvcache, kvcache_checks, plan, request, workspace
 from cute_attn.checks import SIZE_MAX, Spec
+from cute_attn.kernels.combine import COMBINE_BYTES
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig
 from cute_attn.kernels.mask import CausalOfEach
 from cute_attn.kernels.state import SLACK
@@ -743,7 +744,8 @@ def test_the_plan():
     for d, ratio, page in product((64, 128, 256), (1, 8), (None, 1, 12, 16, 48, 64, 256)):
         few, many = (plan.kvcache(d, "bf16", True, ratio=ratio, max_seqlen_q=n, page_size=page) for n in (4, 4096))
         assert few.shares and not many.shares and few.pack == ratio and few.stages >= 3
-        assert few.stages == STAGES or few.smem_bytes + 4 * few.tile_n * few.head_dim > SMEM_BYTES
+        one_more = few.smem_bytes + 4 * few.tile_n * few.head_dim
+        assert few.stages == STAGES or one_more > SMEM_BYTES - COMBINE_BYTES - 1024
         for config in (few, many):
             assert config.cache.paged == (page is not None) and config.tile_n % config.cache.box == 0
             assert page is None or page % config.cache.box == 0
