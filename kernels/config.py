@@ -23,6 +23,7 @@ PACKS = (1, 2, 4, 8, 16, 32, 64)
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 # a producer that reads of its tiles, loads each block in many boxes, or in an order of its own
 BUSY_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}
+CACHE_REGISTERS = 56, 224  # a producer that looks for its part of all keys, or copies them itself
 
 
 def _tensor(dtype, rank: int):
@@ -45,10 +46,15 @@ class SparseBlocks:
 
 @dataclass(frozen=True)
 class KvCache:
-    """Rows of a box of TMA; paged: each box has a page of its own."""
+    """Rows of a box of TMA; paged: each box has a page of its own; gathers: there are no boxes, threads copy the rows."""
 
     box: int
     paged: bool = False
+    gathers: bool = False
+
+    @property
+    def name(self) -> str:
+        return "gathers" if self.gathers else f"{'paged' if self.paged else 'cache'}{self.box}"
 
 
 @dataclass(frozen=True)
@@ -149,11 +155,13 @@ class FwdConfig:
     @property
     def producer_last(self) -> bool:
         """The producer has no warps to spare, and is behind the MMA warpgroup: registers are left for `Combine`."""
-        return self.shares
+        return self.shares and self.warpgroups == 1
 
     @property
     def producer_warps(self) -> int:
         """That load. One suffices for few boxes, and for some where memory is what takes the time."""
+        if self.cache and self.cache.gathers:
+            return 4
         return gcd(max(self.cache_boxes // 4, 1) if self.shares else self.cache_boxes, 4)
 
     @property
@@ -169,8 +177,10 @@ class FwdConfig:
     @property
     def registers(self) -> tuple[int, int] | None:
         """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
-        if self.shares or (self.warpgroups == 2 and self.registers_held <= 80):
+        if self.warpgroups == 2 and self.registers_held <= 80:
             return None
+        if self.warpgroups == 2 and (self.shares or (self.cache and self.cache.gathers)):
+            return CACHE_REGISTERS
         busy = self.varlen or self.sparse or self.widest > 256 or self.diagonal_first
         return (BUSY_REGISTERS if busy else REGISTERS)[self.warpgroups]
 
@@ -224,7 +234,7 @@ class FwdConfig:
     @property
     def cache_boxes(self) -> int:
         """Of TMA, to a stage of a cache's K or V."""
-        return self.tile_n // self.cache.box if self.cache else 1
+        return self.tile_n // self.cache.box if self.cache and not self.cache.gathers else 1
 
     @property
     def ctas_per_sm(self) -> int:
@@ -318,7 +328,7 @@ class FwdConfig:
         tile += ("_redo" if self.speculative else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
-        tile += f"_{'paged' if self.cache.paged else 'cache'}{self.cache.box}" if self.cache else ""
+        tile += f"_{self.cache.name}" if self.cache else ""
         features = [name for name in ("sinks", "dropout", "row_max", "sparse") if getattr(self, name)]
         kind = "_".join(filter(None, (self.mask.name, self.score.name, *features)))
         dims = f"d{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v else "")

@@ -140,7 +140,8 @@ class FlashFwdSm90:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for tma in (gmem.q, gmem.k, gmem.v):
-                cpasync.prefetch_descriptor(tma.atom)
+                if cutlass.const_expr(tma.atom is not None):
+                    cpasync.prefetch_descriptor(tma.atom)
         smem, pipes = self._allocate(tiling)
         cluster_sync(c.cluster_size)
         first = 4 * c.warpgroups if c.producer_last else 0  # the producer's warp
@@ -178,11 +179,11 @@ class FlashFwdSm90:
         def group(n):
             return pipeline.CooperativeGroup(pipeline.Agent.Thread, n)
 
-        def ring(stages, rows, d, cluster=1):
+        def ring(stages, rows, d, cluster=1, arrivals=1):
             return pipeline.PipelineTmaAsync.create(
                 barrier_storage=alloc.allocate_array(Int64, 2 * stages),
                 num_stages=stages,
-                producer_group=group(1),
+                producer_group=group(arrivals),
                 consumer_group=group(4 * c.warpgroups * cluster),
                 tx_count=rows * d * self.dtype.width // 8,
                 cta_layout_vmnk=cute.make_layout((1, cluster, 1, 1)),
@@ -195,7 +196,8 @@ class FlashFwdSm90:
             consumer_group=group(WARPGROUP * c.warpgroups + 32 * (c.producer_warps - 1)),  # each reader arrives for itself: racecheck sees that
         )
         q_ring = ring(c.q_stages, c.tile_m, c.head_dim)
-        kv_rings = (ring(c.stages, c.tile_n, d, c.cluster) for d in (c.head_dim, c.d_v))
+        kv, dims = self.parts.kv, (c.head_dim, c.d_v)
+        kv_rings = (kv.ring(ring(c.stages, c.tile_n, d, c.cluster, kv.arrivals)) for d in dims)
         return Pipes(q_ring, *kv_rings, tiles)
 
     @cute.jit

@@ -121,6 +121,16 @@ def rows_with_runs(total, rows, least):
     return cutlass.max(cutlass.min(rows, over(total, least)), 1)
 
 
+@cute.jit
+def rows_of_whole(batch: Int32, rows: Int32) -> Int32:
+    """Of equal sequences: as many rows as each have some of them whole, where these are nearly all rows."""
+    each = over(batch + rows - 1, rows)
+    whole = over(batch, each)
+    if (whole * each != batch) | (whole * 16 < rows * 15):
+        whole = rows
+    return whole
+
+
 def row_of(block, total, rows):
     """The row whose run has this block."""
     each = over(total, rows)
@@ -165,16 +175,20 @@ class SharedCached(Cached):
 
     @cute.jit
     def _list(self, problem: Problem, place: Place) -> List:
-        own, others = self._lane(Int32(0), problem), Int32(0)
-        for i in cutlass.range(1, (problem.grid.batch + LANES - 1) // LANES, AT_ONCE, unroll=1):
+        own, others, batch = self._lane(Int32(0), problem), Int32(0), problem.grid.batch
+        most = own.blocks
+        for i in cutlass.range(1, (batch + LANES - 1) // LANES, AT_ONCE, unroll=1):
             for j in cutlass.range_constexpr(AT_ONCE):  # lengths on their way; beyond the last sequence are no blocks
-                others = others + self._lane((i + j) * LANES, problem).blocks
+                blocks = self._lane((i + j) * LANES, problem).blocks
+                others, most = others + blocks, cutlass.max(most, blocks)
         own_end = running_sum(own.blocks)
         end = cute.arch.shuffle_sync(own_end, LANES - 1)
         total = end + cute.arch.warp_redux_sync(others, "add")
         queries = cutlass.min(problem.grid.q.length * self.config.pack, self.config.tile_m)
-        least = self.config.scheduler.least(queries)
-        return List(own, own_end, end, total, rows_with_runs(total, place.rows, least))
+        rows = rows_with_runs(total, place.rows, self.config.scheduler.least(queries))
+        if cute.arch.warp_redux_sync(most, "max") * batch == total:
+            rows = rows_of_whole(batch, rows)
+        return List(own, own_end, end, total, rows)
 
     def _run(self, row: Int32, blocks: List, problem: Problem) -> Run:
         total, rows = blocks.total, blocks.rows

@@ -17,6 +17,12 @@ class Contiguous(Part):
         super().__init__(config)
         self.sequences, self.trace = sequences, trace
 
+    arrivals = 1  # for a stage that is loaded
+
+    def ring(self, ring):
+        """That stages of K or V go round in, as its reader waits for them."""
+        return ring
+
     def units(self, sequences):
         """What the strides of k and of v are multiples of, where TMA's view is made of it."""
         return None, None

@@ -222,15 +222,15 @@ class Paged(Contiguous):
         return Tma(*cpasync.make_tiled_tma_atom(op, in_cache(t, unit), boxes, box))
 
     @cute.jit
-    def next_place(self, boxes: Boxes, n_block: Int32, seqlen_k: Int32, origin: Origin, problem: Problem) -> Boxes:
+    def next_place(self, boxes: Boxes, n_block: Int32, seqlen_k: Int32, origin: Origin, problem: Problem, number):
         """The same, where the block is among these."""
         n = n_block - boxes.first
         if (n < 0) | (n >= self.blocks_at_once):
-            boxes = self.place(n_block, seqlen_k, origin, problem)
+            boxes = self.place(n_block, seqlen_k, origin, problem, number)
         return boxes
 
     @cute.jit
-    def place(self, n_block: Int32, seqlen_k: Int32, origin: Origin, problem: Problem) -> Boxes:
+    def place(self, n_block: Int32, seqlen_k: Int32, origin: Origin, problem: Problem, number) -> Boxes:
         """Lane i works out where the i-th box lies; one beyond the last key is nowhere, and reads zeros."""
         c, keys, n = self.config, problem.grid.k.keys, self.blocks_at_once
         first = n_block // n * n
@@ -239,12 +239,18 @@ class Paged(Contiguous):
         left = cutlass.max(cutlass.min(seqlen_k - key, c.cache.box), 0)  # rows of it
         page, row = origin.page, origin.row + key
         if cutlass.const_expr(c.cache.paged):
-            page, row = Int32(0), Int32(0)
-            if (left > 0) & (box < n * c.cache_boxes):
-                n, row = divmod(key, problem.grid.k.page_size)
-                page = keys.page(cute.make_tensor(int32_at(origin.table) + n, 1)[0])
+            page, row = self.look_up(key, (left > 0) & (box < n * c.cache_boxes), origin, problem)
         y_k, y_v = (page * x.page + (row + left) * x.row for x in (keys.k, keys.v))
         return Boxes(first, ROWS_MAX - left, y_k, y_v)
+
+    @cute.jit
+    def look_up(self, key: Int32, there, origin: Origin, problem: Problem):
+        """A key's page, and its row there."""
+        page, row = Int32(0), Int32(0)
+        if there:
+            n, row = divmod(key, problem.grid.k.page_size)
+            page = problem.grid.k.keys.page(cute.make_tensor(int32_at(origin.table) + n, 1)[0])
+        return page, row
 
     def loader(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, head, sequence):
         """What loads a block into a stage: (boxes, block, stage, state, which of the producer's warps).

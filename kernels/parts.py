@@ -11,6 +11,7 @@ from .gemms import Gemms
 from .grid_split import GridSplit, SharedCached, SharedRange
 from .kv import Contiguous
 from .kv_cache import Cached, Paged
+from .kv_gather import Gathered
 from .outputs import Output, RowMax, Sinks
 from .pack_gqa import OneHead, PackGQA
 from .sequences import Dense, Varlen
@@ -45,7 +46,7 @@ def parts_of(c: FwdConfig) -> Parts:
         rows=rows,
         head_dim=head_dim,
         sequences=sequences,
-        kv=(Paged if c.cache else Contiguous)(c, sequences, trace),
+        kv=_kv(c)(c, sequences, trace),
         blocks=blocks,
         gemms=gemms,
         softmax=_softmax(c)(c, blocks, gemms),
@@ -60,6 +61,12 @@ def _sequences(c: FwdConfig) -> type[Dense]:
     if c.cache:
         return SharedCached if c.shares else Cached
     return Varlen if c.varlen else Dense
+
+
+def _kv(c: FwdConfig) -> type[Contiguous]:
+    if c.cache:
+        return Gathered if c.cache.gathers else Paged
+    return Contiguous
 
 
 def _blocks(c: FwdConfig) -> type[Range]:

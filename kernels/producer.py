@@ -142,7 +142,7 @@ class CachedProducer(Producer):
     @cute.jit
     def _first_k(self, pipes: Pipes, walk: cutlass.Constexpr, k_state, tile: Tile, problem: Problem, number):
         load_k, _, _, n_max, order, origin = walk
-        boxes = self.kv.place(order(n_max - 1), tile.seqlen_k, origin, problem)
+        boxes = self.kv.place(order(n_max - 1), tile.seqlen_k, origin, problem, number)
         self._acquire(pipes.k, k_state, number)
         load_k(boxes, order(n_max - 1), k_state.index, k_state, number)
         k_state.advance()
@@ -156,7 +156,7 @@ class CachedProducer(Producer):
         load_k, load_v, first, n_max, order, origin = walk
         for i in cutlass.range(1, n_max - first, unroll=1):
             boxes_v, n_block = boxes, order(n_max - 1 - i)
-            boxes = self.kv.next_place(boxes, n_block, tile.seqlen_k, origin, problem)
+            boxes = self.kv.next_place(boxes, n_block, tile.seqlen_k, origin, problem, number)
             self._acquire(pipes.k, k_state, number)
             load_k(boxes, n_block, k_state.index, k_state, number)
             k_state.advance()
@@ -169,8 +169,8 @@ class CachedProducer(Producer):
         return k_state, v_state
 
     def _acquire(self, pipe, state, number):
-        """A free stage, whose bytes the leading warp announces."""
-        if number is None:
+        """A free stage. If TMA fills it, the leading warp announces its bytes."""
+        if number is None and not self.config.cache.gathers:
             pipe.producer_acquire(state)
         else:
             pipe.sync_object_empty.wait(state.index, state.phase)

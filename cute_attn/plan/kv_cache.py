@@ -11,10 +11,11 @@ from .candidates import kernel_dims
 from .rule import Rule
 
 FEW_ROWS = 128  # of a K/V head and sequence: with more, tiles enough read the same keys
+WIDEST = 192  # columns of tiles of so many rows: with more the registers do not suffice
 KEYS = 64  # of a stage, where all CTAs share them
 LEAST_STAGES, STAGES = 3, 16  # that are left for `Combine` to begin early; at most
 BOX_ROWS = 128  # at most, of a page
-BOXES = 32  # at most, of a stage: a lane for each
+LEAST_BOX = 8  # of smaller ones TMA loads fewer bytes a second than threads copy
 
 
 def few_queries(problem: Problem, config: FwdConfig) -> bool:
@@ -25,8 +26,10 @@ def few_queries(problem: Problem, config: FwdConfig) -> bool:
 
 def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     """A CTA to an SM, and its memory for K and V. A tile has all rows, and one query's are no more than it has."""
-    pack = FEW_ROWS if problem.seqlen_q == 1 and problem.ratio > config.pack == PACKS[-1] else config.pack
-    tile_m = 64 if problem.seqlen_q * pack <= 64 else FEW_ROWS
+    wide = config.widest > WIDEST
+    one = problem.seqlen_q == 1 and problem.ratio > config.pack == PACKS[-1] and not wide
+    pack = FEW_ROWS if one else config.pack
+    tile_m = 64 if problem.seqlen_q * pack <= 64 or wide else FEW_ROWS
     how = dict(tile_m=tile_m, tile_n=KEYS, stages=1, q_stages=1, pingpong=False, q_in_regs=False, speculative=False)
     few = replace(config, **how, pack=pack, scheduler=EqualShares, cache=KvCache(KEYS))
     return replace(few, stages=most_stages(few))
@@ -50,30 +53,24 @@ def box_of(page: int, tile_n: int) -> int:
     return rows & -rows
 
 
-def keys_of_stage(page: int, tile_n: int) -> int:
-    """As many as there are lanes for the boxes of."""
-    return max(n for n in range(16, tile_n + 1, 16) if n <= BOXES * box_of(page, n))
-
-
 def cached(problem: Problem, config: FwdConfig) -> FwdConfig:
     if not problem.page:
         return replace(config, cache=KvCache(config.tile_n))
-    tile_n = keys_of_stage(problem.page, config.tile_n)
-    box = box_of(problem.page, tile_n)
-    head_dim, head_dim_v = _whole_atoms(config) if box == 1 else (config.head_dim, config.head_dim_v)
-    dims = dict(head_dim=head_dim, head_dim_v=head_dim_v, tile_n=tile_n, cache=KvCache(box, paged=True))
-    dims = replace(config, **dims, stages=1, speculative=config.speculative and tile_n <= 2 * box)
-    most = most_stages(dims)
-    return replace(dims, stages=most if dims.shares else min(most, config.stages * (config.tile_n // tile_n)))
+    box = box_of(problem.page, config.tile_n)
+    if box < LEAST_BOX:
+        return gathered(config)
+    return replace(config, cache=KvCache(box, paged=True), speculative=config.speculative and config.tile_n <= 2 * box)
 
 
-def _whole_atoms(config: FwdConfig) -> tuple[int, int]:
-    """Boxes of one row: TMA writes them to whole 128 bytes, which those of head dims with narrower atoms are not.
-
-    Of V's columns each warpgroup that shares the rows has an equal part.
-    """
+def gathered(config: FwdConfig) -> FwdConfig:
+    """Rows are copied to whole 128 bytes. Of V's columns each warpgroup that shares the rows has an equal part."""
+    if config.warpgroups > 2 and config.head_dim_splits == 1:  # whose producer would have few registers
+        config = replace(config, tile_m=128)
     sizes = (config.head_dim, 64), (config.d_v, 64 * config.head_dim_splits)
-    return kernel_dims(*(-(-d // n) * n for d, n in sizes))
+    head_dim, head_dim_v = kernel_dims(*(-(-d // n) * n for d, n in sizes))
+    dims = replace(config, head_dim=head_dim, head_dim_v=head_dim_v, stages=1, cache=KvCache(1, True, True))
+    most = most_stages(dims)
+    return replace(dims, stages=most if dims.shares else min(most, config.stages), speculative=False)
 
 
 RULES = (
@@ -91,7 +88,7 @@ RULES = (
     ),
     Rule(
         "K/V cache",
-        "k and v are a cache's, in boxes of as many rows as a page has together",
+        "k and v are a cache's, in boxes of as many rows as a page has together, or gathered row by row",
         lambda problem, config: problem.page is not None,
         cached,
     ),

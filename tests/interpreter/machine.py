@@ -43,6 +43,7 @@ class Warp:
         self.waits_for, self.cluster_target, self.why = None, 0, None
         self.waits: list = []  # of each path, since the last time that none could go on
         self.wgmmas, self.bulk_groups = Wgmmas(self), BulkGroups()
+        self.copies: list[Transfer] = []  # cp.async's, on their way
         self.priority = self.machine.random.random()
 
     @property

@@ -15,6 +15,7 @@ from .slots import PARAMETER_BASE, SHARED_BASE, TYPES, Slots
 
 POISON = 0xFF  # bytes: NaN in any float type, -1 in any integer
 RANK_SHIFT = 24  # of a shared address: 1 + which CTA of the cluster, 0: the own one
+COPIED = 1 << 30  # in place of a warp's number: by cp.async, and for whoever fences it then
 MANY = 100_000  # objects: a search of so many takes as long as a small launch
 _frozen: list[weakref.ref] = []
 OFFSET = (1 << RANK_SHIFT) - 1
@@ -154,9 +155,10 @@ class Shared:
             self._storing.add(warp)
 
     def fence(self, warp: int):
-        if warp in self._storing:
-            self._storing.remove(warp)
-            self._unfenced[self._unfenced == warp] = 0
+        for whose in (warp, COPIED):
+            if whose in self._storing:
+                self._storing.remove(whose)
+                self._unfenced[self._unfenced == whose] = 0
 
     def _items(self, offsets: np.ndarray, size: int, why: str) -> np.ndarray:
         if np.count_nonzero(offsets & (size - 1)):

@@ -76,7 +76,7 @@ class ClusterBarrier:
             self.times += 1
 
 
-def _barriers(w, addresses: np.ndarray, why: str):
+def barriers(w, addresses: np.ndarray, why: str):
     """The mbarriers of a warp's active lanes, one after the other."""
     for lane in np.flatnonzero(w.lanes()):
         yield lane, w.cta.barrier(int(addresses[lane]), why)
@@ -115,7 +115,7 @@ def _arrive(i: Instruction, s: Slots):
 
     def step(w):
         addresses = at(w)
-        for lane, barrier in _barriers(w, addresses, i.text):
+        for lane, barrier in barriers(w, addresses, i.text):
             n = int(w.rows[count][lane]) if rest else 1
             if expects:
                 barrier.announce(n)
@@ -130,7 +130,7 @@ def _expect(i: Instruction, s: Slots):
     at, size = address(i.operands[0], s), s.of(i.operands[1], "u32")
 
     def step(w):
-        for lane, barrier in _barriers(w, at(w), i.text):
+        for lane, barrier in barriers(w, at(w), i.text):
             barrier.announce(int(w.rows[size][lane]))
 
     return step

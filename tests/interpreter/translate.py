@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import alu, memory, sync, tensor_core, tma
+from . import alu, copies, memory, sync, tensor_core, tma
 from .parse import Instruction, Program
 from .slots import LANES, Plan, Slots
 
-OPS = alu.OPS | memory.OPS | sync.OPS | tensor_core.OPS | tma.OPS
+OPS = alu.OPS | memory.OPS | sync.OPS | tensor_core.OPS | tma.OPS | copies.OPS
 ENDS = ("bra", "ret", "exit")
 ORDERS = "weak relaxed acquire release acq_rel volatile cta cluster gpu sys"
 SPACES = f"global shared shared::cta shared::cluster param {ORDERS}"
@@ -29,7 +29,7 @@ WORDS = {  # what an opcode may have behind its first word; whatever else it has
     **dict.fromkeys(("cvta", "mapa"), f"to {SPACES} u32 u64"),
     "bfind": "u32 s32",
     "bra": "uni",
-    "cp": f"{BULK} commit_group wait_group read global shared::cta shared::cluster",
+    "cp": f"{BULK} commit_group wait_group read {SPACES} shared::cluster ca cg L2::128B mbarrier arrive noinc b64",
     "cvt": f"rn rni rzi rmi rpi sat bf16 f16 bf16x2 f16x2 u8 s8 {NUMBERS}",
     "div": f"rn full approx {NUMBERS}",
     "elect": "sync",
