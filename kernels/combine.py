@@ -1,6 +1,7 @@
 """The second kernel of a split over the grid: merges the parts of a tile, and writes O and LSE.
 
-A CTA is for 16 rows of a tile that CTAs of the forward may have shared, and 32 columns of O. Its warps share the parts. Their threads hold rows and columns as those did that wrote the parts, so the softmax's `merge` and the
+A CTA merges 16 rows of a tile that CTAs of the forward have shared, by 32 columns, or several such. Its warps share the
+parts. Their threads hold rows and columns as those did that wrote the parts, so the softmax's `merge` and the
 epilogue are the forward's.
 """
 
@@ -25,16 +26,19 @@ COLUMNS = 32  # of a CTA: the four threads of a row store 16 bytes each
 GROUP = 16  # rows: those of a warp of the MMA warpgroup
 WARPS = 4
 AT_ONCE = 4  # parts that a warp reads
+CTAS_PER_SM, LEAST_CTAS = 4, 3  # at most; that ptxas leaves registers for
 OWN = COLUMNS // 2 + 4  # float32s of a thread: of two rows a quarter of the columns, the running max and the sum
 COMBINE_BYTES = 4 * (OWN * 32 * (WARPS - 1) + 16)  # of shared memory
 
 
-class Tiles(NamedTuple):
-    """Of which tiles the kernel has CTAs: see `SharedCached.units`."""
+class Work(NamedTuple):
+    """Some rows and columns of a tile are an item; of which tiles `SharedCached.units` says."""
 
     rows: Int32  # of the forward's CTAs
     m_blocks: Int32
     groups: Int32  # of rows, of a tile
+    items: Int32
+    each: Int32  # of a CTA, neighbours
 
 
 class Columns(WholeHeadDim):
@@ -70,48 +74,73 @@ class Combine:
     @cute.jit
     def launch(self, gmem: Gmem, problem: Problem, tiling: Tiling, ctas: Int32, stream: cuda.CUstream):
         """Behind the forward kernel of so many CTAs."""
-        tile_m, pack = self.config.tile_m, self.config.pack
-        rows = cutlass.min(problem.grid.q.length, tile_m) * pack  # of a tile, at most
+        tile_m, heads = self.config.tile_m, problem.grid.heads
+        rows = cutlass.min(problem.grid.q.length, tile_m) * self.config.pack  # of a tile, at most
         groups = cutlass.min(cute.ceil_div(rows, GROUP), tile_m // GROUP)
         units, m_blocks = self.sequences.units(problem, ctas)
+        items = units * heads * groups * self.columns.slices
+        each = cute.ceil_div(items, CTAS_PER_SM * ctas)
         self.kernel.set_name_prefix(f"{self.config.name}_combine", keep_mangled_name=False)
-        self.kernel(gmem, problem, tiling, Tiles(over(ctas, problem.grid.heads), m_blocks, groups)).launch(
-            grid=(units * problem.grid.heads * groups * self.columns.slices, 1, 1),
+        self.kernel(gmem, problem, tiling, Work(over(ctas, heads), m_blocks, groups, items, each)).launch(
+            grid=(cute.ceil_div(items, each), 1, 1),
             block=(32 * WARPS, 1, 1),
             stream=stream,
             use_pdl=True,
+            min_blocks_per_mp=LEAST_CTAS,
+            preferred_smem_carveout=100,  # as the forward has it, and so that the DSL asks no GPU
         )
 
     @cute.kernel
-    def kernel(self, gmem: Gmem, problem: Problem, tiling: Tiling, tiles: Tiles):
+    def kernel(self, gmem: Gmem, problem: Problem, tiling: Tiling, work: Work):
         """The forward has waited for the lengths before it let this kernel begin, so they are read beside it."""
         alloc = SmemAllocator()
         shared = alloc.allocate_tensor(Int32, cute.make_layout(len(SharedTile._fields)), 16)
         sums = alloc.allocate_tensor(Float32, cute.make_layout((OWN, 32, WARPS - 1)), 16)
-        block, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
-        whose, columns = over(block, self.columns.slices), block % self.columns.slices
-        of_head = over(whose, tiles.groups)
-        group = whose - of_head * tiles.groups
-        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
-            self._find(shared, of_head, tiles, problem)
-        cute.arch.sync_threads()
-        tile = SharedTile(*(cute.arch.make_warp_uniform(shared[i]) for i in range(len(SharedTile._fields))))
-        own = self.sequences.problem_of(tile, problem)
-        row_block, warp = group // (ROWS // GROUP), group % (ROWS // GROUP)
-        frag = self._fragments(row_block * self.columns.slices + columns, warp * 32 + thread % 32, tiling, own)
-        w = Warpgroup(gmem, None, None, tiling, own, frag)
-        rows, some = self._rows(w, tile)
-        queries = some & (tile.valid != 0)
-        if queries | (block == 0):  # or this kernel might end before the forward
-            self._wait(rows)
-            if queries:
-                self._tile(w, tile, rows, sums)
+        block, known = cute.arch.block_idx()[0], Int32(-1)
+        begin = block * work.each
+        for item in cutlass.range(begin, cutlass.min(begin + work.each, work.items), unroll=1):
+            whose, columns = over(item, self.columns.slices), item % self.columns.slices
+            of_head = over(whose, work.groups)
+            if of_head != known:
+                self._find(shared, of_head, work, problem)
+            known = of_head
+            self._item(gmem, problem, tiling, shared, sums, whose - of_head * work.groups, columns)
+        if block == 0:
+            wait_for_stream()  # or this kernel might end before the forward
 
     @cute.jit
-    def _find(self, shared: cute.Tensor, of_head: Int32, tiles: Tiles, problem: Problem):
-        """By one warp."""
-        place = self.sequences.place_of(of_head, tiles.rows * problem.grid.heads, problem)
-        tile = self.sequences.merged(place.row, place, tiles.m_blocks, problem)
+    def _item(
+        self,
+        gmem: Gmem,
+        problem: Problem,
+        tiling: Tiling,
+        shared: cute.Tensor,
+        sums: cute.Tensor,
+        group: Int32,
+        columns: Int32,
+    ):
+        """Rows and columns of a tile that are to be merged, or there is nothing to do."""
+        tile = SharedTile(*(cute.arch.make_warp_uniform(shared[i]) for i in range(len(SharedTile._fields))))
+        own, thread = self.sequences.problem_of(tile, problem), cute.arch.lane_idx() + group % (ROWS // GROUP) * 32
+        wg = group // (ROWS // GROUP) * self.columns.slices + columns
+        w = Warpgroup(gmem, None, None, tiling, own, self._fragments(wg, thread, tiling, own))
+        rows, some = self._rows(w, tile)
+        if some & (tile.valid != 0):
+            self._wait(rows)
+            self._tile(w, tile, rows, sums)
+
+    @cute.jit
+    def _find(self, shared: cute.Tensor, of_head: Int32, work: Work, problem: Problem):
+        """A tile: by one warp, for all."""
+        cute.arch.sync_threads()  # the one before is no longer read
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
+            self._tell(shared, of_head, work, problem)
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def _tell(self, shared: cute.Tensor, of_head: Int32, work: Work, problem: Problem):
+        place = self.sequences.place_of(of_head, work.rows * problem.grid.heads, problem)
+        tile = self.sequences.merged(place.row, place, work.m_blocks, problem)
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(len(tile)):
                 shared[i] = Int32(tile[i])
@@ -148,6 +177,7 @@ class Combine:
         warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
         for first in cutlass.range(tile.first_row + warp, tile.last_row + 1, WARPS * AT_ONCE, unroll=1):
             self._add_some(w, tile, first, rows)
+        cute.arch.sync_threads()  # the sums of the rows before are no longer read
         if warp > 0:
             cute.autovec_copy(self._sum(w), sums[None, lane, warp - 1])
         cute.arch.sync_threads()
