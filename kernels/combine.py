@@ -195,7 +195,10 @@ class Combine:
             for r in cutlass.range_constexpr(2):
                 softmax = self._views(parts[i], r)[1]
                 there = first + WARPS * i <= last
-                softmax[0], softmax[1] = (softmax[0] if there else -Float32.inf), (softmax[1] if there else Float32(0.0))
+                softmax[0], softmax[1] = (
+                    (softmax[0] if there else -Float32.inf),
+                    (softmax[1] if there else Float32(0.0)),
+                )
         self._add(w, parts)
 
     def _part(self, w: Warpgroup, tile, whose, rows: list) -> cute.Tensor:

@@ -23,7 +23,7 @@ PACKS = (1, 2, 4, 8, 16, 32, 64)
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 # a producer that reads of its tiles, loads each block in many boxes, or in an order of its own
 BUSY_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}
-CACHE_REGISTERS = 56, 224  # a producer that looks for its part of all keys, or copies them itself
+CACHE_REGISTERS = 56, 224  # a producer that looks for its part of all keys, loads many boxes, or copies rows
 
 
 def _tensor(dtype, rank: int):
@@ -179,7 +179,7 @@ class FwdConfig:
         """What setmaxnreg asks for; None where two warpgroups have enough as launched, and ptxas would ignore it."""
         if self.warpgroups == 2 and self.registers_held <= 80:
             return None
-        if self.warpgroups == 2 and (self.shares or (self.cache and self.cache.gathers)):
+        if self.warpgroups == 2 and (self.shares or self.producer_warps == 4):
             return CACHE_REGISTERS
         busy = self.varlen or self.sparse or self.widest > 256 or self.diagonal_first
         return (BUSY_REGISTERS if busy else REGISTERS)[self.warpgroups]

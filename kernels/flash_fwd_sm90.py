@@ -193,7 +193,9 @@ class FlashFwdSm90:
             barrier_storage=alloc.allocate_array(Int64, 4),
             num_stages=2,
             producer_group=group(1),
-            consumer_group=group(WARPGROUP * c.warpgroups + 32 * (c.producer_warps - 1)),  # each reader arrives for itself: racecheck sees that
+            consumer_group=group(
+                WARPGROUP * c.warpgroups + 32 * (c.producer_warps - 1)
+            ),  # each reader arrives for itself: racecheck sees that
         )
         q_ring = ring(c.q_stages, c.tile_m, c.head_dim)
         kv, dims = self.parts.kv, (c.head_dim, c.d_v)

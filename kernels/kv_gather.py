@@ -47,7 +47,9 @@ class Gathered(Paged):
     def tma(self, t: cute.Tensor, smem: cute.Layout, columns: int, unit: Int64) -> Tma:
         """There is none: (units, d, h)."""
         (_, d, heads, _), (_, _, head, _) = t.shape, t.stride
-        return Tma(None, cute.make_tensor(t.iterator, cute.make_layout((Int32(REACH), d, heads), stride=(unit, 1, head))))
+        return Tma(
+            None, cute.make_tensor(t.iterator, cute.make_layout((Int32(REACH), d, heads), stride=(unit, 1, head)))
+        )
 
     @cute.jit
     def place(self, n_block: Int32, seqlen_k: Int32, origin: Origin, problem: Problem, number) -> Boxes:
@@ -99,6 +101,4 @@ class Gathered(Paged):
 
 def copy(to: Int32, source: Int64, count: Int32):
     """So many of 16 bytes, then zeros."""
-    cute.arch.inline_ptx(
-        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[to, source, count]
-    )
+    cute.arch.inline_ptx("cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[to, source, count])

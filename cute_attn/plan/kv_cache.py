@@ -59,7 +59,9 @@ def cached(problem: Problem, config: FwdConfig) -> FwdConfig:
     box = box_of(problem.page, config.tile_n)
     if box < LEAST_BOX:
         return gathered(config)
-    return replace(config, cache=KvCache(box, paged=True), speculative=config.speculative and config.tile_n <= 2 * box)
+    found = replace(config, cache=KvCache(box, paged=True), speculative=False)
+    speculates = found.cache_boxes == 1 or (found.warpgroups == 2 and found.cache_boxes <= 8)  # ptxas spills with more
+    return replace(found, speculative=config.speculative and speculates)
 
 
 def gathered(config: FwdConfig) -> FwdConfig:
@@ -82,7 +84,7 @@ RULES = (
     ),
     Rule(
         "many queries over a cache",
-        "a chunk's queries see many more keys than there are of them: 128 rows by 128 keys keep the tensor cores busier",
+        "a chunk sees many more keys than it has queries: 128 rows by 128 keys keep the tensor cores busier",
         long_queries,
         lambda problem, config: replace(config, tile_m=128, tile_n=128, stages=2),
     ),

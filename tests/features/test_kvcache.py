@@ -780,6 +780,62 @@ def test_interpreted(kind, mask):
 
 @interpreter
 @pytest.mark.machine_code
+@pytest.mark.parametrize(("heads", "num_sms"), [(128, 3), (70, 4), (160, 3)])
+def test_heads_of_two_warpgroups_interpreted(heads, num_sms):
+    """A tile has all heads of a query, or 128 of them."""
+    with interpreted(num_sms=num_sms) as configs:
+        check(paged([300, 0, 65, 1], 16, heads=heads, heads_kv=1))
+    assert configs[0].shares and configs[0].pack == configs[0].tile_m == 128
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize("packed", [[3, 30, 0, 20], [32, 1, 32, 2]])
+def test_queries_of_two_warpgroups_interpreted(packed):
+    with interpreted(num_sms=5) as configs:
+        case = dense([300, 0, 65, 40], 320, heads=4, heads_kv=1, packed=packed)
+        case.how.update(max_seqlen_q=32)
+        check(case, causal=True)
+    assert configs[0].shares and configs[0].tile_m == 128
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize(("lengths", "num_sms"), [([128] * 6, 6), ([128] * 4, 3), ([64] * 40, 9)])
+def test_equal_sequences_stay_whole_interpreted(lengths, num_sms):
+    """Where nearly all rows of CTAs have as many; then nothing is merged."""
+    with interpreted(num_sms=num_sms) as configs:
+        check(paged(lengths, 16, heads=4, heads_kv=1))
+    assert configs[0].shares
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize(
+    "case",
+    sample(
+        3,
+        [
+            (1, dict(heads=8)),
+            (3, dict(heads=8, d=128)),
+            (2, dict(packed=[3, 80, 0, 1])),
+            (4, dict(heads=2, d=192, d_v=128)),
+            (6, dict(heads_kv=1, d=32, d_v=96)),
+            (1, dict(heads=2, d=512, seqlen_q=2)),
+            (5, dict(heads_kv=1, d=256, storage=heads_first)),
+        ],
+    ),
+)
+def test_pages_of_few_rows_interpreted(case):
+    """Gathered by threads: one kernel for all such pages."""
+    page_size, how = case
+    with interpreted() as configs:
+        check(paged([300, 0, 65, 1], page_size, **how), causal=True)
+    assert configs[0].cache.gathers
+
+
+@interpreter
+@pytest.mark.machine_code
 @EACH_STORAGE
 def test_strides_interpreted(storage):
     with interpreted():
@@ -879,15 +935,37 @@ def test_strides_on_the_gpu(page_size, storage):
 def test_long_and_many(heads, heads_kv, head_dim):
     """One long sequence, which many CTAs share; many of all lengths."""
     how = dict(heads=heads, heads_kv=heads_kv, d=head_dim, where="cuda")
-    for lengths in ([20_000], torch.randint(0, 3000, (70,)).tolist(), [9000, *[3] * 30]):
+    for lengths in ([20_000], torch.randint(0, 3000, (70,)).tolist(), [9000, *[3] * 30], [700] * 66):
         check(paged(lengths, 16, **how), causal=True)
         check(paged(lengths, 16, seqlen_q=4, **how), causal=True)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [None, 1, 16, 64])
+@pytest.mark.parametrize("seqlen_q", [1, 8, 300])
+def test_a_hundred_thousand_keys(page_size, seqlen_q):
+    how = dict(heads=8, heads_kv=2, d=128, seqlen_q=seqlen_q, where="cuda")
+    lengths = [100_003, 1, 100_000]
+    check(dense(lengths, 100_100, **how) if page_size is None else paged(lengths, page_size, **how), causal=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "seqlen_q"), [(128, 1, 1), (70, 1, 1), (160, 1, 1), (32, 2, 7), (12, 3, 30)]
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_rows_of_two_warpgroups(heads, heads_kv, seqlen_q, head_dim):
+    """Few queries of many heads: a tile has up to 128 rows of a K/V head."""
+    how = dict(heads=heads, heads_kv=heads_kv, d=head_dim, seqlen_q=seqlen_q, where="cuda")
+    for lengths in ([5000], [300, 0, 65, 1, 4000], [256] * 40):
+        check(paged(lengths, 16, **how), causal=True)
+        check(dense(lengths, 5000, **how), causal=True)
+
+
+@pytest.mark.gpu
 def test_a_graph_follows_lengths_and_pages():
-    """Captured with some, replayed with others; equal bits in every replay."""
-    every = [paged(torch.randint(0, 900, (6,)).tolist(), 16, seqlen_q=2, where="cuda") for _ in range(3)]
+    """Captured with some, replayed with a hundred others; equal bits in every replay."""
+    every = [paged(torch.randint(0, 900, (6,)).tolist(), 16, seqlen_q=2, where="cuda") for _ in range(100)]
     pages, width = (
         max(f(x) for x in every) for f in (lambda x: len(x.k_cache), lambda x: x.how["page_table"].shape[1])
     )

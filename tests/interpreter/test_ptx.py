@@ -219,6 +219,64 @@ def test_shared_memory_is_poisoned():
     assert (run("ld.shared.b32 %r9, [%r0+12]; st.global.b32 [%rd5], %r9;")[:, 0] == -1).all()
 
 
+COPY = """mad.lo.s32 %r2, %r1, 16, %r0; add.s32 %r2, %r2, 64; setp.eq.s32 %p1, %r1, 0;
+@%p1 mbarrier.init.shared.b64 [%r0], 32; bar.sync 0; and.b32 %r3, %r1, 1; shl.b32 %r3, %r3, 4;
+cp.async.cg.shared.global [%r2], [%rd4], 16, %r3; {}
+ld.shared.b32 %r4, [%r2+8]; st.global.b32 [%rd5], %r4;"""
+ARRIVAL = """cp.async.mbarrier.arrive.noinc.shared.b64 [%r0];
+$a: mbarrier.try_wait.parity.shared.b64 %p2, [%r0], 0; @!%p2 bra $a;"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_copy_and_arrive(seed):
+    """16 bytes, or none of them: then these are zeros."""
+    given = RNG.integers(1, 1 << 30, (32, 4), dtype=np.int32)
+    assert (run(COPY.format(ARRIVAL), given, seed=seed)[:, 0] == given[:, 2] * (LANE % 2)).all()
+
+
+def test_copies_that_nobody_has_waited_for():
+    with pytest.raises(Fault, match="ends before cp.async"):
+        for seed in range(9):
+            assert (run(COPY.format(""), seed=seed)[:, 0] == -1).any()
+
+
+DEPENDENT = """griddepcontrol.wait; st.global.b32 [%rd5], %r1; griddepcontrol.launch_dependents;"""
+
+
+def launches(*codes):
+    """Of one call, one behind the other."""
+    given, found = torch.arange(128, dtype=torch.int32).view(32, 4), torch.full((32, 2), -1, dtype=torch.int32)
+    addresses = given.data_ptr(), found.data_ptr()
+    memory = Global(addresses, track=True)
+    for i, code in enumerate(codes):
+        (program,) = parse(KERNEL.format(code=code, threads=32)).values()
+        launch = Launch(1, 32, 1, 1024, tuple(a.to_bytes(8, "little") for a in addresses), "one")
+        place = dict(prerequisite=i > 0, dependents=i + 1 < len(codes))
+        Machine(Kernel(program), launch, memory, **place).run()
+    return found.numpy()
+
+
+def test_a_later_launch_may_read_early_what_the_first_has_not_written():
+    read = "ld.global.b32 %r9, [%rd4+4]; griddepcontrol.wait; st.global.b32 [%rd5+4], %r9;"
+    found = launches(DEPENDENT, read)
+    assert (found[:, 0] == LANE).all() and (found[:, 1] == 4 * LANE + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (DEPENDENT, "ld.global.b32 %r9, [%rd5]; griddepcontrol.wait;", "before griddepcontrol.wait"),
+        (DEPENDENT, "st.global.b32 [%rd4], %r1; griddepcontrol.wait;", "before griddepcontrol.wait"),
+        (DEPENDENT, "setp.lt.s32 %p1, %r1, 0; @%p1 griddepcontrol.wait;", "no thread has waited"),
+        ("griddepcontrol.launch_dependents; griddepcontrol.wait;", "griddepcontrol.wait;", "launch_dependents before"),
+        ("ld.global.b32 %r9, [%rd4]; griddepcontrol.wait;", "griddepcontrol.wait;", "before griddepcontrol.wait"),
+    ],
+)
+def test_what_launches_of_a_call_may_not(first, second, words):
+    with pytest.raises(Fault, match=words):
+        launches(first, second)
+
+
 REFUSED = {
     "ld.global.b32 %r9, [%rd4+512];": "in no tensor of the launch",
     "ld.global.b32 %r9, [%rd4+2];": "not aligned to 4 bytes",
