@@ -11,7 +11,7 @@ from cutlass.memory import SmemAllocator
 from .layout import acc_mn
 from .part import Part
 from .ping_pong import WARPGROUP
-from .state import Problem, Warpgroup, cluster_sync, rank
+from .state import Warpgroup, cluster_sync, rank
 from .tile_scheduler import Tile
 
 

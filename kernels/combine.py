@@ -162,7 +162,7 @@ class Combine:
         return Frag(columns, thread, None, None, None, None, acc_O, softmax, cS)
 
     def _rows(self, w: Warpgroup, tile):
-        """Which a thread reads: in place of those that are no queries its warp's first, which then is one, or none is."""
+        """Which a thread reads, and whether the warp has queries. In place of a row that is none it reads the first."""
         block = self.columns.row_block(w.frag.wg)
         queries = [self.split.is_query(w, tile, block, r) for r in range(2)]
         rows = [block * ROWS + w.frag.cS[r, 0][0] for r in range(2)]

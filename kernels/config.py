@@ -46,7 +46,7 @@ class SparseBlocks:
 
 @dataclass(frozen=True)
 class KvCache:
-    """Rows of a box of TMA; paged: each box has a page of its own; gathers: there are no boxes, threads copy the rows."""
+    """Rows of a box of TMA. paged: each box has a page of its own. gathers: threads copy rows, in place of boxes."""
 
     box: int
     paged: bool = False

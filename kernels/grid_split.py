@@ -22,7 +22,6 @@ from .state import ROWS, Gmem, Problem, Warpgroup, wait_for_stream
 from .tile_scheduler import Static
 from .varlen_scheduler import LANES, running_sum
 
-
 AT_ONCE = 4  # times 32 lengths that a warp asks for
 
 

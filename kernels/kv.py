@@ -62,6 +62,6 @@ def tma_copy(trace: NoTrace, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, co
         where = block if isinstance(block, tuple) else (block,)
         for i, (sT, gT) in enumerate(shares):
             slot = stage if parts == 1 else stage * parts + i
-            cute.copy(tma.atom, gT[None, *where], sT[None, slot], tma_bar_ptr=barrier, **share)
+            cute.copy(tma.atom, gT[(None, *where)], sT[None, slot], tma_bar_ptr=barrier, **share)
 
     return copy

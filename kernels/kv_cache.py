@@ -204,7 +204,7 @@ class Cached(Varlen):
 
 
 class Paged(Contiguous):
-    """K and V of a cache. `place` is where some blocks lie, worked out before their stages are free and then V's too."""
+    """K and V of a cache. `place` is where some blocks lie, for K and V, worked out before their stages are free."""
 
     @property
     def blocks_at_once(self) -> int:

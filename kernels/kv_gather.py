@@ -1,7 +1,7 @@
-"""Keys and values in pages of few rows, or of odd sizes: threads copy them, 16 bytes each, since TMA's boxes would be small.
+"""Keys and values in pages of few rows, or of odd sizes: threads copy them, since boxes of TMA would be small.
 
-The warps of the producer share the rows of a stage. What they copy is swizzled as TMA would have; it is there when all
-of them have arrived, and a reader fences it before WGMMA, the async proxy, sees it.
+The warps of the producer share the rows of a stage. What their threads copy, 16 bytes each, is swizzled as TMA would
+have it. It is there when all of them have arrived, and a reader fences it before WGMMA, the async proxy, sees it.
 """
 
 from dataclasses import fields

@@ -235,9 +235,8 @@ def test_threads_copy_and_arrive(seed):
 
 
 def test_copies_that_nobody_has_waited_for():
-    with pytest.raises(Fault, match="ends before cp.async"):
-        for seed in range(9):
-            assert (run(COPY.format(""), seed=seed)[:, 0] == -1).any()
+    with pytest.raises(Fault, match=r"ends before cp\.async"):
+        run(COPY.format(""), seed=2)
 
 
 DEPENDENT = """griddepcontrol.wait; st.global.b32 [%rd5], %r1; griddepcontrol.launch_dependents;"""
