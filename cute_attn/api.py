@@ -13,7 +13,7 @@ from .call import Call
 from .features.dropout import NO_DROPOUT
 from .kernels.config import FwdConfig
 from .operands import Dense, dense_key
-from .plan import HEAD_DIMS, kernel_class, plan, prebuilt
+from .plan import HEAD_DIMS, kernel_class, plan, prebuilt, prebuilt_kvcache
 from .request import Outputs, request, seen_before
 
 
@@ -205,6 +205,7 @@ def warmup(
     window: bool | Sequence[bool] = False,
     ratio: int | Sequence[int] = 1,
     head_dim_v: int | Sequence[int | None] | None = None,
+    page_size: int | Sequence[int] | None = None,
 ) -> list[FwdConfig]:
     """Compile ahead of time, into memory and the disk cache; needs no GPU. About 2 s for each kernel not there yet.
 
@@ -217,21 +218,39 @@ def warmup(
         window: True for the kernel of every window, with causal or without.
         ratio: H / Hk, one or several; above 1 also the kernels that pack the heads of a K/V head, for few queries.
         head_dim_v: of v and o, one or several for each D; None: D.
+        page_size: one or several: the kernels of `flash_fwd_kvcache` over pages of so many keys, 0: over a dense cache,
+            for any numbers of queries, in place of `flash_fwd`'s. There layout does not matter.
 
     Returns:
         the FwdConfigs that are ready.
     """
     asked = head_dim, dtype, layout, causal, constant_time, window, head_dim_v
-    every = product(*(x if isinstance(x, (tuple, list)) else (x,) for x in asked))
-    found = [plan(checks.warmup_problem(*one)) for one in every]
-    classes, dims = (
-        set(map(kernel_class, found)),
-        dict.fromkeys((config.head_dim, config.head_dim_v) for config in found),
-    )
-    ratios = [checks.ratio(x) for x in (ratio if isinstance(ratio, (tuple, list)) else (ratio,))]
-    every_kernel = dict.fromkeys(config for x in ratios for config in prebuilt(device.name(), x, dims))
-    ready = [config for config in every_kernel if kernel_class(config) in classes]
+    every = product(*map(several, asked))
+    problems = [checks.warmup_problem(*one) for one in every]
+    ratios = [checks.ratio(x) for x in several(ratio)]
+    if page_size is None:
+        ready = _without_cache([plan(problem) for problem in problems], ratios)
+    else:
+        sizes = [checks.warmup_page(x) for x in several(page_size)]
+        checks.no_constant_time(problems)
+        cases = product(problems, ratios, sizes)
+        ready = list(dict.fromkeys(config for case in cases for config in prebuilt_kvcache(*case, device.name())))
     for done, config in enumerate(ready, 1):
         compile.get(config)
         notices.logger.info("warmup: %d of %d kernels, %s", done, len(ready), config.name)
     return ready
+
+
+def several(x: Any) -> Sequence[Any]:
+    """What was given alone, as one of several."""
+    return x if isinstance(x, (tuple, list)) else (x,)
+
+
+def _without_cache(found: Sequence[FwdConfig], ratios: Sequence[int]) -> list[FwdConfig]:
+    """Every kernel of the classes of these, for problems of other sizes."""
+    classes, dims = (
+        set(map(kernel_class, found)),
+        dict.fromkeys((config.head_dim, config.head_dim_v) for config in found),
+    )
+    every = dict.fromkeys(config for x in ratios for config in prebuilt(device.name(), x, dims))
+    return [config for config in every if kernel_class(config) in classes]

@@ -92,6 +92,21 @@ def ratio(given) -> int:
     return heads
 
 
+def warmup_page(given) -> int:
+    size = integer(given)
+    if size is None or size < 0:
+        raise ValueError(f"page_size: {given!r} came; the number of keys of a page is needed, or 0 for a dense cache")
+    return size
+
+
+def no_constant_time(problems) -> None:
+    """Over a cache there is none."""
+    if any(problem.constant_time for problem in problems):
+        raise ValueError(
+            "constant_time: flash_fwd_kvcache has no kernels for it; leave it out where page_size is given"
+        )
+
+
 def warmup_problem(head_dim, dtype, layout, causal, constant_time, window, head_dim_v=None) -> Problem:
     """A small problem that the kernel for these serves."""
     words(causal, layout, constant_time, window)

@@ -56,11 +56,14 @@ class Gathered(Paged):
         """A lane's row, 1 for `row` where it is a key's."""
         c, keys, n = self.config, problem.grid.k.keys, self.blocks_at_once
         first, lane = n_block // n * n, cute.arch.lane_idx()
-        own = 0 if cutlass.const_expr(number is None) else number * self.rows
-        key = (first + lane // self.rows) * c.tile_n + own + lane % self.rows
+        key = (first + lane // self.rows) * c.tile_n + self._first_row(number) + lane % self.rows
         page, row = self.look_up(key, key < seqlen_k, origin, problem)
         y_k, y_v = (page * x.page + row * x.row for x in (keys.k, keys.v))
         return Boxes(first, Int32(key < seqlen_k), y_k, y_v)
+
+    def _first_row(self, number):
+        """Of a warp's, of a stage."""
+        return 0 if number is None else number * self.rows
 
     def loader(self, gmem: Gmem, smem: Smem, pipes: Pipes, name: str, head, sequence):
         """As `Paged.loader`."""
@@ -69,22 +72,24 @@ class Gathered(Paged):
 
         def load(boxes: Boxes, n_block, stage, state, number):
             self.trace.mark(gmem, smem, 0, f"load {name}")
-            y, own = boxes.y_k if name == "k" else boxes.y_v, 0 if number is None else number * self.rows
-            first = (n_block - boxes.first) * self.rows
-            self._copy_rows(name, begin, t, to, stage, own, first, y, boxes.row)
+            self._copy_rows(name, t, begin, to, boxes, n_block, stage, number)
             cute.arch.cp_async_mbarrier_arrive_noinc(pipe.producer_get_barrier(state))
 
         return load
 
     @cute.jit
-    def _copy_rows(self, name: cutlass.Constexpr, begin, t: cute.Tensor, to, stage, own, first, y, there):
-        """A warp's rows of a stage, those that its lanes from the first on know; neighbours copy a row."""
+    def _copy_rows(
+        self, name: cutlass.Constexpr, t: cute.Tensor, begin, to, boxes: Boxes, n_block: Int32, stage: Int32, number
+    ):
+        """A warp's rows of a stage, each by neighbouring lanes."""
+        y, own = boxes.y_k if name == "k" else boxes.y_v, self._first_row(number)
+        first = (n_block - boxes.first) * self.rows  # lane, of those that know where these rows are
         columns = self.config.d_v if name == "v" else self.config.head_dim
         chunks = columns * 2 // BYTES  # of a row
         at_once, lane = gcd(chunks, 32), cute.arch.lane_idx()
         for i in cutlass.range(0, self.rows, 32 // at_once, unroll=UNROLL):
             row = i + lane // at_once
-            is_key, its_y = (cute.arch.shuffle_sync(x, first + row) for x in (there, y))
+            is_key, its_y = (cute.arch.shuffle_sync(x, first + row) for x in (boxes.row, y))
             source = begin + Int64(its_y) * t.stride[0] * 2
             for j in cutlass.range_constexpr(0, chunks, at_once):
                 chunk = j + lane % at_once

@@ -24,6 +24,7 @@ from .prebuilt_set import PREBUILT_FEATURES as PREBUILT_FEATURES
 from .prebuilt_set import KernelClass as KernelClass
 from .prebuilt_set import kernel_class as kernel_class
 from .prebuilt_set import prebuilt as prebuilt
+from .prebuilt_set import prebuilt_kvcache as prebuilt_kvcache
 from .prebuilt_set import prebuilt_varlen as prebuilt_varlen
 from .rule import Rule as Rule
 from .rule import Step as Step

@@ -60,8 +60,13 @@ def cached(problem: Problem, config: FwdConfig) -> FwdConfig:
     if box < LEAST_BOX:
         return gathered(config)
     found = replace(config, cache=KvCache(box, paged=True), speculative=False)
-    speculates = found.cache_boxes == 1 or (found.warpgroups == 2 and found.cache_boxes <= 8)  # ptxas spills with more
-    return replace(found, speculative=config.speculative and speculates)
+    return replace(found, speculative=config.speculative and speculates(found))
+
+
+def speculates(config: FwdConfig) -> bool:
+    """Whether a speculative softmax leaves registers for the boxes: ptxas spills with more of them, or two scores."""
+    most = 1 if config.warpgroups > 2 else 2 if config.score.name else 8
+    return config.cache_boxes <= most
 
 
 def gathered(config: FwdConfig) -> FwdConfig:

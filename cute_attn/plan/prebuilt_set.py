@@ -7,11 +7,11 @@ from typing import Any
 
 from .. import tuned
 from ..kernels.config import DTYPES, LAYOUTS, FwdConfig
-from ..problem import PLAIN, FeatureKey
+from ..problem import PLAIN, FeatureKey, Problem
 from . import pack_gqa
 from .candidates import EQUAL_HEAD_DIMS, HEAD_DIMS, configs
 from .features import constant_time, with_features
-from .planner import varlen
+from .planner import kvcache, varlen
 
 PREBUILT_FEATURES = {
     False: [FeatureKey(alibi=True)],
@@ -47,6 +47,13 @@ def prebuilt(
     others += map(constant_time, [*always, *(config for config in some if config.split > 1), *windows])
     packs = pack_gqa.kernels([*always, *windows, *others], some, ratio)
     return list(dict.fromkeys([*always, *some, *windows, *others, *packs]))
+
+
+def prebuilt_kvcache(problem: Problem, ratio: int, page_size: int, gpu: str | None = None) -> list[FwdConfig]:
+    """Every kernel over a cache of such pages, 0: without pages, that calls like the problem with any queries reach."""
+    p, longest = problem, (*(1 << n for n in range(8)), None)  # more queries are as many as are not known
+    kind = p.head_dim, p.dtype, p.causal, p.features, gpu, p.head_dim_v, ratio
+    return list(dict.fromkeys(kvcache(*kind, most, page_size or None) for most in longest))
 
 
 def prebuilt_varlen(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cute_attn import flash_fwd, flash_fwd_kvcache, kvcache_checks, plan, request, workspace
+from cute_attn import compile, flash_fwd, flash_fwd_kvcache, kvcache_checks, plan, request, warmup, workspace
 from cute_attn.checks import SIZE_MAX, Spec
 from cute_attn.kernels.combine import COMBINE_BYTES
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig
@@ -737,6 +737,29 @@ REACHED = {
 def test_healthy(config):
     """The forward's and, where keys are shared, the one that combines."""
     assert inspect.report(config).problems() == []
+
+
+def test_warmup(monkeypatch):
+    """Every kernel that a call of its kind reaches."""
+    compiled = []
+    monkeypatch.setattr(compile, "get", compiled.append)
+    how = dict(dtype="bf16", ratio=(1, 6, 128), causal=(False, True))
+    ready = warmup((64, 128), page_size=(0, 1, 16), **how)
+    assert ready == compiled and all(config.cache for config in ready)
+    for d, ratio, page, causal in product((64, 128), (1, 6, 128), (None, 1, 16), (False, True)):
+        assert plan.kvcache(d, "bf16", causal, ratio=ratio, page_size=page) in ready
+        for longest in (1, 2, 3, 5, 7, 8, 11, 12, 16, 17, 22, 33, 64, 65, 100, 128, 129, 500, 4096):
+            config = plan.kvcache(d, "bf16", causal, ratio=ratio, max_seqlen_q=longest, page_size=page)
+            assert config in ready, (d, ratio, page, causal, longest)
+    assert {config.mask.name for config in warmup(64, window=True, page_size=16, **how)} == {"window"}
+
+
+@pytest.mark.parametrize("page_size", [-1, 2.0, "16", True])
+def test_no_warmup_of_such_pages(page_size):
+    with pytest.raises(ValueError, match=r"page_size: .* came; the number of keys of a page is needed, or 0"):
+        warmup(64, page_size=page_size)
+    with pytest.raises(ValueError, match="constant_time: flash_fwd_kvcache has no kernels for it"):
+        warmup(64, page_size=16, constant_time=True)
 
 
 def test_the_plan():
