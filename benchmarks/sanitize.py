@@ -4,8 +4,8 @@ python benchmarks/sanitize.py [--out FILE] [--logs FOLDER] [--tools racecheck ..
 
 Each kernel gets a case with more tiles than an H200 has SMs, so that CTAs reuse their buffers (those for few tiles
 aside), and partial tiles and blocks, GQA, rows without keys, an LSE, and a scale of either sign. So do those for varlen
-sequences, and of those for lists of blocks and functions of the user one of each head dim. The runs of RECORD, of other
-tools and the same kernels, GPU and versions, are kept beside these.
+sequences and over K/V caches, and of those for lists of blocks and functions of the user one of each head dim. The runs
+of RECORD, of other tools and the same kernels, GPU and versions, are kept beside these.
 """
 
 import argparse
@@ -24,12 +24,22 @@ from typing import Any
 import torch
 from gpu_tests import hold_alike, where
 
-from cute_attn import BlockLists, flash_fwd, flash_fwd_varlen
+from cute_attn import BlockLists, flash_fwd, flash_fwd_kvcache, flash_fwd_varlen
 from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
 from cute_attn.operands import o_like
-from cute_attn.plan import HEAD_DIMS, PREBUILT_FEATURES, FeatureKey, Problem, plan, prebuilt, prebuilt_varlen, varlen
+from cute_attn.plan import (
+    HEAD_DIMS,
+    PREBUILT_FEATURES,
+    FeatureKey,
+    Problem,
+    kvcache,
+    plan,
+    prebuilt,
+    prebuilt_varlen,
+    varlen,
+)
 from cute_attn.tools.benchmark.implementations import make_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +50,10 @@ DEVICE = torch.device("cuda")
 OTHER_HEAD_DIMS = ((192, 128), (64, 256), (96, 64), (320, 320), (512, 512), (64, 512), (512, 64))  # q's and v's
 CASES = (*((d, d) for d in HEAD_DIMS), *OTHER_HEAD_DIMS)
 MASKS, WINDOW = ("full", "causal", "window"), (150, 40)
+CACHES = tuple(  # query heads to one of k, new tokens, rows of a page, causal
+    product((3, 70), (1, 5, 200), (0, 1, 16), (True,))
+)
+CACHE_LENGTHS = 5000, 0, 64, 1, 333
 VARLEN_STARTS = (0, 0, 700, 1400, 3000), (0, 300, 300, 500, 2000)  # of queries, of keys
 # Sq, Sk, heads: the first leaves warpgroups without rows and rows without keys; from the fifth on tiles are few.
 SIZES = (
@@ -69,6 +83,7 @@ def run_cases(head_dim: int, head_dim_v: int, part: int) -> None:
     if head_dim == head_dim_v <= HEAD_DIMS[-1]:
         runs += [partial(run_varlen, head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
         runs += [partial(run_lists, head_dim)]
+        runs += [partial(run_cache, head_dim, *which) for which in CACHES]
     print("kernels:", *sorted({run().name for run in runs[part::PARTS]}))
 
 
@@ -117,6 +132,36 @@ def run_lists(head_dim: int) -> FwdConfig:
     whole(*flash_fwd(q, k, v, **how, **mods))
     own = {name: prepare(name, function, ()).kernel for name, function in mods.items()}
     return plan(p._replace(features=FeatureKey(sparse=lists.blocks, **own)))
+
+
+def run_cache(head_dim: int, heads: int, tokens: int, page_size: int, causal: bool) -> FwdConfig:
+    """Sequences that CTAs share and whole ones, one without keys; NaN in every row behind a length."""
+    d, starts = head_dim - 8, torch.tensor([0, *CACHE_LENGTHS], dtype=torch.int32, device=DEVICE).cumsum(0)
+    rows = max(page_size, 1)
+    needed = [-(-n // rows) for n in CACHE_LENGTHS]
+    shape = (sum(needed), rows) if page_size else (len(CACHE_LENGTHS), max(CACHE_LENGTHS) + 3)
+    k, v = (torch.randn(*shape, 1, d, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    lengths, table = starts.diff().int(), None
+    place = torch.arange(shape[1], device=DEVICE)
+    if page_size:
+        table = torch.arange(sum(needed), dtype=torch.int32, device=DEVICE).split(needed)
+        table = torch.nn.utils.rnn.pad_sequence(table, batch_first=True)
+        left = torch.cat(
+            [n - torch.arange(pages, device=DEVICE) * rows for n, pages in zip(lengths, needed, strict=True)]
+        )
+    else:
+        left = lengths
+    for x in (k, v):
+        x.masked_fill_((place >= left[:, None])[..., None, None], torch.nan)
+    q = torch.randn(len(CACHE_LENGTHS), tokens, heads, d, dtype=torch.bfloat16, device=DEVICE)
+    out = torch.full_like(q, torch.nan)
+    where = dict(cache_seqlens=lengths, page_table=table, causal=causal)
+    whole(*flash_fwd_kvcache(q, k, v, **where, return_lse=True, out=out))
+    return cache_kernel(head_dim, heads, tokens, page_size, causal)
+
+
+def cache_kernel(head_dim: int, heads: int, tokens: int, page_size: int, causal: bool) -> FwdConfig:
+    return kvcache(head_dim, "bf16", causal, ratio=heads, max_seqlen_q=tokens, page_size=page_size or None)
 
 
 def whole(o: torch.Tensor, lse: torch.Tensor) -> None:
@@ -202,7 +247,8 @@ def not_clean(runs: list[dict]) -> list[list[str]]:
 def kernels() -> list[str]:
     """The names of all that must be clean."""
     pairs = [plan(p) for dims in OTHER_HEAD_DIMS for p in problems(*dims)]
-    return [config.name for config in (*prebuilt(), *prebuilt_varlen(), *pairs)]
+    caches = [cache_kernel(d, *which) for d, which in product(HEAD_DIMS, CACHES)]
+    return [config.name for config in (*prebuilt(), *prebuilt_varlen(), *pairs, *caches)]
 
 
 if __name__ == "__main__":

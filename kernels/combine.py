@@ -74,9 +74,7 @@ class Combine:
     @cute.jit
     def launch(self, gmem: Gmem, problem: Problem, tiling: Tiling, ctas: Int32, stream: cuda.CUstream):
         """Behind the forward kernel of so many CTAs."""
-        tile_m, heads = self.config.tile_m, problem.grid.heads
-        rows = cutlass.min(problem.grid.q.length, tile_m) * self.config.pack  # of a tile, at most
-        groups = cutlass.min(cute.ceil_div(rows, GROUP), tile_m // GROUP)
+        heads, groups = problem.grid.heads, cute.ceil_div(self.sequences.queries(problem), GROUP)
         units, m_blocks = self.sequences.units(problem, ctas)
         items = units * heads * groups * self.columns.slices
         each = cute.ceil_div(items, CTAS_PER_SM * ctas)
@@ -139,6 +137,7 @@ class Combine:
 
     @cute.jit
     def _tell(self, shared: cute.Tensor, of_head: Int32, work: Work, problem: Problem):
+        cute.arch.fence_acq_rel_gpu()  # lengths that an SM has cached may be of before the forward
         place = self.sequences.place_of(of_head, work.rows * problem.grid.heads, problem)
         tile = self.sequences.merged(place.row, place, work.m_blocks, problem)
         with cute.arch.elect_one():

@@ -183,9 +183,8 @@ class SharedCached(Cached):
         own_end = running_sum(own.blocks)
         end = cute.arch.shuffle_sync(own_end, LANES - 1)
         total = end + cute.arch.warp_redux_sync(others, "add")
-        queries = cutlass.min(problem.grid.q.length * self.config.pack, self.config.tile_m)
-        rows = rows_with_runs(total, place.rows, self.config.scheduler.least(queries))
-        if cute.arch.warp_redux_sync(most, "max") * batch == total:
+        rows = rows_with_runs(total, place.rows, self.config.scheduler.least(self.queries(problem)))
+        if Int64(cute.arch.warp_redux_sync(most, "max")) * batch == Int64(total):
             rows = rows_of_whole(batch, rows)
         return List(own, own_end, end, total, rows)
 
@@ -194,11 +193,21 @@ class SharedCached(Cached):
         run = (begin_of(cutlass.min(row + i, rows), total, rows) for i in range(2))
         return self._seek(Run(*run, total, rows, Int32(0), blocks.end, blocks.own, blocks.own_end), problem)
 
+    def queries(self, problem: Problem):
+        """Rows of a tile that are, at most."""
+        return cutlass.min(
+            cutlass.min(problem.grid.q.length, self.config.tile_m) * self.config.pack, self.config.tile_m
+        )
+
     def units(self, problem: Problem, ctas: Int32):
         """How many tiles `merged` may find of a head, and its m_blocks, 0: it looks by rows of CTAs."""
         g, rows = problem.grid, over(ctas, problem.grid.heads)
-        m_blocks = (g.q.length * self.config.pack + self.config.tile_m - 1) // self.config.tile_m
-        tiles = g.batch * cutlass.min(m_blocks, LANES + 1)
+        most, tile_m = (
+            cutlass.min(g.q.length, (LANES + 1) * self.config.tile_m),
+            self.config.tile_m,
+        )  # or the product is too large
+        m_blocks = (most * self.config.pack + tile_m - 1) // tile_m
+        tiles = cutlass.min(g.batch, LANES + 1) * cutlass.min(m_blocks, LANES + 1)
         by_tile = (g.q.cu_seqlens == 0) & (tiles <= cutlass.min(rows, LANES))
         return cutlass.select_(by_tile, tiles, rows), cutlass.select_(by_tile, m_blocks, Int32(0))
 

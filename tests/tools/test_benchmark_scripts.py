@@ -62,6 +62,7 @@ def test_what_the_sanitizer_runs_is_whole(scripts, monkeypatch):
     found = [sanitize.run_problem(p._replace(heads=2, heads_kv=2)) for p in problems]
     assert [config.score.name for config in found] == ["alibi", "softcap", "softcapalibi"]
     assert sanitize.run_varlen(32, "fp16", "window") in prebuilt_varlen()
+    assert all(sanitize.run_cache(32, *which).name in sanitize.kernels() for which in sanitize.CACHES[::5])
     lists = sanitize.run_lists(32)
     assert lists.sparse.has_full and lists.mask.name == "causal_mask_mod" and lists.score.name == "score_mod"
 
