@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from math import gcd
+from typing import Any
 
 from ..kernels.combine import COMBINE_BYTES
 from ..kernels.config import PACKS, SMEM_BYTES, FwdConfig, KvCache
@@ -30,8 +31,9 @@ def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     one = problem.seqlen_q == 1 and problem.ratio > config.pack == PACKS[-1] and not wide
     pack = FEW_ROWS if one else config.pack
     tile_m = 64 if problem.seqlen_q * pack <= 64 or wide else FEW_ROWS
-    how = dict(tile_m=tile_m, tile_n=KEYS, stages=1, q_stages=1, pingpong=False, q_in_regs=False, speculative=False)
-    few = replace(config, **how, pack=pack, scheduler=EqualShares, cache=KvCache(KEYS))
+    how: dict[str, Any] = dict(tile_m=tile_m, tile_n=KEYS, pack=pack, stages=1, q_stages=1)
+    how |= dict(pingpong=False, q_in_regs=False, speculative=False)
+    few = replace(config, **how, scheduler=EqualShares, cache=KvCache(KEYS))
     return replace(few, stages=most_stages(few))
 
 
