@@ -361,7 +361,7 @@ def test_neither_gradients_nor_generators_in_graphs():
 
 
 @pytest.mark.machine_code
-@pytest.mark.parametrize(("head_dim", "causal"), sample(4, HEAD_DIMS, [False, True]))
+@pytest.mark.parametrize(("head_dim", "causal"), sample(2, HEAD_DIMS, [False, True]))
 def test_healthy(head_dim, causal):
     config = plan.plan(Problem(4, 16, 16, 4096, 4096, head_dim, causal=causal, features=FeatureKey(dropout=True)))
     report = inspect.report(config)

@@ -338,7 +338,7 @@ KERNELS_OF_A_MASK = {
 
 
 @pytest.mark.machine_code
-@pytest.mark.parametrize(("name", "how"), sample(10, mask_mods("cpu"), KERNELS_OF_A_MASK))
+@pytest.mark.parametrize(("name", "how"), sample(6, mask_mods("cpu"), KERNELS_OF_A_MASK))
 def test_mask_mods_compile(name, how):
     mod = mods.prepare("mask_mod", mask_mods("cpu")[name], ()).kernel
     assert not inspect.report(kernel(mask_mod=mod, **KERNELS_OF_A_MASK[how])).problems()

@@ -129,7 +129,7 @@ def test_together_on_the_cpu(case):
 
 
 @interpreter
-@pytest.mark.parametrize("examples", [3, pytest.param(30, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("examples", [2, pytest.param(30, marks=pytest.mark.nightly)])
 def test_together_interpreted(examples):
     settings(max_examples=examples, derandomize=True, **ALIKE)(given(case=cases(longest=150))(interpret))()
 
