@@ -225,13 +225,13 @@ def warmup(
         the FwdConfigs that are ready.
     """
     asked = head_dim, dtype, layout, causal, constant_time, window, head_dim_v
-    every = product(*map(several, asked))
+    every = product(*map(_several, asked))
     problems = [checks.warmup_problem(*one) for one in every]
-    ratios = [checks.ratio(x) for x in several(ratio)]
+    ratios = [checks.ratio(x) for x in _several(ratio)]
     if page_size is None:
         ready = _without_cache([plan(problem) for problem in problems], ratios)
     else:
-        sizes = [checks.warmup_page(x) for x in several(page_size)]
+        sizes = [checks.warmup_page(x) for x in _several(page_size)]
         checks.no_constant_time(problems)
         cases = product(problems, ratios, sizes)
         ready = list(dict.fromkeys(config for case in cases for config in prebuilt_kvcache(*case, device.name())))
@@ -241,7 +241,7 @@ def warmup(
     return ready
 
 
-def several(x: Any) -> Sequence[Any]:
+def _several(x: Any) -> Sequence[Any]:
     """What was given alone, as one of several."""
     return x if isinstance(x, (tuple, list)) else (x,)
 

@@ -138,8 +138,8 @@ class Combine:
     @cute.jit
     def _tell(self, shared: cute.Tensor, of_head: Int32, work: Work, problem: Problem):
         cute.arch.fence_acq_rel_gpu()  # lengths that an SM has cached may be of before the forward
-        place = self.sequences.place_of(of_head, work.rows * problem.grid.heads, problem)
-        tile = self.sequences.merged(place.row, place, work.m_blocks, problem)
+        place = self.sequences.place_in_grid(of_head, work.rows * problem.grid.heads, problem)
+        tile = self.sequences.merged(place, work.m_blocks, problem)
         with cute.arch.elect_one():
             for i in cutlass.range_constexpr(len(tile)):
                 shared[i] = Int32(tile[i])
@@ -194,10 +194,8 @@ class Combine:
             for r in cutlass.range_constexpr(2):
                 softmax = self._views(parts[i], r)[1]
                 there = first + WARPS * i <= last
-                softmax[0], softmax[1] = (
-                    (softmax[0] if there else -Float32.inf),
-                    (softmax[1] if there else Float32(0.0)),
-                )
+                softmax[0] = softmax[0] if there else -Float32.inf
+                softmax[1] = softmax[1] if there else Float32(0.0)
         self._add(w, parts)
 
     def _part(self, w: Warpgroup, tile, whose, rows: list) -> cute.Tensor:

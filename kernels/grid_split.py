@@ -151,9 +151,9 @@ class SharedCached(Cached):
 
     def place(self, problem: Problem) -> Place:
         """Known before the lengths are."""
-        return self.place_of(cute.arch.block_idx()[0], cute.arch.grid_dim()[0], problem)
+        return self.place_in_grid(cute.arch.block_idx()[0], cute.arch.grid_dim()[0], problem)
 
-    def place_of(self, block, ctas, problem: Problem) -> Place:
+    def place_in_grid(self, block, ctas, problem: Problem) -> Place:
         heads = problem.grid.heads
         row = over(block, heads)
         head = block - row * heads
@@ -195,18 +195,14 @@ class SharedCached(Cached):
 
     def queries(self, problem: Problem):
         """Rows of a tile that are, at most."""
-        return cutlass.min(
-            cutlass.min(problem.grid.q.length, self.config.tile_m) * self.config.pack, self.config.tile_m
-        )
+        tile_m = self.config.tile_m
+        return cutlass.min(cutlass.min(problem.grid.q.length, tile_m) * self.config.pack, tile_m)
 
     def units(self, problem: Problem, ctas: Int32):
         """How many tiles `merged` may find of a head, and its m_blocks, 0: it looks by rows of CTAs."""
-        g, rows = problem.grid, over(ctas, problem.grid.heads)
-        most, tile_m = (
-            cutlass.min(g.q.length, (LANES + 1) * self.config.tile_m),
-            self.config.tile_m,
-        )  # or the product is too large
-        m_blocks = (most * self.config.pack + tile_m - 1) // tile_m
+        c, g, rows = self.config, problem.grid, over(ctas, problem.grid.heads)
+        length = cutlass.min(g.q.length, (LANES + 1) * c.tile_m)  # of more the product may be too large
+        m_blocks = (length * c.pack + c.tile_m - 1) // c.tile_m
         tiles = cutlass.min(g.batch, LANES + 1) * cutlass.min(m_blocks, LANES + 1)
         by_tile = (g.q.cu_seqlens == 0) & (tiles <= cutlass.min(rows, LANES))
         return cutlass.select_(by_tile, tiles, rows), cutlass.select_(by_tile, m_blocks, Int32(0))
@@ -258,13 +254,13 @@ class SharedCached(Cached):
         return tile._replace(first_row=first, last_row=last, part=part)
 
     @cute.jit
-    def merged(self, unit: Int32, place: Place, m_blocks: Int32, problem: Problem) -> SharedTile:
-        """The unit-th tile that several CTAs may share: the one whose last part is in the unit-th row of CTAs.
+    def merged(self, place: Place, m_blocks: Int32, problem: Problem) -> SharedTile:
+        """A tile that several CTAs may share: the one whose last part is in the place's row of CTAs.
 
-        Or, where a sequence has no more than so many m_blocks, of up to 32 tiles the unit-th. Not valid where a single
-        CTA has it.
+        Or, where a sequence has no more than so many m_blocks, of up to 32 tiles the one with the row's number. Not
+        valid where a single CTA has it.
         """
-        blocks, row, right = self._list(problem, place), unit, Boolean(True)
+        blocks, unit, row, right = self._list(problem, place), place.row, place.row, Boolean(True)
         batch = m_block = Int32(0)
         if m_blocks > 0:
             batch = over(unit, m_blocks)

@@ -47,9 +47,8 @@ class Gathered(Paged):
     def tma(self, t: cute.Tensor, smem: cute.Layout, columns: int, unit: Int64) -> Tma:
         """There is none: (units, d, h)."""
         (_, d, heads, _), (_, _, head, _) = t.shape, t.stride
-        return Tma(
-            None, cute.make_tensor(t.iterator, cute.make_layout((Int32(REACH), d, heads), stride=(unit, 1, head)))
-        )
+        layout = cute.make_layout((Int32(REACH), d, heads), stride=(unit, 1, head))
+        return Tma(None, cute.make_tensor(t.iterator, layout))
 
     @cute.jit
     def place(self, n_block: Int32, seqlen_k: Int32, origin: Origin, problem: Problem, number) -> Boxes:
