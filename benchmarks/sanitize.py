@@ -51,7 +51,8 @@ DEVICE = torch.device("cuda")
 OTHER_HEAD_DIMS = ((192, 128), (64, 256), (96, 64), (320, 320), (512, 512), (64, 512), (512, 64))  # q's and v's
 CASES = (*((d, d) for d in HEAD_DIMS), *OTHER_HEAD_DIMS)
 MASKS, WINDOW = ("full", "causal", "window"), (150, 40)
-CACHES = tuple(product((3, 70), (1, 5, 200), (0, 1, 16)))  # query heads to one of k, new tokens, rows of a page
+# Heads of k, query heads to each, new tokens, rows of a page. With many heads of k a tile's last CTA merges its parts.
+CACHES = *product((1,), (3, 70), (1, 5, 200), (0, 1, 16)), *product((8, 27), (3,), (1, 5), (0, 1, 16))
 CACHE_LENGTHS = 5000, 0, 64, 1, 333
 VARLEN_STARTS = (0, 0, 700, 1400, 3000), (0, 300, 300, 500, 2000)  # of queries, of keys
 # Sq, Sk, heads: the first leaves warpgroups without rows and rows without keys; from the fifth on tiles are few.
@@ -133,26 +134,27 @@ def run_lists(head_dim: int) -> FwdConfig:
     return plan(p._replace(features=FeatureKey(sparse=lists.blocks, **own)))
 
 
-def run_cache(head_dim: int, heads: int, tokens: int, page_size: int) -> FwdConfig:
+def run_cache(head_dim: int, heads_kv: int, ratio: int, tokens: int, page_size: int) -> FwdConfig:
     """Sequences that CTAs share and whole ones, one without keys; NaN in every row behind a length."""
-    batch, d = len(CACHE_LENGTHS), head_dim - 8
-    spec = over_keys(batch, (heads, 1), tokens, CACHE_LENGTHS, d, page_size)
+    batch, d, heads = len(CACHE_LENGTHS), head_dim - 8, heads_kv * ratio
+    spec = over_keys(batch, (heads, heads_kv), tokens, CACHE_LENGTHS, d, page_size)
     shape = (sum(spec.pages), page_size) if page_size else (batch, max(CACHE_LENGTHS) + 3)
     table = page_table(spec).to(DEVICE) if page_size else torch.arange(batch, device=DEVICE)[:, None]
-    k, v = (torch.full((*shape, 1, d), torch.nan, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    k, v = (torch.full((*shape, heads_kv, d), torch.nan, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     for n, pages in zip(CACHE_LENGTHS, table, strict=True):
         rows = (pages[:, None] * shape[1] + torch.arange(shape[1], device=DEVICE)).flatten()[:n]
         for x in (k, v):
-            x.flatten(0, 1)[rows] = torch.randn(n, 1, d, dtype=x.dtype, device=DEVICE)
+            x.flatten(0, 1)[rows] = torch.randn(n, heads_kv, d, dtype=x.dtype, device=DEVICE)
     q = torch.randn(batch, tokens, heads, d, dtype=torch.bfloat16, device=DEVICE)
     lengths = torch.tensor(CACHE_LENGTHS, dtype=torch.int32, device=DEVICE)
     where = dict(cache_seqlens=lengths, page_table=table if page_size else None)
     whole(*flash_fwd_kvcache(q, k, v, **where, causal=True, return_lse=True, out=torch.full_like(q, torch.nan)))
-    return cache_kernel(head_dim, heads, tokens, page_size)
+    return cache_kernel(head_dim, heads_kv, ratio, tokens, page_size)
 
 
-def cache_kernel(head_dim: int, heads: int, tokens: int, page_size: int) -> FwdConfig:
-    return kvcache(head_dim, "bf16", True, ratio=heads, max_seqlen_q=tokens, page_size=page_size or None)
+def cache_kernel(head_dim: int, heads_kv: int, ratio: int, tokens: int, page_size: int) -> FwdConfig:
+    sizes = dict(ratio=ratio, max_seqlen_q=tokens, batch=len(CACHE_LENGTHS), heads_kv=heads_kv)
+    return kvcache(head_dim, "bf16", True, page_size=page_size or None, **sizes)
 
 
 def whole(o: torch.Tensor, lse: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ class Call(NamedTuple):
     scale: float  # the default
     gpu: Any  # device.Device, or None: the CPU
     kernel: Any  # a Callable; None: the CPU, or nothing to compute
-    counts: bool  # the kernel's CTAs take their tiles from a counter
+    counters: int  # that the kernel's CTAs count by
     plain: bool  # TMA takes q, k, v and o as they are
     nbytes: tuple[int, ...]  # that q, k, v and o reach over
     like: tuple[tuple[int, ...], tuple[int, ...]] | None  # o's shape and strides; None: torch.empty_like's of q
@@ -32,12 +32,13 @@ class Call(NamedTuple):
         kernel: Callable = self.kernel
         if device.current() != gpu.index:
             kernel = gpu.guarded(kernel)
-        address, counter = 0 if lse is None else lse.data_ptr(), gpu.tile_counter() if self.counts else 0
+        address = 0 if lse is None else lse.data_ptr()
+        counters = gpu.counters(self.counters)
         if not self.workspace:
-            kernel(*tensors, address, counter, scale, gpu.num_sms, *arguments)
+            kernel(*tensors, address, counters, scale, gpu.num_sms, *arguments)
             return
         memory = workspace.get(gpu.index, self.workspace)  # until the launch: the stream keeps the order after it
-        kernel(*tensors, address, counter, scale, gpu.num_sms, *arguments, memory.data_ptr())
+        kernel(*tensors, address, counters, scale, gpu.num_sms, *arguments, memory.data_ptr())
 
 
 known: dict[Hashable, Any] = {}  # Calls, and what `merge` prepares

@@ -1,4 +1,4 @@
-"""What the host keeps per GPU: its size, and the tile counters of launches that may run at once."""
+"""What the host keeps per GPU: its size, and the counters of launches that may run at once."""
 
 import os
 import threading
@@ -10,19 +10,64 @@ import cutlass
 import torch
 
 from . import tuned
+from .kernels.config import PART_COUNTERS
 
-TILE_COUNTERS = 4096  # counters of 4 bytes in a slab
+COUNTERS = {1: 4096, PART_COUNTERS: 256}  # a launch's: launches of a slab
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
 # torch.cuda.current_device without its check whether CUDA runs; a torch for CPUs has none.
 current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
 
-class Device:
-    """A Hopper GPU and its tile counters, each 0 between launches (a launch leaves 0 behind).
+class Counters:
+    """Of a GPU: int32 counters, each 0 between launches (a launch leaves 0 behind); a launch gets `each` of them.
 
-    Two launches that may run at once never share a counter: launches of one stream follow each other, so a stream has
-    one; a captured launch may be replayed beside anything, so each has one of its own, for good.
+    Two launches that may run at once never share any: launches of one stream follow each other, so a stream has its
+    own; a captured launch may be replayed beside anything, so each has its own, for good.
     """
+
+    def __init__(self, index: int, each: int, launches: int):
+        self.index, self.each, self.launches = index, each, launches  # of a slab
+        self._lock = threading.Lock()
+        self._of_stream: dict[int, int] = {}  # stream -> address
+        self._unused: list[int] = []
+        self.memory: list[torch.Tensor] = []  # of all counters; a graph does not say when it dies
+
+    def get(self) -> int:
+        """The address of the first one for a launch on this device's current stream."""
+        if torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):
+                return self.get()
+        if torch.cuda.is_current_stream_capturing():
+            return self._captured()
+        stream = torch._C._cuda_getCurrentRawStream(self.index)  # current_stream().cuda_stream takes 1.2 us, not 0.1
+        counters = self._of_stream.get(stream)
+        return self._new(stream) if counters is None else counters
+
+    def _new(self, stream: int) -> int:
+        with self._lock:
+            if not self._unused:
+                with ThreadPoolExecutor(1) as thread:  # the caller's allocations may be a CUDA graph's, and end with it
+                    self._unused = thread.submit(self._slab).result()
+            return self._of_stream.setdefault(stream, self._unused.pop())
+
+    def _slab(self) -> list[int]:
+        counters = self._zeros(self.launches)
+        torch.cuda.current_stream(self.index).synchronize()  # once: other streams may use it next
+        return counters
+
+    def _captured(self) -> int:
+        with self._lock:
+            # Without a slab, or with a used-up one, the graph itself zeroes counters before each replay.
+            return self._unused.pop() if self._unused else self._zeros(1)[0]
+
+    def _zeros(self, launches: int) -> list[int]:
+        memory = torch.zeros(launches, self.each, dtype=torch.int32, device=self.index)
+        self.memory.append(memory)
+        return [memory.data_ptr() + 4 * self.each * i for i in range(launches)]
+
+
+class Device:
+    """A Hopper GPU and its launches' counters: one, of tiles that CTAs draw, or one for each tile that they share."""
 
     def __init__(self, index: int, argument: str = "q", instead: str = SDPA):
         properties = torch.cuda.get_device_properties(index)
@@ -33,21 +78,11 @@ class Device:
             )
         self.index, self.name = index, properties.name
         self.num_sms = properties.multi_processor_count
-        self._lock = threading.Lock()
-        self._of_stream: dict[int, int] = {}  # stream -> address
-        self._unused: list[int] = []
-        self._memory: list[torch.Tensor] = []  # of all counters; a graph does not say when it dies
+        self._counters = {each: Counters(index, each, launches) for each, launches in COUNTERS.items()}
 
-    def tile_counter(self) -> int:
-        """The address of the tile counter for a launch on this device's current stream."""
-        if torch.cuda.current_device() != self.index:
-            with torch.cuda.device(self.index):
-                return self.tile_counter()
-        if torch.cuda.is_current_stream_capturing():
-            return self._captured()
-        stream = torch._C._cuda_getCurrentRawStream(self.index)  # current_stream().cuda_stream takes 1.2 us, not 0.1
-        counter = self._of_stream.get(stream)
-        return self._new(stream) if counter is None else counter
+    def counters(self, each: int) -> int:
+        """The address of so many, as `FwdConfig.counters` says, for a launch on the current stream; 0: of none."""
+        return self._counters[each].get() if each else 0
 
     def guarded(self, kernel: Callable) -> Callable:
         """The kernel for a call while another device is current.
@@ -61,28 +96,6 @@ class Device:
                 return kernel(*arguments)
 
         return launch
-
-    def _new(self, stream: int) -> int:
-        with self._lock:
-            if not self._unused:
-                with ThreadPoolExecutor(1) as thread:  # the caller's allocations may be a CUDA graph's, and end with it
-                    self._unused = thread.submit(self._slab).result()
-            return self._of_stream.setdefault(stream, self._unused.pop())
-
-    def _slab(self) -> list[int]:
-        counters = self._zeros(TILE_COUNTERS)
-        torch.cuda.current_stream(self.index).synchronize()  # once: other streams may use it next
-        return counters
-
-    def _captured(self) -> int:
-        with self._lock:
-            # Without a slab, or with a used-up one, the graph itself zeroes a counter before each replay.
-            return self._unused.pop() if self._unused else self._zeros(1)[0]
-
-    def _zeros(self, count: int) -> list[int]:
-        memory = torch.zeros(count, dtype=torch.int32, device=self.index)
-        self._memory.append(memory)
-        return [memory.data_ptr() + 4 * i for i in range(count)]
 
 
 _devices: dict[int, Device] = {}

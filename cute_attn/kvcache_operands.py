@@ -149,7 +149,8 @@ class Cached(NamedTuple):
         longest, key = self.max_seqlen_q if self.packed else p.seqlen_q, p.features
         if self.causal_each is not None:
             key = key.joined(causal_of_each=WindowOfEach() if key.window else CausalOfEach())
-        return plan.kvcache(p.head_dim, p.dtype, p.causal, key, gpu, p.head_dim_v, p.ratio, longest, page_size)
+        kind = p.head_dim, p.dtype, p.causal, key, gpu, p.head_dim_v
+        return plan.kvcache(*kind, p.ratio, longest, page_size, p.batch, p.heads_kv)
 
     def rows(self) -> tuple[int, ...]:
         *outer, heads, _ = self.q.shape

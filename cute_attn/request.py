@@ -123,9 +123,9 @@ class Request(NamedTuple):
         problem, gpu, config, specs = self.planned()
         kernel = None if gpu is None or self.operands.nothing(problem) else compile.get(config)
         like = strides.unlike(self.operands.q, problem.d_v)
-        counts = kernel is not None and (config.scheduler.dynamic or config.varlen)
+        counters = 0 if kernel is None else config.counters
         workspace = 0 if kernel is None else config.workspace_bytes(gpu.num_sms, problem.heads, problem.heads_kv)
-        how = counts, self.operands.plain(), tuple(x.nbytes for x in specs), like, workspace
+        how = counters, self.operands.plain(), tuple(x.nbytes for x in specs), like, workspace
         return call.Call(problem, problem.head_dim**-0.5, gpu, kernel, *how)
 
     def planned(self) -> tuple:

@@ -25,11 +25,11 @@ class NoSplit(Part):
     def send(self, w: Warpgroup, tile: Tile):
         """To whom stores the tile."""
 
-    def stores(self, tile: Tile):
+    def stores(self, w: Warpgroup, tile: Tile):
         """Whether this CTA does."""
         return True
 
-    def merge(self, w: Warpgroup):
+    def merge(self, w: Warpgroup, tile: Tile):
         """What the others sent, into this warpgroup's O and softmax."""
 
 
@@ -50,10 +50,10 @@ class ClusterSplit(NoSplit):
             self._send(w)
         cluster_sync(self.config.cluster_size)
 
-    def stores(self, tile: Tile):
+    def stores(self, w: Warpgroup, tile: Tile):
         return rank() == 0
 
-    def merge(self, w: Warpgroup):
+    def merge(self, w: Warpgroup, tile: Tile):
         for other in range(self.config.split - 1):
             self._merge(w, other)
 

@@ -28,7 +28,6 @@ WARPS = 4
 AT_ONCE = 4  # parts that a warp reads
 CTAS_PER_SM, LEAST_CTAS = 4, 3  # at most; that ptxas leaves registers for
 OWN = COLUMNS // 2 + 4  # float32s of a thread: of two rows a quarter of the columns, the running max and the sum
-COMBINE_BYTES = 4 * (OWN * 32 * (WARPS - 1) + 16)  # of shared memory
 
 
 class Work(NamedTuple):

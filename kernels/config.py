@@ -23,6 +23,7 @@ PACKS = (1, 2, 4, 8, 16, 32, 64)
 REGISTERS = {1: None, 2: (24, 240), 3: (32, 160), 4: (24, 112)}
 # a producer that reads of its tiles, loads each block in many boxes, or in an order of its own
 BUSY_REGISTERS = {1: None, 2: (40, 232), 3: (32, 160), 4: (32, 112)}
+PART_COUNTERS = 512  # no fewer than CTAs, or MMA warpgroups, that a Hopper GPU has room for
 CACHE_REGISTERS = 56, 224  # a producer that looks for its part of all keys, loads many boxes, or copies rows
 
 
@@ -83,6 +84,8 @@ class FwdConfig:
     row_max: bool = False  # each row's largest score is written too
     pack: int = 1  # rows of a query: as many heads, rounded up to a power of two, share a K/V head (PackGQA)
     head_dim_v: int = 0  # columns of V and O, where they are others than Q's and K's
+    fixup: bool = False  # of a tile that CTAs share the last one merges the parts; without: a second kernel does
+    ctas: int = 1  # of an SM, that share all keys
     cache: KvCache | None = None  # k and v are a cache, of whose rows only the device knows how many count
 
     def __post_init__(self):
@@ -117,7 +120,8 @@ class FwdConfig:
         assert not self.shares or (self.cache and self.tile_m <= 128 and self.head_dim_splits == 1), "registers suffice"
         assert not self.shares or (self.overlap and not self.speculative), "a merge needs a row's running max"
         assert not self.shares or not (self.row_max or self.dropout), "of whole rows"
-        assert self.smem_bytes <= SMEM_BYTES, f"{self} takes {self.smem_bytes} bytes of shared memory"
+        assert self.shares or (self.ctas, self.fixup) == (1, False), "who shares the keys"
+        assert self.smem_bytes <= self.smem_most, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
     @property
     def d_v(self) -> int:
@@ -211,6 +215,11 @@ class FwdConfig:
     def smem_bytes(self) -> int:
         return self._smem_bytes(o_tiles=1 if self.stages_o else 0)
 
+    @property
+    def smem_most(self) -> int:
+        """Of a CTA: an SM has 1024 bytes more, and keeps as many for each."""
+        return (SMEM_BYTES + 1024) // self.ctas - 1024
+
     def _smem_bytes(self, o_tiles: int) -> int:
         rows, keys = self.tile_m, self.stages * self.tile_n
         tiles = 2 * self.head_dim * (self.q_stages * rows + keys) + 2 * self.d_v * (o_tiles * rows + keys)
@@ -238,15 +247,22 @@ class FwdConfig:
 
     @property
     def ctas_per_sm(self) -> int:
-        """That ptxas leaves registers for; 0: as it likes."""
-        return 1 if self.shares or self.d_v < self.head_dim else 0  # or ptxas ignores setmaxnreg: O has few columns
+        """That ptxas leaves registers for; 0: as it likes. Where O has few columns it ignores setmaxnreg else."""
+        return self.ctas if self.shares or self.d_v < self.head_dim else 0
+
+    @property
+    def counters(self) -> int:
+        """That a launch counts by: of tiles that CTAs draw, or of parts of each tile that they share; 0: none."""
+        if self.shares:
+            return PART_COUNTERS if self.fixup else 0
+        return 1 if self.scheduler.dynamic or self.varlen else 0
 
     def workspace_bytes(self, num_sms: int, heads: int, heads_kv: int) -> int:
         """That a launch needs, for the parts of tiles; 0: none."""
         if not self.shares:
             return 0
         packs = heads_kv * -(-(heads // heads_kv) // self.pack) if self.pack > 1 else heads
-        return self.scheduler.rows(packs, num_sms) * packs * 2 * self.part_bytes
+        return self.scheduler.rows(packs, self.ctas * num_sms) * packs * 2 * self.part_bytes
 
     @property
     def varlen(self) -> bool:
@@ -324,6 +340,7 @@ class FwdConfig:
     @property
     def name(self) -> str:
         tile = f"{self.tile_m}x{self.tile_n}_{self.scheduler.name}" + (f"_split{self.split}" if self.split > 1 else "")
+        tile += (f"_{self.ctas}ctas" if self.ctas > 1 else "") + ("_fixup" if self.fixup else "")
         tile += f"_cluster{self.cluster}" if self.cluster > 1 else ""
         tile += ("_redo" if self.speculative else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""

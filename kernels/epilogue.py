@@ -21,8 +21,8 @@ class Epilogue:
         """A tile whose last block is multiplied."""
         self.trace.mark_of(w, "store")
         self.parts.split.send(w, tile)
-        if self.parts.split.stores(tile):
-            self.parts.split.merge(w)
+        if self.parts.split.stores(w, tile):
+            self.parts.split.merge(w, tile)
             self.store(w, tile)
         self.trace.mark_of(w, "store done")
 

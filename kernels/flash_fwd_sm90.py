@@ -46,7 +46,7 @@ class FlashFwdSm90:
         self.producer = (CachedProducer if config.cache else Producer)(config, self.parts)
         self.mainloop = (Overlapped if config.overlap else Serial)(config, self.parts)
         self.epilogue = Epilogue(config, self.parts)
-        self.combine = Combine(config, self.parts) if config.shares else None
+        self.combine = Combine(config, self.parts) if config.shares and not config.fixup else None
 
     @cute.jit
     def __call__(
@@ -88,6 +88,7 @@ class FlashFwdSm90:
             stream=stream,
             use_pdl=True,
             min_blocks_per_mp=c.ctas_per_sm,
+            preferred_smem_carveout=100 if c.ctas > 1 else None,  # or the DSL asks a GPU how much two need
         )
         if cutlass.const_expr(self.combine is not None):
             self.combine.launch(gmem, problem, tiling, clusters, stream)

@@ -18,11 +18,13 @@ from .kv_cache import Cached
 from .layout import acc_mn
 from .mask import Blocks
 from .pack_gqa import OneHead
+from .split_head_dim import WholeHeadDim
 from .state import ROWS, Gmem, Problem, Warpgroup, wait_for_stream
 from .tile_scheduler import Static
 from .varlen_scheduler import LANES, running_sum
 
 AT_ONCE = 4  # times 32 lengths that a warp asks for
+FEW = 16  # parts that `Combine` reads at once
 
 
 class SharedTile(NamedTuple):
@@ -83,6 +85,7 @@ class List(NamedTuple):
     own: Lane
     own_end: Any
     end: Any
+    of_group: Any  # a lane's: blocks of as many-th 32 sequences; the first lane has none
     total: Any
     rows: Any
 
@@ -115,17 +118,22 @@ def begin_of(row, total, rows):
     return each * row + cutlass.min(row, total - each * rows)
 
 
-def rows_with_runs(total, rows, least):
-    """Fewer than there are where runs would be shorter than that."""
-    return cutlass.max(cutlass.min(rows, over(total, least)), 1)
+def rows_with_runs(total, rows, least, few):
+    """Fewer than there are where runs would be shorter than that; a few may have runs of two blocks."""
+    worth = cutlass.max(over(total, least), cutlass.min(over(total, 2), few))
+    return cutlass.max(cutlass.min(rows, worth), 1)
 
 
 @cute.jit
-def rows_of_whole(batch: Int32, rows: Int32) -> Int32:
-    """Of equal sequences: as many rows as each have some of them whole, where these are nearly all rows."""
+def rows_of_whole(batch: Int32, rows: Int32, sixteenths: Int32) -> Int32:
+    """Of equal sequences: as many rows as each have some of them whole, or as share one, where these are nearly all."""
     each = over(batch + rows - 1, rows)
     whole = over(batch, each)
-    if (whole * each != batch) | (whole * 16 < rows * 15):
+    if batch < rows:
+        whole = over(rows, batch) * batch
+    elif whole * each != batch:
+        whole = rows
+    if whole * 16 < rows * sixteenths:
         whole = rows
     return whole
 
@@ -147,7 +155,7 @@ class SharedCached(Cached):
     """The tiles of a CTA are those of its run."""
 
     def clusters(self, grid, room):
-        return self.config.scheduler.rows(grid.heads, room) * grid.heads
+        return self.config.scheduler.rows(grid.heads, self.config.ctas * room) * grid.heads
 
     def place(self, problem: Problem) -> Place:
         """Known before the lengths are."""
@@ -174,24 +182,43 @@ class SharedCached(Cached):
 
     @cute.jit
     def _list(self, problem: Problem, place: Place) -> List:
-        own, others, batch = self._lane(Int32(0), problem), Int32(0), problem.grid.batch
-        most = own.blocks
+        own, batch = self._lane(Int32(0), problem), problem.grid.batch
+        others = most = of_group = Int32(0)
         for i in cutlass.range(1, (batch + LANES - 1) // LANES, AT_ONCE, unroll=1):
-            for j in cutlass.range_constexpr(AT_ONCE):  # lengths on their way; beyond the last sequence are no blocks
-                blocks = self._lane((i + j) * LANES, problem).blocks
-                others, most = others + blocks, cutlass.max(most, blocks)
+            blocks = [self._lane((i + j) * LANES, problem).blocks for j in range(AT_ONCE)]  # none beyond the last one
+            for j in cutlass.range_constexpr(AT_ONCE):
+                found = cute.arch.warp_redux_sync(blocks[j], "add")
+                of_group = found if cute.arch.lane_idx() == i + j else of_group
+                others, most = others + found, cutlass.max(most, blocks[j])
+        most = cutlass.max(most, own.blocks)
         own_end = running_sum(own.blocks)
         end = cute.arch.shuffle_sync(own_end, LANES - 1)
-        total = end + cute.arch.warp_redux_sync(others, "add")
-        rows = rows_with_runs(total, place.rows, self.config.scheduler.least(self.queries(problem)))
+        total = end + others
+        least, few = self.config.scheduler.least(self.queries(problem)), 0 if self.config.fixup else FEW
+        rows = rows_with_runs(total, place.rows, least, few)
         if Int64(cute.arch.warp_redux_sync(most, "max")) * batch == Int64(total):
-            rows = rows_of_whole(batch, rows)
-        return List(own, own_end, end, total, rows)
+            rows = rows_of_whole(batch, rows, cutlass.select_(rows < place.rows, Int32(12), Int32(15)))
+        return List(own, own_end, end, of_group, total, rows)
 
     def _run(self, row: Int32, blocks: List, problem: Problem) -> Run:
         total, rows = blocks.total, blocks.rows
         run = (begin_of(cutlass.min(row + i, rows), total, rows) for i in range(2))
-        return self._seek(Run(*run, total, rows, Int32(0), blocks.end, blocks.own, blocks.own_end), problem)
+        run = Run(*run, total, rows, Int32(0), blocks.end, blocks.own, blocks.own_end)
+        return self._seek(self._jump(run, blocks, problem), problem)
+
+    @cute.jit
+    def _jump(self, run: Run, blocks: List, problem: Problem) -> Run:
+        """To the 32 sequences of its first block, among the first 32 times 32."""
+        group, end, own, own_end = run.group, run.end, run.own, run.own_end
+        if run.block >= end:
+            of_group = end if cute.arch.lane_idx() == 0 else blocks.of_group
+            ends = running_sum(of_group)
+            n = cutlass.min(cute.arch.popc(cute.arch.vote_ballot_sync(ends <= run.block)), LANES - 1)
+            group = n * LANES
+            own = self._lane(group, problem)
+            own_end = cute.arch.shuffle_sync(ends - of_group, n) + running_sum(own.blocks)
+            end = cute.arch.shuffle_sync(own_end, LANES - 1)
+        return run._replace(group=group, end=end, own=own, own_end=own_end)
 
     def queries(self, problem: Problem):
         """Rows of a tile that are, at most."""
@@ -297,12 +324,15 @@ class SharedRange(Range):
 class GridSplit(NoSplit):
     """A CTA writes its parts to its places in the workspace."""
 
-    def __init__(self, config, rows: OneHead):
+    def __init__(self, config, rows: OneHead, head_dim: WholeHeadDim):
         super().__init__(config)
-        self.rows = rows
+        self.rows, self.head_dim = rows, head_dim
+
+    def send(self, w: Warpgroup, tile: SharedTile):
+        self.write(w, tile)
 
     @cute.jit
-    def send(self, w: Warpgroup, tile: SharedTile):
+    def write(self, w: Warpgroup, tile: SharedTile):
         """This CTA's part, where there are others: each thread's O, and the running max and the sum of its rows."""
         f, O = w.frag, acc_mn(w.frag.acc_O)  # (rows, cols)
         if tile.part >= 0:
@@ -318,7 +348,7 @@ class GridSplit(NoSplit):
                     cute.autovec_copy(values, to)
                     cute.autovec_copy(state, to_state)
 
-    def stores(self, tile: SharedTile):
+    def stores(self, w: Warpgroup, tile: SharedTile):
         return tile.part < 0
 
     def is_query(self, w: Warpgroup, tile: SharedTile, block, r: int):

@@ -7,6 +7,7 @@ from .blocks import DiagonalFirst, Range, SplitRange
 from .cluster_split import ClusterSplit, NoSplit
 from .config import FwdConfig
 from .dropout import Dropout, DropoutScale
+from .fixup import Fixup
 from .gemms import Gemms
 from .grid_split import GridSplit, SharedCached, SharedRange
 from .kv import Contiguous
@@ -51,7 +52,7 @@ def parts_of(c: FwdConfig) -> Parts:
         gemms=gemms,
         softmax=_softmax(c)(c, blocks, gemms),
         weights=(Dropout if c.dropout else Weights)(c),
-        split=GridSplit(c, rows) if c.shares else (ClusterSplit if c.split > 1 else NoSplit)(c),
+        split=_split(c, rows, head_dim),
         outputs=tuple(output(c) for output in _outputs(c)),
         trace=trace,
     )
@@ -67,6 +68,12 @@ def _kv(c: FwdConfig) -> type[Contiguous]:
     if c.cache:
         return Gathered if c.cache.gathers else Paged
     return Contiguous
+
+
+def _split(c: FwdConfig, rows: OneHead, head_dim: WholeHeadDim) -> NoSplit:
+    if c.shares:
+        return (Fixup if c.fixup else GridSplit)(c, rows, head_dim)
+    return (ClusterSplit if c.split > 1 else NoSplit)(c)
 
 
 def _blocks(c: FwdConfig) -> type[Range]:

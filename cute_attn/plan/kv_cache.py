@@ -4,9 +4,9 @@ from dataclasses import replace
 from math import gcd
 from typing import Any
 
-from ..kernels.combine import COMBINE_BYTES
-from ..kernels.config import PACKS, SMEM_BYTES, FwdConfig, KvCache
+from ..kernels.config import PACKS, FwdConfig, KvCache
 from ..kernels.grid_split import EqualShares
+from ..kernels.mask import Causal, CausalOfEach, Full
 from ..problem import Problem
 from .candidates import kernel_dims
 from .rule import Rule
@@ -14,7 +14,12 @@ from .rule import Rule
 FEW_ROWS = 128  # of a K/V head and sequence: with more, tiles enough read the same keys
 WIDEST = 192  # columns of tiles of so many rows: with more the registers do not suffice
 KEYS = 64  # of a stage, where all CTAs share them
-LEAST_STAGES, STAGES = 3, 16  # that are left for `Combine` to begin early; at most
+GATHERED_STAGES = 4  # of rows that threads copy
+STAGES = 2  # that suffice where all CTAs share the keys: more in flight are no faster, and rows come slower
+SMS = 132  # of an H200
+SOME_TILES = 32  # that share all SMs: with fewer of them each has many parts, which more CTAs merge sooner than one
+TWO_CTAS = 128  # columns at most: more leave them too few stages
+WHOLE_QUERIES = 16  # sequences whose tiles have 128 heads: fewer are better shared by CTAs of 64 heads
 BOX_ROWS = 128  # at most, of a page
 LEAST_BOX = 8  # of smaller ones TMA loads fewer bytes a second than threads copy
 
@@ -29,20 +34,19 @@ def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     """A CTA to an SM, and its memory for K and V. A tile has all rows, and one query's are no more than it has."""
     wide = config.widest > WIDEST
     one = problem.seqlen_q == 1 and problem.ratio > config.pack == PACKS[-1] and not wide
+    one = one and problem.batch >= WHOLE_QUERIES
     pack = FEW_ROWS if one else config.pack
     tile_m = 64 if problem.seqlen_q * pack <= 64 or wide else FEW_ROWS
     how: dict[str, Any] = dict(tile_m=tile_m, tile_n=KEYS, pack=pack, stages=1, q_stages=1)
     how |= dict(pingpong=False, q_in_regs=False, speculative=False)
     few = replace(config, **how, scheduler=EqualShares, cache=KvCache(KEYS))
-    return replace(few, stages=most_stages(few))
+    return replace(few, stages=min(most_stages(few), STAGES))
 
 
 def most_stages(config: FwdConfig) -> int:
-    """That memory has room for; of one that shares the keys, beside a CTA of `Combine`, where enough are left."""
+    """That memory has room for."""
     q, kv = config.q_stages * config.tile_m * config.head_dim, config.tile_n * (config.head_dim + config.d_v)
-    room, combine = SMEM_BYTES - 1024 - 2 * q, COMBINE_BYTES + 1024 if config.shares else 0
-    most, beside = (min(n // (2 * kv), STAGES) for n in (room, room - combine))
-    return beside if beside >= LEAST_STAGES else most
+    return (config.smem_most - 1024 - 2 * q) // (2 * kv)
 
 
 def long_queries(problem: Problem, config: FwdConfig) -> bool:
@@ -78,8 +82,25 @@ def gathered(config: FwdConfig) -> FwdConfig:
     sizes = (config.head_dim, 64), (config.d_v, 64 * config.head_dim_splits)
     head_dim, head_dim_v = kernel_dims(*(-(-d // n) * n for d, n in sizes))
     dims = replace(config, head_dim=head_dim, head_dim_v=head_dim_v, stages=1, cache=KvCache(1, True, True))
-    most = most_stages(dims)
-    return replace(dims, stages=most if dims.shares else min(most, config.stages), speculative=False)
+    stages = GATHERED_STAGES if dims.shares else config.stages
+    return replace(dims, stages=min(most_stages(dims), stages), speculative=False)
+
+
+def tiles(problem: Problem, config: FwdConfig) -> int:
+    """Of all sequences, if none has more rows than a tile."""
+    heads = problem.heads_kv * -(-problem.ratio // config.pack) if config.pack > 1 else problem.heads
+    return problem.batch * heads
+
+
+def some_tiles(problem: Problem, config: FwdConfig) -> bool:
+    return config.shares and (tiles(problem, config) > SOME_TILES or config.pack > PACKS[-1])
+
+
+def enough_tiles(problem: Problem, config: FwdConfig) -> bool:
+    """For two CTAs of an SM, of 168 registers a thread: scores that take more would spill."""
+    plain = not config.score.name and not config.mask.windowed and isinstance(config.mask, (Full, Causal, CausalOfEach))
+    few = config.row_blocks == 1 and config.widest <= TWO_CTAS and config.producer_warps < 4
+    return config.fixup and plain and few and tiles(problem, config) >= SMS
 
 
 RULES = (
@@ -100,5 +121,17 @@ RULES = (
         "k and v are a cache's, in boxes of as many rows as a page has together, or gathered row by row",
         lambda problem, config: problem.page is not None,
         cached,
+    ),
+    Rule(
+        "tiles for many CTAs",
+        "few CTAs share each of them, and the last one merges their parts sooner than a second kernel begins",
+        some_tiles,
+        lambda problem, config: replace(config, fixup=True),
+    ),
+    Rule(
+        "tiles for all SMs",
+        "two CTAs of an SM: one loads while the other is at a tile's end",
+        enough_tiles,
+        lambda problem, config: replace(config, ctas=2),
     ),
 )

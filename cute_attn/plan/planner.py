@@ -50,12 +50,15 @@ def kvcache(
     ratio: int = 1,
     max_seqlen_q: int | None = None,
     page_size: int | None = None,
+    batch: int = 1,
+    heads_kv: int = 1,
 ) -> FwdConfig:
     """The kernel over a K/V cache: varlen's, or, where no sequence has more than a few queries, one whose CTAs share
     all keys.
     """
     problem = candidates.unsized(head_dim, dtype, "thd", causal, key, head_dim_v)
-    return plan(problem._replace(heads=ratio, seqlen_q=max_seqlen_q or 0, page=page_size or 0), gpu)
+    problem = problem._replace(batch=batch, heads=ratio * heads_kv, heads_kv=heads_kv)
+    return plan(problem._replace(seqlen_q=max_seqlen_q or 0, page=page_size or 0), gpu)
 
 
 def explain(problem: Problem, gpu: str | None = None) -> tuple[Step, ...]:

@@ -19,7 +19,8 @@ PREBUILT_FEATURES = {
 }
 
 
-CLASS = [name for name in tuned.DEFAULTS if name not in (*tuned.TUNED, "pack", "timeline", "overlap")]
+CLASS = [name for name in tuned.DEFAULTS if name not in (*tuned.TUNED, "pack", "timeline", "overlap", "fixup", "ctas")]
+BATCHES = (1, 1), (16, 1), (33, 1), (132, 1), (1, 33), (1, 132)  # sequences and K/V heads: kernels differ by them
 _named: Any = namedtuple  # whose fields mypy would read here
 KernelClass = _named("KernelClass", CLASS)  # of FwdConfig's fields those that a caller chooses
 
@@ -53,7 +54,7 @@ def prebuilt_kvcache(problem: Problem, ratio: int, page_size: int, gpu: str | No
     """Every kernel over a cache of such pages, 0: without pages, that calls like the problem with any queries reach."""
     p, longest = problem, (*(1 << n for n in range(8)), None)  # more queries are as many as are not known
     kind = p.head_dim, p.dtype, p.causal, p.features, gpu, p.head_dim_v, ratio
-    return list(dict.fromkeys(kvcache(*kind, most, page_size or None) for most in longest))
+    return list(dict.fromkeys(kvcache(*kind, most, page_size or None, *n) for most, n in product(longest, BATCHES)))
 
 
 def prebuilt_varlen(gpu: str | None = None, ratio: int = 1) -> list[FwdConfig]:

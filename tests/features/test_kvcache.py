@@ -15,13 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cute_attn import compile, flash_fwd, flash_fwd_kvcache, kvcache_checks, plan, request, warmup, workspace
 from cute_attn.checks import SIZE_MAX, Spec
-from cute_attn.kernels.combine import COMBINE_BYTES
-from cute_attn.kernels.config import SMEM_BYTES, FwdConfig
+from cute_attn.kernels.config import PART_COUNTERS, FwdConfig
 from cute_attn.kernels.mask import CausalOfEach
 from cute_attn.kernels.state import SLACK
 from cute_attn.kvcache_operands import Cached
-from cute_attn.plan import EVERY_HEAD_DIM
-from cute_attn.plan.kv_cache import STAGES
+from cute_attn.plan import EVERY_HEAD_DIM, FeatureKey
 from cute_attn.tools import inspect
 from tests.interpreter import interpreted
 from tests.support.attention import DTYPES
@@ -324,7 +322,7 @@ def on_a_gpu(monkeypatch):
     launched = []
 
     def made(*arguments):
-        head_dim, dtype, causal, key, gpu, head_dim_v, ratio, longest, page_size = arguments
+        head_dim, dtype, causal, key, gpu, head_dim_v, ratio, longest, page_size, *_ = arguments
         launched.append(SimpleNamespace(longest=longest, page_size=page_size, ratio=ratio, causal=causal))
         return plan.varlen(head_dim, dtype, causal, key, gpu, head_dim_v)
 
@@ -749,8 +747,10 @@ def test_warmup(monkeypatch):
     for d, ratio, page, causal in product((64, 128), (1, 6, 128), (None, 1, 16), (False, True)):
         assert plan.kvcache(d, "bf16", causal, ratio=ratio, page_size=page) in ready
         for longest in (1, 2, 3, 5, 7, 8, 11, 12, 16, 17, 22, 33, 64, 65, 100, 128, 129, 500, 4096):
-            config = plan.kvcache(d, "bf16", causal, ratio=ratio, max_seqlen_q=longest, page_size=page)
-            assert config in ready, (d, ratio, page, causal, longest)
+            for batch, heads_kv in ((1, 1), (1, 8), (9, 8), (100, 2), (70, 8), (3, 100)):
+                sizes = dict(max_seqlen_q=longest, page_size=page, batch=batch, heads_kv=heads_kv)
+                config = plan.kvcache(d, "bf16", causal, ratio=ratio, **sizes)
+                assert config in ready, (d, ratio, page, causal, sizes)
     assert {config.mask.name for config in warmup(64, window=True, page_size=16, **how)} == {"window"}
 
 
@@ -766,9 +766,8 @@ def test_the_plan():
     """Few queries share the keys, and their stages have all of an SM's memory; a box is no larger than a page."""
     for d, ratio, page in product((64, 128, 256), (1, 8), (None, 1, 12, 16, 48, 64, 256)):
         few, many = (plan.kvcache(d, "bf16", True, ratio=ratio, max_seqlen_q=n, page_size=page) for n in (4, 4096))
-        assert few.shares and not many.shares and few.pack == ratio and few.stages >= 3
-        one_more = few.smem_bytes + 4 * few.tile_n * few.head_dim
-        assert few.stages == STAGES or one_more > SMEM_BYTES - COMBINE_BYTES - 1024
+        assert few.shares and not many.shares and few.pack == ratio
+        assert few.stages == (2 if not few.cache.gathers else 3 if d == 256 else 4)
         for config in (few, many):
             assert config.cache.paged == (page is not None) and config.tile_n % config.cache.box == 0
             assert page is None or page % config.cache.box == 0
@@ -777,19 +776,90 @@ def test_the_plan():
     assert not plan.kvcache(512, "bf16", True, ratio=8, max_seqlen_q=1).shares
 
 
+@pytest.mark.parametrize("page", [None, 1, 16, 64])
+@pytest.mark.parametrize(
+    ("batch", "heads_kv", "who"),
+    [(1, 8, "a kernel"), (4, 8, "a kernel"), (8, 8, "last"), (32, 8, "two"), (2, 66, "two")],
+)
+def test_who_merges(batch, heads_kv, who, page):
+    """A second kernel, or a shared tile's last CTA; with a tile for each SM it has two CTAs, whatever both need."""
+    for d, ratio, seqlen_q, causal in product((64, 128, 256), (1, 8), (1, 5), (False, True)):
+        how = dict(ratio=ratio, max_seqlen_q=seqlen_q, page_size=page, batch=batch, heads_kv=heads_kv)
+        config = plan.kvcache(d, "bf16", causal, **how)
+        two = who == "two" and d <= 128 and page != 1
+        assert (config.fixup, config.ctas) == (who != "a kernel", 2 if two else 1)
+        assert config.ctas * (config.smem_bytes + 1024) <= 228 << 10
+        warps = config.ctas * config.threads // 32
+        assert not two or 64 * 1024 // warps // 32 // 8 * 8 >= 168, "registers of a thread"
+        windowed = plan.kvcache(d, "bf16", causal, FeatureKey(window=True), **how)
+        assert (windowed.fixup, windowed.ctas) == (config.fixup, 1)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 64), (15, 64), (16, 128), (200, 128)])
+def test_the_tiles_of_many_heads(batch, rows):
+    """128 of one query in a tile, where there are tiles enough."""
+    config = plan.kvcache(128, "bf16", False, ratio=128, max_seqlen_q=1, batch=batch)
+    assert config.tile_m == config.pack == rows and config.fixup == (rows == 128)
+
+
+@pytest.mark.parametrize("ctas", [1, 2])
+def test_a_workspace_has_two_places_for_each_cta(ctas):
+    """A part is a row's O, running max and sum; the counters suffice for all CTAs of 144 SMs, and their warpgroups."""
+    sizes = dict(ratio=8, max_seqlen_q=1, batch=132 if ctas == 2 else 33)
+    config = plan.kvcache(128, "bf16", False, **sizes)
+    assert config.ctas == ctas and config.workspace_bytes(132, 8, 1) == 2 * 132 * ctas * 64 * (128 + 8) * 4
+    assert config.workspace_bytes(132, 64, 8) == 2 * (ctas * 132 // 8 * 8) * 64 * (128 + 8) * 4
+    assert config.counters == PART_COUNTERS >= 144 * max(ctas, 2)
+    assert plan.kvcache(128, "bf16", False, ratio=8, max_seqlen_q=1).counters == 0
+
+
 @interpreter
 @pytest.mark.machine_code
 @pytest.mark.parametrize(("num_sms", "seed"), sample(3, [1, 4, 9], [0, 1]))
 def test_shared_keys_interpreted(num_sms, seed):
     """Whole tiles and parts of them, on fewer SMs than there are tiles and on more; no order of CTAs changes a bit."""
-    case = paged([300, 0, 17, 129, 64], 16, heads=8, heads_kv=2, seqlen_q=3)
+    assert not in_any_order(num_sms, seed, heads_kv=2).fixup
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize(("num_sms", "seed"), sample(2, [8, 20, 45], [0, 1]))
+def test_the_last_cta_merges_interpreted(num_sms, seed):
+    """Whichever it is."""
+    config = in_any_order(num_sms, seed, heads_kv=8)
+    assert config.fixup and config.ctas == 1
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize("batch", sample(1, [70, 1100]))
+def test_many_sequences_interpreted(batch):
+    """A CTA finds its first one among the first 1024, by what each 32 have, and further ones 32 by 32."""
+    with interpreted(num_sms=7) as configs:
+        check(paged([n * 37 % 90 for n in range(batch)], 16, heads=2, heads_kv=1, d=32))
+    assert configs[0].fixup
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize("num_sms", sample(1, [27, 41]))
+def test_two_ctas_of_an_sm_interpreted(num_sms):
+    config = in_any_order(num_sms, 3, heads_kv=27)
+    assert config.fixup and config.ctas == 2
+
+
+def in_any_order(num_sms, seed, heads_kv):
+    """The kernel, whose results are right and have the same bits in other orders of CTAs."""
+    case = paged([300, 0, 17, 129, 64], 16, heads=heads_kv * 2, heads_kv=heads_kv, seqlen_q=3)
     with interpreted(num_sms=num_sms, seed=seed) as configs:
         found = check(case, causal=True)
-    with interpreted(num_sms=num_sms, seed=seed + 7):
-        again = flash_fwd_kvcache(**case.call, causal=True, return_lse=True)
+    for other in (seed + 7, seed + 8):
+        with interpreted(num_sms=num_sms, seed=other):
+            again = flash_fwd_kvcache(**case.call, causal=True, return_lse=True)
+        for x, y in zip(found, again, strict=True):
+            assert torch.equal(x, y)
     assert configs[0].shares
-    for x, y in zip(found, again, strict=True):
-        assert torch.equal(x, y)
+    return configs[0]
 
 
 @interpreter
@@ -803,11 +873,11 @@ def test_interpreted(kind, mask):
 
 @interpreter
 @pytest.mark.machine_code
-@pytest.mark.parametrize(("heads", "num_sms"), sample(1, [128, 70, 160], [3, 4]))
+@pytest.mark.parametrize(("heads", "num_sms"), sample(1, [128, 70, 160], [3, 4, 31]))
 def test_heads_of_two_warpgroups_interpreted(heads, num_sms):
     """A tile has all heads of a query, or 128 of them."""
     with interpreted(num_sms=num_sms) as configs:
-        check(paged([300, 0, 65, 1], 16, heads=heads, heads_kv=1))
+        check(paged([300, 0, 65, 1, *[20] * 12], 16, heads=heads, heads_kv=1))
     assert configs[0].shares and configs[0].pack == configs[0].tile_m == 128
 
 
@@ -824,9 +894,9 @@ def test_queries_of_two_warpgroups_interpreted(packed):
 
 @interpreter
 @pytest.mark.machine_code
-@pytest.mark.parametrize(("lengths", "num_sms"), sample(1, [[128] * 6, [128] * 4, [64] * 40], [3, 6, 9]))
+@pytest.mark.parametrize(("lengths", "num_sms"), sample(1, [[128] * 6, [128] * 4, [64] * 40, [512] * 2], [3, 6, 9]))
 def test_equal_sequences_stay_whole_interpreted(lengths, num_sms):
-    """Where nearly all rows of CTAs have as many; then nothing is merged."""
+    """Where nearly all rows of CTAs have as many, or as many share one."""
     with interpreted(num_sms=num_sms) as configs:
         check(paged(lengths, 16, heads=4, heads_kv=1))
     assert configs[0].shares
@@ -958,7 +1028,8 @@ def test_strides_on_the_gpu(page_size, storage):
 def test_long_and_many(heads, heads_kv, head_dim):
     """One long sequence, which many CTAs share; many of all lengths."""
     how = dict(heads=heads, heads_kv=heads_kv, d=head_dim, where="cuda")
-    for lengths in ([20_000], torch.randint(0, 3000, (70,)).tolist(), [9000, *[3] * 30], [700] * 66):
+    many = [torch.randint(0, 3000, (n,)).tolist() for n in (70, 300)]
+    for lengths in ([20_000], *many, [9000, *[3] * 30], [700] * 66, [40_000, *[50] * 150]):
         check(paged(lengths, 16, **how), causal=True)
         check(paged(lengths, 16, seqlen_q=4, **how), causal=True)
 
@@ -986,14 +1057,16 @@ def test_rows_of_two_warpgroups(heads, heads_kv, seqlen_q, head_dim):
 
 
 @pytest.mark.gpu
-def test_a_graph_follows_lengths_and_pages():
+@pytest.mark.parametrize("heads_kv", [2, 8, 32])
+def test_a_graph_follows_lengths_and_pages(heads_kv):
     """Captured with some, replayed with a hundred others; equal bits in every replay."""
-    every = [paged(torch.randint(0, 900, (6,)).tolist(), 16, seqlen_q=2, where="cuda") for _ in range(100)]
+    how = dict(heads=2 * heads_kv, heads_kv=heads_kv, seqlen_q=2, where="cuda")
+    every = [paged(torch.randint(0, 900, (6,)).tolist(), 16, **how) for _ in range(100)]
     pages, width = (
         max(f(x) for x in every) for f in (lambda x: len(x.k_cache), lambda x: x.how["page_table"].shape[1])
     )
     q, out = torch.empty_like(every[0].q), marked(every[0])
-    k, v = (torch.empty(pages, 16, 2, 64, device="cuda", dtype=q.dtype) for _ in range(2))
+    k, v = (torch.empty(pages, 16, heads_kv, 64, device="cuda", dtype=q.dtype) for _ in range(2))
     table, lengths = (torch.zeros(n, device="cuda", dtype=torch.int32) for n in ((6, width), (6,)))
     run = lambda: flash_fwd_kvcache(  # noqa: E731
         q, k, v, cache_seqlens=lengths, page_table=table, causal=True, return_lse=True, out=out
@@ -1016,9 +1089,10 @@ def test_a_graph_follows_lengths_and_pages():
 
 
 @pytest.mark.gpu
-def test_streams_at_once():
-    """Each has a tile counter and a workspace of its own; no call waits for the GPU."""
-    every = [paged([3000, 5, 700], 16, heads=8, where="cuda") for _ in range(4)]
+@pytest.mark.parametrize("heads_kv", [2, 16, 48])
+def test_streams_at_once(heads_kv):
+    """Each has counters and a workspace of its own; no call waits for the GPU."""
+    every = [paged([3000, 5, 700], 16, heads=96, heads_kv=heads_kv, where="cuda") for _ in range(4)]
     want = [flash_fwd_kvcache(**case.call) for case in every]
     streams = [torch.cuda.Stream() for _ in every]
     for stream, case in zip(streams, every, strict=True):

@@ -323,11 +323,11 @@ def test_wrong_with_gradients(case):
 def test_a_like_call_is_looked_up(monkeypatch):
     """Its kernel gets the addresses of this call's lengths, behind a window's sides; q's look-alike plans nothing."""
     launched, prepared = [], []
-    gpu = SimpleNamespace(index=0, num_sms=132, tile_counter=lambda: 7)
+    gpu = SimpleNamespace(index=0, num_sms=132, counters=lambda each: 7 * each)
 
     def made(asked):
         prepared.append(asked)
-        return call.Call(None, 0.125, gpu, lambda *args: launched.append(args), True, True, (0,) * 4, None)
+        return call.Call(None, 0.125, gpu, lambda *args: launched.append(args), 1, True, (0,) * 4, None)
 
     monkeypatch.setattr(device, "current", lambda: 0)
     monkeypatch.setattr(request.Request, "made", made)

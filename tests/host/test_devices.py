@@ -60,8 +60,8 @@ class Gpu:
         self.index, self.name, self.num_sms = index, name, num_sms
         self.guarded = device.Device.guarded.__get__(self)
 
-    def tile_counter(self):
-        return 1000 + self.index
+    def counters(self, each):
+        return 1000 + self.index if each else 0
 
 
 class Two:
@@ -200,19 +200,19 @@ def test_streams_of_two_gpus_share_no_counter(monkeypatch):
 
     def slab(self):
         start = 1_000_000 * (1 + self.index)
-        slabs[self.index] = range(start, start + 4 * device.TILE_COUNTERS, 4)
+        slabs[self.index] = range(start, start + 4 * device.COUNTERS[1], 4)
         return list(slabs[self.index])
 
-    monkeypatch.setattr(device.Device, "_slab", slab)
+    monkeypatch.setattr(device.Counters, "_slab", slab)
     monkeypatch.setattr(device, "_devices", {})
-    of = [device.get(index).tile_counter() for index in (0, 1)]
+    of = [device.get(index).counters(1) for index in (0, 1)]
     assert [x in slabs[index] for index, x in enumerate(of)] == [True, True] and current == [0]
-    assert [device.get(index).tile_counter() for index in (0, 1)] == of
+    assert [device.get(index).counters(1) for index in (0, 1)] == of
     handles[1] = 77
-    assert device.get(1).tile_counter() in set(slabs[1]) - set(of) and device.get(0).tile_counter() == of[0]
+    assert device.get(1).counters(1) in set(slabs[1]) - set(of) and device.get(0).counters(1) == of[0]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
-    captured = [device.get(1).tile_counter() for _ in range(3)]
-    assert len({*captured, *of}) == 5 and set(captured) < set(slabs[1]) and device.get(0).tile_counter() == of[0]
+    captured = [device.get(1).counters(1) for _ in range(3)]
+    assert len({*captured, *of}) == 5 and set(captured) < set(slabs[1]) and device.get(0).counters(1) == of[0]
 
 
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cute_attn import plan as room
 from cute_attn.kernels.config import SMEM_BYTES, FwdConfig, KvCache, SparseBlocks
+from cute_attn.kernels.grid_split import EqualShares
 from cute_attn.kernels.mask import Causal, Window
 from cute_attn.kernels.score import Alibi, Softcap
 from cute_attn.kernels.tile_scheduler import DynamicLongest, OneTile, StaticTiles
@@ -108,15 +109,17 @@ def test_the_config_is_the_compile_key():
     others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, speculative=True)
     others |= dict(constant_time=True, timeline=True, overlap=False)
     others |= dict(score=Softcap(), sinks=True, dropout=True, row_max=True, sparse=SparseBlocks(128, 128, True), pack=8)
-    others |= dict(head_dim_v=64, cache=KvCache(64))
+    others |= dict(head_dim_v=64, cache=KvCache(64), fixup=True, ctas=2)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
     varlen = FwdConfig(128, layout="thd", scheduler=VarlenScheduler)
-    bases = dict.fromkeys(others, base) | dict(split=few, cache=varlen)
+    shares = dataclasses.replace(varlen, tile_m=64, tile_n=64, stages=1, scheduler=EqualShares, cache=KvCache(64))
+    bases = dict.fromkeys(others, base) | dict(split=few, cache=varlen, fixup=shares, ctas=shares)
     configs = [
         base,
         few,
         varlen,
+        shares,
         *(dataclasses.replace(bases[name], **{name: value}) for name, value in others.items()),
     ]
     assert len({repr(c) for c in configs}) == len(set(configs)) == len(configs)

@@ -1,5 +1,6 @@
 """How flash_fwd behaves as a guest on the GPU: streams, threads, devices, graphs, memory, gradients."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -117,26 +118,27 @@ def test_graphs_and_eager_calls_at_once():
         assert all(torch.equal(out, want) for out in [*outs, eager])
 
 
-def test_counters_are_distinct_and_zero_after_use():
+@pytest.mark.parametrize("each", device.COUNTERS)
+def test_counters_are_distinct_and_zero_after_use(each):
     gpu = device.Device(torch.cuda.current_device())
     streams = [torch.cuda.Stream() for _ in range(8)]
-    tile_counters = []
+    found = []
     for stream in streams:
         with torch.cuda.stream(stream):
-            tile_counters += [gpu.tile_counter(), gpu.tile_counter()]
-    assert tile_counters[::2] == tile_counters[1::2]
+            found += [gpu.counters(each) for _ in range(2)]
+    assert found[::2] == found[1::2]
     graph, captured = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
-        captured = [gpu.tile_counter() for _ in range(device.TILE_COUNTERS)]
-    addresses = tile_counters[::2] + captured
-    assert len(set(addresses)) == len(addresses)
+        captured = [gpu.counters(each) for _ in range(device.COUNTERS[each])]
+    addresses = sorted(found[::2] + captured)
+    assert all(b - a >= 4 * each for a, b in itertools.pairwise(addresses))
     for x in cases():
         flash_fwd(*x, causal=True)
     torch.cuda.synchronize()
     mine = device.get(torch.cuda.current_device())
-    mine.tile_counter()  # the launches' own
-    assert mine._memory
-    assert not any(counters.any() for counters in mine._memory)
+    mine.counters(each)  # the launches' own
+    memory = mine._counters[each].memory
+    assert memory and not any(counters.any() for counters in memory)
 
 
 def test_every_device():

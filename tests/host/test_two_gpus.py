@@ -396,20 +396,24 @@ def test_a_graph_on_each():
     assert torch.cuda.current_device() == 0
 
 
+def memory_of(gpu):
+    return device.get(gpu)._counters[1].memory
+
+
 def test_counters_are_of_each_gpu(monkeypatch):
     monkeypatch.setattr(device, "_devices", {})
     monkeypatch.setattr(calls, "known", {})
     many = 4, 16, 4, 1024, 1024, 64
     for gpu in (1, 0):
         flash_fwd(*given(gpu, *many), causal=True)
-        assert device.get(gpu)._memory and all(x.get_device() == gpu for x in device.get(gpu)._memory)
-    tile_counters = [device.get(gpu).tile_counter() for gpu in (0, 1)]
+        assert memory_of(gpu) and all(x.get_device() == gpu for x in memory_of(gpu))
+    tile_counters = [device.get(gpu).counters(1) for gpu in (0, 1)]
     with current_stream(torch.cuda.Stream(1)):
-        tile_counters.append(device.get(1).tile_counter())
+        tile_counters.append(device.get(1).counters(1))
     assert len(set(tile_counters)) == 3 and torch.cuda.current_device() == 0
     for gpu in (0, 1):
         torch.cuda.synchronize(gpu)
-        assert not any(counters.any() for counters in device.get(gpu)._memory)
+        assert not any(counters.any() for counters in memory_of(gpu))
 
 
 def llama(gpus):

@@ -163,7 +163,7 @@ def test_jit_trace_of_a_call_whose_kernel_is_known(monkeypatch):
     found = request.Request.made
 
     def made(asked):
-        gpu = SimpleNamespace(index=0, num_sms=132, tile_counter=lambda: 7)
+        gpu = SimpleNamespace(index=0, num_sms=132, counters=lambda each: 7 * each)
         return found(asked)._replace(gpu=gpu, kernel=lambda *_: None)
 
     monkeypatch.setattr(request.Request, "made", made)

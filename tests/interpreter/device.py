@@ -74,6 +74,15 @@ def get(config: KernelConfig) -> Compiled:
     return Compiled(ptx.decode(), image)
 
 
+def counting(counters: dict[int, torch.Tensor]) -> Callable[[int], int]:
+    """`Device.counters` of those."""
+
+    def address(each: int) -> int:
+        return counters.setdefault(each, torch.zeros(each, dtype=torch.int32)).data_ptr() if each else 0
+
+    return address
+
+
 @contextlib.contextmanager
 def interpreted(
     config: FwdConfig | None = None, kernel: Compiled | None = None, *, num_sms: int = NUM_SMS, seed: int = 0
@@ -83,8 +92,8 @@ def interpreted(
     config: what to run, whatever the plan says; kernel: in place of what it is compiled to. seed: of every chance.
     """
     asked: list[KernelConfig] = []
-    tile_counters = torch.zeros(1, dtype=torch.int32)
-    gpu = SimpleNamespace(index=0, name="NVIDIA H200", num_sms=num_sms, tile_counter=tile_counters.data_ptr)
+    counters: dict[int, torch.Tensor] = {}
+    gpu = SimpleNamespace(index=0, name="NVIDIA H200", num_sms=num_sms, counters=counting(counters))
 
     def found(wanted: KernelConfig) -> Compiled:
         asked.append(wanted)
@@ -106,4 +115,4 @@ def interpreted(
         for where, name in ((operands, "plan"), (operands, "plan_varlen"), (plan, "kvcache")) if config else ():
             stack.enter_context(mock.patch.object(where, name, return_value=config))
         yield asked
-    assert tile_counters.item() == 0, "a launch left its tile counter behind"
+    assert not any(x.any() for x in counters.values()), "a launch left its counters behind"

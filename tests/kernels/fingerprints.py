@@ -82,8 +82,8 @@ def planned() -> Iterator[FwdConfig]:
             yield from legal(lambda size=size, d=d, how=how: plan(Problem(*size, d, **how)))
         yield from legal(lambda d=d, causal=causal, asked=asked, d_v=d_v: varlen(d, "bf16", causal, asked, None, d_v))
     for (d, d_v), asked, causal in product(HEAD_DIMS, cache_feature_keys(), (False, True)):
-        for longest, page in product((1, 12, 4096), (None, 1, 16)):
-            how = d, "bf16", causal, asked, None, d_v, 8, longest, page
+        for longest, page, batch in product((1, 12, 4096), (None, 1, 16), (1, 40, 200)):
+            how = d, "bf16", causal, asked, None, d_v, 8, longest, page, batch
             yield from legal(lambda how=how: kvcache(*how))
     for causal in (False, True):
         yield from stages(Problem(4, 16, 16, 2048, 2048, 64, causal=causal))
@@ -104,7 +104,14 @@ def combination(c: FwdConfig) -> tuple:
     return (
         *(schedule(c), c.timeline, c.head_dim_splits > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
         *(c.mask.windowed and not c.sparse, c.diagonal_first, sparse, c.varlen, c.pack > 1),
-        *(c.cache and (c.cache.paged, c.cache.gathers), c.shares, c.row_blocks > 1 and c.shares, c.mask.of_each),
+        *(
+            c.cache and (c.cache.paged, c.cache.gathers),
+            c.shares,
+            c.row_blocks > 1 and c.shares,
+            c.mask.of_each,
+            c.fixup,
+            c.ctas,
+        ),
     )
 
 

@@ -22,7 +22,7 @@ def shares(sequences, rows):
     for tiles, each in sequences:
         begins.append(begins[-1] + tiles * each)
     total, found = begins[-1], []
-    rows = rows_with_runs(total, rows, EqualShares.min_blocks)
+    rows = rows_with_runs(total, rows, EqualShares.min_blocks, 0)
     for row in range(rows):
         block, stop = begin_of(row, total, rows), begin_of(row + 1, total, rows)
         found.append([])
@@ -66,11 +66,13 @@ def test_whose_a_block_is(total, rows, data):
     assert begin_of(0, total, rows) == 0 and begin_of(rows, total, rows) == total
 
 
-@given(total=st.integers(0, 10**4), rows=st.integers(1, 140))
-def test_runs_are_not_shorter_than_worth_their_merge(total, rows):
-    found = rows_with_runs(total, rows, EqualShares.min_blocks)
+@given(total=st.integers(0, 10**4), rows=st.integers(1, 140), least=st.integers(2, 6), few=st.sampled_from([0, 16]))
+def test_runs_are_not_shorter_than_worth_their_merge(total, rows, least, few):
+    found = rows_with_runs(total, rows, least, few)
     assert 1 <= found <= rows
-    assert found == 1 or total // found >= EqualShares.min_blocks
+    assert found == 1 or total // found >= (2 if found <= few else least)
+    more = found + 1
+    assert more > rows or total // more < (2 if more <= few else least), "no fewer than may be"
 
 
 @given(heads=st.integers(1, 200), room=st.integers(1, 264))

@@ -70,7 +70,7 @@ def launch(config: FwdConfig, inputs: Inputs) -> Prepared:
 
     def run():
         o = torch.empty_like(q)
-        kernel(q, k, v, o, 0, gpu.tile_counter() if config.scheduler.dynamic else 0, scale, gpu.num_sms)
+        kernel(q, k, v, o, 0, gpu.counters(config.counters), scale, gpu.num_sms)
         return o
 
     return Prepared(Call(run), lambda o: o.transpose(1, 2) if bshd else o)

@@ -162,7 +162,7 @@ class Package:
         version = getattr(self._module, "__version__", None) or getattr(
             importlib.import_module(package), "__version__", None
         )
-        return str(version) if version else _distribution(package) or self._module.__name__
+        return _distribution(package) or str(version or self._module.__name__)
 
 
 class FlashAttention(Package):

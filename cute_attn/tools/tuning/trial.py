@@ -126,7 +126,7 @@ def gpu_launch(config: FwdConfig, inputs: Inputs, o: torch.Tensor) -> Callable[[
     """The compiled call itself, as `flash_fwd` makes it."""
     kernel, gpu = compile.get(config), device.get(o.device.index)
     q, k, v = inputs.bshd()
-    counter = gpu.tile_counter() if config.scheduler.dynamic else 0
+    counter = gpu.counters(config.counters)
     scale = inputs.problem.head_dim**-0.5
     return lambda: kernel(q, k, v, o, 0, counter, scale, gpu.num_sms)
 
