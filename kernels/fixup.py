@@ -19,8 +19,8 @@ GROUP = 16  # rows of a warp: the first is a query if one is
 NUMBERS = 64  # that a thread reads at once, of a row: of several parts where O has few columns
 
 
-class Part(NamedTuple):
-    """A row's, of a thread's columns."""
+class Row(NamedTuple):
+    """Of a part: what a thread has of a row."""
 
     O: cute.Tensor
     running_max: cute.Tensor  # (1,)
@@ -107,16 +107,16 @@ class Fixup(GridSplit):
             keep, *factors = f.softmax.merge_plain(r, maxima, sums)
             self._scale_and_add(f, r, keep, parts, factors)
 
-    def _add_any(self, f: Frag, r: int, part: Part):
+    def _add_any(self, f: Frag, r: int, part: Row):
         """One whose running max may be an anchor."""
         keep, factor = f.softmax.merge(r, part.running_max[0], part.row_sum[0], self.config.margin)
         self._scale_and_add(f, r, keep, [part], [factor])
 
-    def _part(self, w: Warpgroup, tile: SharedTile, whose, row) -> Part:
+    def _part(self, w: Warpgroup, tile: SharedTile, whose, row) -> Row:
         """Of a row of one CTA's part what a thread has."""
         place = place_of(whose, tile.first_row, tile.head, w.problem)
         O, state = (copied(there) for there in self.part(place, row, w.frag.thread % 4, w.problem))
-        return Part(O, *(cute.make_tensor(state.iterator + i, 1) for i in range(2)))
+        return Row(O, *(cute.make_tensor(state.iterator + i, 1) for i in range(2)))
 
     def _scale_and_add(self, f: Frag, r: int, keep, parts: list, factors: list):
         mine = acc_mn(f.acc_O)[r, None]  # (cols,)
