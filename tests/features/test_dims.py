@@ -216,7 +216,7 @@ def test_no_grad_is_the_way_out():
 def test_a_call_that_differs_in_vs_columns_alone_is_another(monkeypatch):
     """Slices of one buffer have equal strides: neither takes the other's kernel, nor its output."""
     whole = torch.randn(1, 2, 9, 256).bfloat16()
-    prepared, made = [], call.Call(None, 1.0, None, len, False, True, (), None)
+    prepared, made = [], call.Call(None, 1.0, None, len, 0, True, (), None)
     monkeypatch.setattr(request.Request, "made", lambda asked: prepared.append(asked.operands.v.shape[3]) or made)
     monkeypatch.setattr(call, "known", {})
     for columns in (64, 128, 64):

@@ -186,12 +186,12 @@ def test_every_way_in_passes_it_on(monkeypatch):
 def test_a_call_is_known_whatever_its_window(monkeypatch):
     """Its sides reach the kernel behind num_sms; only whether there is a window is part of the key."""
     launched, prepared = [], []
-    gpu = SimpleNamespace(index=0, num_sms=132)
+    gpu = SimpleNamespace(index=0, num_sms=132, counters=lambda each: each)
 
     def made(asked):
         problem, *_ = asked.planned()
         prepared.append((problem.causal, problem.features))
-        return call.Call(problem, 0.125, gpu, lambda *args: launched.append(args), False, True, (0,) * 4, None)
+        return call.Call(problem, 0.125, gpu, lambda *args: launched.append(args), 0, True, (0,) * 4, None)
 
     monkeypatch.setattr(device, "current", lambda: 0)
     monkeypatch.setattr(request.Request, "made", made)
