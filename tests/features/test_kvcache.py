@@ -724,9 +724,9 @@ def test_wrong_arguments_of_the_operator(case):
 
 # The kernel: its machine code, and interpreted
 REACHED = {
-    plan.kvcache(d, "bf16", causal, ratio=ratio, max_seqlen_q=longest, page_size=page)
+    plan.kvcache(d, "bf16", causal, ratio=ratio, max_seqlen_q=longest, page_size=page, batch=batch)
     for d, causal, ratio in product((64, 96, 128, 192, 256, 512), (False, True), (1, 8, 128))
-    for longest, page in product((1, 4096), (None, 16, 64, 256))
+    for longest, page, batch in product((1, 4096), (None, 16, 64, 256), (1, 40, 200))
 }
 
 
@@ -828,6 +828,33 @@ def test_the_last_cta_merges_interpreted(num_sms, seed):
     """Whichever it is."""
     config = in_any_order(num_sms, seed, heads_kv=8)
     assert config.fixup and config.ctas == 1
+
+
+@interpreter
+@pytest.mark.machine_code
+@pytest.mark.parametrize(
+    "case",
+    sample(
+        1,
+        [
+            (1, dict(seqlen_q=3), dict(window=(100, 0))),
+            (1, dict(seqlen_q=3), dict(causal=True, sinks=torch.linspace(-2, 2, 16))),
+            (1, dict(seqlen_q=2), dict(causal=True, alibi_slopes=torch.linspace(0.1, 1, 16))),
+            (1, dict(seqlen_q=40), dict(causal=True, softcap=2.0)),
+            (1, dict(d=64, d_v=128), dict()),
+            (1, dict(d=256), dict(causal=True)),
+            (1e8, dict(seqlen_q=3), dict(causal=True)),
+        ],
+    ),
+)
+def test_what_the_last_cta_merges_interpreted(case):
+    """Whatever changes scores; rows whose running max is an anchor; O of few columns and of many."""
+    scale, how, asked = case
+    made = paged([300, 0, 17, 129, 64], 16, heads=16, heads_kv=8, **how)
+    made.q.mul_(scale)
+    with interpreted(num_sms=9) as configs:
+        check(made, **asked)
+    assert configs[0].fixup
 
 
 @interpreter
