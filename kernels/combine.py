@@ -16,14 +16,13 @@ from cutlass.memory import SmemAllocator
 
 from .config import FwdConfig
 from .epilogue import Epilogue
-from .grid_split import SharedTile, over, place_of
-from .layout import acc_mn, not_before
+from .grid_split import GROUP, SharedTile, over, place_of
+from .layout import acc_mn, in_registers, not_before, scale_and_add
 from .parts import Parts
 from .split_head_dim import NOBODY, WholeHeadDim
 from .state import ROWS, Frag, Gmem, Problem, Tiling, Warpgroup, wait_for_stream
 
 COLUMNS = 32  # of a CTA: the four threads of a row store 16 bytes each
-GROUP = 16  # rows: those of a warp of the MMA warpgroup
 WARPS = 4
 AT_ONCE = 4  # parts that a warp reads
 CTAS_PER_SM, LEAST_CTAS = 4, 3  # at most; that ptxas leaves registers for
@@ -160,11 +159,11 @@ class Combine:
         return Frag(columns, thread, None, None, None, None, acc_O, softmax, cS)
 
     def _rows(self, w: Warpgroup, tile):
-        """Which a thread reads, and whether the warp has queries. In place of a row that is none it reads the first."""
+        """Which a thread reads, and whether the warp has queries."""
         block = self.columns.row_block(w.frag.wg)
         queries = [self.split.is_query(w, tile, block, r) for r in range(2)]
         rows = [block * ROWS + w.frag.cS[r, 0][0] for r in range(2)]
-        rows = [cutlass.select_(query, row, row // GROUP * GROUP) for query, row in zip(queries, rows, strict=True)]
+        rows = [self.split.row_read(row, query) for query, row in zip(queries, rows, strict=True)]
         return rows, cute.arch.vote_any_sync(queries[0] | queries[1])
 
     @cute.jit
@@ -180,7 +179,7 @@ class Combine:
             cute.autovec_copy(self._sum(w), sums[None, lane, warp - 1])
         cute.arch.sync_threads()
         if warp == 0:
-            self._add(w, [self._loaded(sums[None, lane, i]) for i in range(WARPS - 1)])
+            self._add(w, [in_registers(sums[None, lane, i]) for i in range(WARPS - 1)])
             self.epilogue.store(w, tile)
 
     @cute.jit
@@ -218,11 +217,6 @@ class Combine:
             softmax[0], softmax[1] = f.softmax.running_max[r], f.softmax.row_sum[r]
         return own
 
-    def _loaded(self, t: cute.Tensor) -> cute.Tensor:
-        own = cute.make_rmem_tensor(OWN, Float32)
-        cute.autovec_copy(t, own)
-        return own
-
     def _views(self, own: cute.Tensor, r: int):
         """Of a row of what a thread reads: O (4, columns / 16), and its running max and sum (2,)."""
         n = COLUMNS // 4
@@ -245,18 +239,10 @@ class Combine:
         for r in range(2):
             O, softmax = self._views(part, r)
             keep, add = w.frag.softmax.merge(r, softmax[0], softmax[1], self.config.margin)
-            self._scale_and_add(w, r, keep, [O], [add])
+            scale_and_add(acc_mn(w.frag.acc_O)[r, None], keep, [O], [add])
 
     def _add_plain(self, w: Warpgroup, parts: list):
         for r in range(2):
             rows = [self._views(part, r) for part in parts]
             keep, *factors = w.frag.softmax.merge_plain(r, [x[0] for _, x in rows], [x[1] for _, x in rows])
-            self._scale_and_add(w, r, keep, [O for O, _ in rows], factors)
-
-    def _scale_and_add(self, w: Warpgroup, r: int, keep, others: list, factors: list):
-        mine = acc_mn(w.frag.acc_O)[r, None]  # (cols,)
-        for i in range(cute.size(mine)):
-            total = mine[i] * keep
-            for O, factor in zip(others, factors, strict=True):
-                total = cute.math.fma(O[i], factor, total)
-            mine[i] = total
+            scale_and_add(acc_mn(w.frag.acc_O)[r, None], keep, [O for O, _ in rows], factors)

@@ -250,18 +250,20 @@ class FwdConfig:
         """That ptxas leaves registers for; 0: as it likes. Where O has few columns it ignores setmaxnreg else."""
         return self.ctas if self.shares or self.d_v < self.head_dim else 0
 
+    def packs(self, heads: int, heads_kv: int) -> int:
+        """What is one head to a tile's rows."""
+        return heads_kv * -(-(heads // heads_kv) // self.pack) if self.pack > 1 else heads
+
     @property
     def counters(self) -> int:
         """That a launch counts by: of tiles that CTAs draw, or of parts of each tile that they share; 0: none."""
-        if self.shares:
-            return PART_COUNTERS if self.fixup else 0
-        return 1 if self.scheduler.dynamic or self.varlen else 0
+        return PART_COUNTERS if self.fixup else int(self.scheduler.dynamic)
 
     def workspace_bytes(self, num_sms: int, heads: int, heads_kv: int) -> int:
         """That a launch needs, for the parts of tiles; 0: none."""
         if not self.shares:
             return 0
-        packs = heads_kv * -(-(heads // heads_kv) // self.pack) if self.pack > 1 else heads
+        packs = self.packs(heads, heads_kv)
         return self.scheduler.rows(packs, self.ctas * num_sms) * packs * 2 * self.part_bytes
 
     @property

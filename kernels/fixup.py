@@ -12,10 +12,9 @@ from cutlass import Boolean, Float32, Int32, Int64, cute
 from cutlass.memory import SmemAllocator
 
 from .grid_split import GridSplit, SharedTile, place_of
-from .layout import acc_mn
+from .layout import acc_mn, in_registers, scale_and_add
 from .state import ROWS, Frag, Warpgroup
 
-GROUP = 16  # rows of a warp: the first is a query if one is
 NUMBERS = 64  # that a thread reads at once, of a row: of several parts where O has few columns
 
 
@@ -92,8 +91,7 @@ class Fixup(GridSplit):
     @cute.jit
     def _add_row(self, w: Warpgroup, tile: SharedTile, first: Int32, r: cutlass.Constexpr, there: Boolean):
         f = w.frag
-        row = f.wg * ROWS + f.cS[r, 0][0]
-        row = cutlass.select_(there, row, row // GROUP * GROUP)  # else one that is
+        row = self.row_read(f.wg * ROWS + f.cS[r, 0][0], there)
         parts = [self._part(w, tile, cutlass.min(first + i, tile.last_row), row) for i in range(self.at_once)]
         for i in cutlass.range_constexpr(1, self.at_once):
             there = first + i <= tile.last_row
@@ -105,29 +103,15 @@ class Fixup(GridSplit):
                 self._add_any(f, r, parts[i])
         else:
             keep, *factors = f.softmax.merge_plain(r, maxima, sums)
-            self._scale_and_add(f, r, keep, parts, factors)
+            scale_and_add(acc_mn(f.acc_O)[r, None], keep, [part.O for part in parts], factors)
 
     def _add_any(self, f: Frag, r: int, part: Row):
         """One whose running max may be an anchor."""
         keep, factor = f.softmax.merge(r, part.running_max[0], part.row_sum[0], self.config.margin)
-        self._scale_and_add(f, r, keep, [part], [factor])
+        scale_and_add(acc_mn(f.acc_O)[r, None], keep, [part.O], [factor])
 
     def _part(self, w: Warpgroup, tile: SharedTile, whose, row) -> Row:
         """Of a row of one CTA's part what a thread has."""
         place = place_of(whose, tile.first_row, tile.head, w.problem)
-        O, state = (copied(there) for there in self.part(place, row, w.frag.thread % 4, w.problem))
+        O, state = (in_registers(there) for there in self.part(place, row, w.frag.thread % 4, w.problem))
         return Row(O, *(cute.make_tensor(state.iterator + i, 1) for i in range(2)))
-
-    def _scale_and_add(self, f: Frag, r: int, keep, parts: list, factors: list):
-        mine = acc_mn(f.acc_O)[r, None]  # (cols,)
-        for i in range(cute.size(mine)):
-            total = mine[i] * keep
-            for part, factor in zip(parts, factors, strict=True):
-                total = cute.math.fma(part.O[i], factor, total)
-            mine[i] = total
-
-
-def copied(there: cute.Tensor) -> cute.Tensor:
-    own = cute.make_rmem_tensor(there.shape, Float32)
-    cute.autovec_copy(there, own)
-    return own

@@ -25,6 +25,7 @@ from .varlen_scheduler import LANES, running_sum
 
 AT_ONCE = 4  # times 32 lengths that a warp asks for
 FEW = 16  # parts that `Combine` reads at once
+GROUP = 16  # rows: a warp's of the MMA warpgroup
 
 
 class SharedTile(NamedTuple):
@@ -355,6 +356,10 @@ class GridSplit(NoSplit):
         """Whether a thread's r-th row of so-many-th 64 is one: no others are kept."""
         row = tile.m_block * self.config.tile_m + block * ROWS + w.frag.cS[r, 0][0]
         return self.rows.owner(row, tile, w.gmem)[0] < w.problem.seqlen_q
+
+    def row_read(self, row, query):
+        """In place of a row that is no query the first of a warp's, which is one if any is."""
+        return cutlass.select_(query, row, row // GROUP * GROUP)
 
     def part(self, place, row, quarter, problem: Problem):
         """Where of a part lies what one of four threads has of a row: O (4, d_v / 16), and its softmax (2,).

@@ -51,6 +51,22 @@ def normalise_rows(acc: cute.Tensor, scale: cute.Tensor, seen: cute.Tensor):
             rows[r, None].fill(0.0)
 
 
+def scale_and_add(row: cute.Tensor, scale, others: list, factors: list):
+    """A row of O times scale, and other CTAs' parts of it, each times its factor."""
+    for i in range(cute.size(row)):
+        total = row[i] * scale
+        for other, factor in zip(others, factors, strict=True):
+            total = cute.math.fma(other[i], factor, total)
+        row[i] = total
+
+
+def in_registers(t: cute.Tensor) -> cute.Tensor:
+    """A copy."""
+    own = cute.make_rmem_tensor(t.shape, t.element_type)
+    cute.autovec_copy(t, own)
+    return own
+
+
 def not_before(S: cute.Tensor, n: Int32) -> Int32:
     """n, but known no sooner than S: ptxas would work ahead between the WGMMAs of PV, while other warpgroups wait."""
     zero = cute.arch.inline_ptx(

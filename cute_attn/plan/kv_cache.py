@@ -9,14 +9,14 @@ from ..kernels.grid_split import EqualShares
 from ..kernels.mask import Causal, CausalOfEach, Full
 from ..problem import Problem
 from .candidates import kernel_dims
+from .pack_gqa import SMS
 from .rule import Rule
 
 FEW_ROWS = 128  # of a K/V head and sequence: with more, tiles enough read the same keys
 WIDEST = 192  # columns of tiles of so many rows: with more the registers do not suffice
 KEYS = 64  # of a stage, where all CTAs share them
 GATHERED_STAGES = 4  # of rows that threads copy
-STAGES = 2  # that suffice where all CTAs share the keys: more in flight are no faster, and rows come slower
-SMS = 132  # of an H200
+STAGES = 2  # that suffice where all CTAs share the keys: more are not faster, and slower over long sequences
 SOME_TILES = 32  # that share all SMs: with fewer of them each has many parts, which more CTAs merge sooner than one
 TWO_CTAS = 128  # columns at most: more leave them too few stages
 WHOLE_QUERIES = 16  # sequences whose tiles have 128 heads: fewer are better shared by CTAs of 64 heads
@@ -33,8 +33,8 @@ def few_queries(problem: Problem, config: FwdConfig) -> bool:
 def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     """A CTA to an SM, and its memory for K and V. A tile has all rows, and one query's are no more than it has."""
     wide = config.widest > WIDEST
-    one = problem.seqlen_q == 1 and problem.ratio > config.pack == PACKS[-1] and not wide
-    one = one and problem.batch >= WHOLE_QUERIES
+    many_heads = problem.ratio > config.pack == PACKS[-1] and problem.batch >= WHOLE_QUERIES
+    one = problem.seqlen_q == 1 and many_heads and not wide
     pack = FEW_ROWS if one else config.pack
     tile_m = 64 if problem.seqlen_q * pack <= 64 or wide else FEW_ROWS
     how: dict[str, Any] = dict(tile_m=tile_m, tile_n=KEYS, pack=pack, stages=1, q_stages=1)
@@ -88,8 +88,7 @@ def gathered(config: FwdConfig) -> FwdConfig:
 
 def tiles(problem: Problem, config: FwdConfig) -> int:
     """Of all sequences, if none has more rows than a tile."""
-    heads = problem.heads_kv * -(-problem.ratio // config.pack) if config.pack > 1 else problem.heads
-    return problem.batch * heads
+    return problem.batch * config.packs(problem.heads, problem.heads_kv)
 
 
 def some_tiles(problem: Problem, config: FwdConfig) -> bool:

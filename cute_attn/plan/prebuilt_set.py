@@ -8,7 +8,7 @@ from typing import Any
 from .. import tuned
 from ..kernels.config import DTYPES, LAYOUTS, FwdConfig
 from ..problem import PLAIN, FeatureKey, Problem
-from . import pack_gqa
+from . import kv_cache, pack_gqa
 from .candidates import EQUAL_HEAD_DIMS, HEAD_DIMS, configs
 from .features import constant_time, with_features
 from .planner import kvcache, varlen
@@ -20,7 +20,8 @@ PREBUILT_FEATURES = {
 
 
 CLASS = [name for name in tuned.DEFAULTS if name not in (*tuned.TUNED, "pack", "timeline", "overlap", "fixup", "ctas")]
-BATCHES = (1, 1), (16, 1), (33, 1), (132, 1), (1, 33), (1, 132)  # sequences and K/V heads: kernels differ by them
+TILES = 1, kv_cache.SOME_TILES + 1, pack_gqa.SMS  # over a cache: kernels differ by them
+BATCHES = (kv_cache.WHOLE_QUERIES, 1), *((n, 1) for n in TILES), *((1, n) for n in TILES)  # sequences, K/V heads
 _named: Any = namedtuple  # whose fields mypy would read here
 KernelClass = _named("KernelClass", CLASS)  # of FwdConfig's fields those that a caller chooses
 

@@ -104,14 +104,8 @@ def combination(c: FwdConfig) -> tuple:
     return (
         *(schedule(c), c.timeline, c.head_dim_splits > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
         *(c.mask.windowed and not c.sparse, c.diagonal_first, sparse, c.varlen, c.pack > 1),
-        *(
-            c.cache and (c.cache.paged, c.cache.gathers),
-            c.shares,
-            c.row_blocks > 1 and c.shares,
-            c.mask.of_each,
-            c.fixup,
-            c.ctas,
-        ),
+        *(c.cache and (c.cache.paged, c.cache.gathers), c.mask.of_each),
+        *(c.shares, c.row_blocks > 1 and c.shares, c.fixup, c.ctas),
     )
 
 
