@@ -791,6 +791,13 @@ def test_json_is_whole_or_not_there(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
+def test_records_are_lines_of_seven_digits(tmp_path):
+    path = tmp_path / "x.json"
+    report.write_json(path, {"gpu": "H200", "records": [{"us": 1 / 3, "rounds": [2 / 3, 10**9]}, {"us": None}]})
+    assert json.loads(path.read_text())["records"] == [{"us": 0.3333333, "rounds": [0.6666667, 10**9]}, {"us": None}]
+    assert sum('"us"' in line for line in path.read_text().splitlines()) == 2
+
+
 # Plot
 
 

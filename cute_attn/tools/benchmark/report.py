@@ -293,7 +293,22 @@ def _ratio_to(baseline: str) -> Callable[[Record], str]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    """A line for each item of a list of records, of which a file may have thousands; their numbers to 7 digits."""
+    parts = []
+    for key, value in content.items():
+        text = json.dumps(value, indent=1, allow_nan=False).replace("\n", "\n ")
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            text = "[\n  " + ",\n  ".join(json.dumps(_rounded(item), allow_nan=False) for item in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    _write(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def write_csv(path: Path, conditions: dict[str, Any], records: Sequence[Record]) -> None:
