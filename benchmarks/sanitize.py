@@ -25,7 +25,7 @@ import torch
 from caches import over_keys, page_table
 from gpu_tests import hold_alike, where
 
-from cute_attn import BlockLists, flash_fwd, flash_fwd_kvcache, flash_fwd_varlen
+from cute_attn import BlockLists, decode_plan, flash_fwd, flash_fwd_kvcache, flash_fwd_varlen
 from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import DTYPES, FwdConfig
 from cute_attn.mods import prepare
@@ -149,6 +149,8 @@ def run_cache(head_dim: int, heads_kv: int, ratio: int, tokens: int, page_size: 
     lengths = torch.tensor(CACHE_LENGTHS, dtype=torch.int32, device=DEVICE)
     where = dict(cache_seqlens=lengths, page_table=table if page_size else None)
     whole(*flash_fwd_kvcache(q, k, v, **where, causal=True, return_lse=True, out=torch.full_like(q, torch.nan)))
+    where["cache_seqlens"] = decode_plan(q, k, v, **where, causal=True)
+    whole(*flash_fwd_kvcache(q, k, v, **where, return_lse=True, out=torch.full_like(q, torch.nan)))
     return cache_kernel(head_dim, heads_kv, ratio, tokens, page_size)
 
 

@@ -3,6 +3,7 @@
 from . import ops, ops_0_1, ops_merge  # noqa: F401  torch.ops.cute_attn.*
 from .api import flash_fwd, warmup
 from .block_mask import BlockLists
+from .decode import DecodePlan, decode_plan
 from .explanation import explain
 from .kvcache import flash_fwd_kvcache
 from .merge import merge_states
@@ -11,7 +12,9 @@ from .varlen import flash_fwd_varlen
 __version__ = "0.1.0"
 __all__ = [
     "BlockLists",
+    "DecodePlan",
     "__version__",
+    "decode_plan",
     "explain",
     "flash_fwd",
     "flash_fwd_kvcache",

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from . import api, arrays, backward, by_operator, checks, features, kvcache, notices, varlen
+from .decode import IN_PLACE_OF, DecodePlan
 from .integrations import dlpack
-from .kvcache_operands import PLACES, Cached
+from .kvcache_operands import PLACES, Cached, of_each
 from .operands import Dense, Ragged
 from .request import Outputs, Request, request
 
@@ -87,9 +88,14 @@ def _varlen(*args, **options) -> Explanation:
 
 def _kvcache(*args, **options) -> Explanation:
     a = _bound(kvcache.flash_fwd_kvcache, args, options)
-    a["causal"], each = kvcache.of_each(a["causal"])
+    made = a["cache_seqlens"] if isinstance(a["cache_seqlens"], DecodePlan) else None
+    if made is not None:
+        a.update(
+            zip(("cache_seqlens", *IN_PLACE_OF), made.in_place_of(*(a[name] for name in IN_PLACE_OF)), strict=True)
+        )
+    a["causal"], each = of_each(a["causal"])
     names = "q", "k_cache", "v_cache", "out", *PLACES, "max_seqlen_q"
-    return _ours(Cached._make([*(a.pop(name) for name in names), each]), a)
+    return _ours(Cached._make([*(a.pop(name) for name in names), each, made]), a)
 
 
 def _ours(operands: Any, asked: dict[str, Any]) -> Explanation:

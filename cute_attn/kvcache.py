@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .decode import DecodePlan
 from .features import NONE
-from .kvcache_operands import Cached
+from .kvcache_operands import Cached, of_each
 from .request import Outputs, Request, request, seen_before
 
 
@@ -15,7 +16,7 @@ def flash_fwd_kvcache(
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    cache_seqlens: Tensor | int,
+    cache_seqlens: Tensor | int | DecodePlan,
     page_table: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
@@ -43,7 +44,8 @@ def flash_fwd_kvcache(
             contiguous last dimension and the others at multiples of 8 elements: heads before rows as a transposed view,
             K beside V in one buffer. Without page_table and cache_batch_idx, B_cache is B.
         cache_seqlens: (B,) int32 on q's device, or an int for every sequence: sequence b's keys are the first
-            cache_seqlens[b] rows of its part of the cache, no more than that has.
+            cache_seqlens[b] rows of its part of the cache, no more than that has. Or a `decode_plan` of calls like this
+            one, which has cache_seqlens, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal and window: omit these.
         page_table: (B, pages_per_seq) int32 on q's device: the pages of each sequence's keys, in their order. Entries
             beyond a sequence's length are never read. Sequences may share pages.
         cache_batch_idx: (B,) int32: which row of a dense cache is each sequence's; default the b-th.
@@ -74,9 +76,14 @@ def flash_fwd_kvcache(
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
+    made = None
+    if type(cache_seqlens) is DecodePlan:
+        made = cache_seqlens
+        given = cache_leftpad, cu_seqlens_q, max_seqlen_q, causal, window
+        cache_seqlens, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal, window = made.in_place_of(*given)
     causal, each = of_each(causal)
     places = cache_seqlens, page_table, cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q
-    operands = Cached(q, k_cache, v_cache, out, *places, each)
+    operands = Cached(q, k_cache, v_cache, out, *places, each, made)
     if (
         window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None
         and type(aux) is tuple
@@ -88,7 +95,7 @@ def flash_fwd_kvcache(
             operands.check()
             o, lse = Request(operands, causal, scale, False, NONE, Outputs(return_lse)).run_again(call)
             return (o, lse) if return_lse else o
-    given = dict(
+    modifiers = dict(
         window=window,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
@@ -97,9 +104,4 @@ def flash_fwd_kvcache(
         mask_mod=mask_mod,
         aux=aux,
     )
-    return request(operands, Outputs(return_lse), causal, scale, False, given).run()
-
-
-def of_each(causal: Any) -> tuple[Any, Tensor | None]:
-    """What is asked of every sequence alike, and what of each: one of them, whichever came."""
-    return (False, causal) if isinstance(causal, Tensor) else (causal, None)
+    return request(operands, Outputs(return_lse), causal, scale, False, modifiers).run()

@@ -171,6 +171,20 @@ def length(given: Any) -> Any:
     return found
 
 
+def planned(made: Any, call: Any) -> None:
+    """A decode plan is of calls like this one."""
+    if made != call:
+        what = f"a DecodePlan of {made.text} came"
+        raise ValueError(f"cache_seqlens: {what}, and this call has {call.text}; make one with this call's arguments")
+
+
+def no_plan_in_a_trace() -> None:
+    raise TypeError(
+        "cache_seqlens: a DecodePlan came in a call that is traced, and it cannot pass the operator that tracers see; "
+        "pass the int32 tensor of lengths, or call flash_fwd_kvcache outside of the trace"
+    )
+
+
 def fits(given: int, capacity: int) -> None:
     if not 0 <= given <= capacity:
         raise ValueError(

@@ -1,6 +1,7 @@
 """q and out of a call, and the caches that its keys and values lie in."""
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,26 @@ PLAIN_TYPES = {Tensor, int, type(None)}
 PLACES = "cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q"
 
 
+class Kind(NamedTuple):
+    """Of calls that one list of their CTAs' parts serves: what decides it beside lengths and windows."""
+
+    batch: int
+    queries: int  # of a sequence, or of all packed ones
+    packed: bool
+    heads: int
+    heads_kv: int
+    room: int  # for keys, of a sequence
+    device: torch.device
+    config: FwdConfig | None  # None: the CPU
+
+    @property
+    def text(self) -> str:
+        queries = f"{self.queries} queries {'in all' if self.packed else 'each'}"
+        kernel = f", {self.config.name}" if self.config else ""
+        heads = f"{self.heads} heads on {self.heads_kv}"
+        return f"{self.batch} sequences of {queries}, {heads}, room for {self.room} keys, {self.device}{kernel}"
+
+
 class Cached(NamedTuple):
     """q (B, Sq, H, D), or (total_q, H, D) of packed sequences, and caches (B_cache, S, Hk, D) or of pages."""
 
@@ -32,6 +53,7 @@ class Cached(NamedTuple):
     cu_seqlens_q: Any
     max_seqlen_q: Any
     causal_each: Any  # whether each sequence is causal, in place of one answer for all; or None
+    plan: Any = None  # DecodePlan
 
     @property
     def names(self) -> tuple[str, str, str, str]:
@@ -84,7 +106,7 @@ class Cached(NamedTuple):
         return self._replace(causal_each=None)
 
     def key(self) -> Hashable:
-        q, k, v, out, lengths, *places, max_q, each = self
+        q, k, v, out, lengths, *places, max_q, each, made = self
         return (
             *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()),
             None if out is None else (out.shape, out.stride()),
@@ -92,6 +114,7 @@ class Cached(NamedTuple):
             _kind(lengths) if isinstance(lengths, Tensor) else (type(lengths), 0 <= lengths <= self.capacity),
             *map(_kind, places),
             _kind(each),
+            None if made is None else made.key,
         )
 
     def check(self) -> None:
@@ -143,14 +166,23 @@ class Cached(NamedTuple):
             asked.fits(asked.length(self.cache_seqlens), self.capacity)
 
     def config(self, problem: Problem, gpu: str | None) -> FwdConfig | None:
-        if gpu is None:
-            return None
+        found = None if gpu is None else self._config(problem, gpu)
+        if self.plan is not None:
+            asked.planned(self.plan.kind, self.kind(problem, found))
+            found = replace(found, planned=True) if found and found.shares else found
+        return found
+
+    def kind(self, problem: Problem, config: FwdConfig | None) -> Kind:
+        p, device = problem, self.q.device
+        return Kind(p.batch, p.seqlen_q, self.packed, p.heads, p.heads_kv, p.seqlen_k, device, config)
+
+    def _config(self, problem: Problem, gpu: str) -> FwdConfig:
         p, page_size = problem, None if self.page_table is None else max(self.k.shape[1], 1)
         longest, key = self.max_seqlen_q if self.packed else p.seqlen_q, p.features
         if self.causal_each is not None:
             key = key.joined(causal_of_each=WindowOfEach() if key.window else CausalOfEach())
         kind = p.head_dim, p.dtype, p.causal, key, gpu, p.head_dim_v
-        return plan.kvcache(*kind, p.ratio, longest, page_size, p.batch, p.heads_kv)
+        return plan.kvcache(*kind, p.ratio, longest, page_size, p.batch, p.heads_kv, p.seqlen_k)
 
     def rows(self) -> tuple[int, ...]:
         *outer, heads, _ = self.q.shape
@@ -174,7 +206,8 @@ class Cached(NamedTuple):
         lengths, capacity = self.cache_seqlens, self.capacity
         where = (lengths.data_ptr(), capacity) if isinstance(lengths, Tensor) else (0, int(lengths))
         causal = () if self.causal_each is None else (self.causal_each.data_ptr(),)
-        return *self._of_queries(o), self.batch, *where, capacity, *self._units(), *self._of_keys(), *causal
+        made = () if self.plan is None or self.plan.entries is None else (self.plan.entries.data_ptr(),)
+        return *self._of_queries(o), self.batch, *where, capacity, *self._units(), *self._of_keys(), *causal, *made
 
     def _of_queries(self, o: Tensor) -> tuple[int, int, int, int]:
         """cu_seqlens_q, seqlen_q, and the steps of q and o."""
@@ -211,6 +244,8 @@ class Cached(NamedTuple):
         return "thd" if self.packed else "bshd", self.cu_seqlens_q, None, None, None, hint, None
 
     def operator_keywords(self) -> dict[str, Any]:
+        if self.plan is not None:
+            asked.no_plan_in_a_trace()
         by_tensor = isinstance(self.cache_seqlens, (Tensor, torch.fx.Proxy))
         name, value = "cache_seqlens", self.cache_seqlens
         if not by_tensor:
@@ -225,6 +260,11 @@ class Cached(NamedTuple):
 
     def lacks_gradient(self) -> None:
         """As all of them do."""
+
+
+def of_each(causal: Any) -> tuple[Any, Tensor | None]:
+    """What is asked of every sequence alike, and what of each: one of them, whichever came."""
+    return (False, causal) if isinstance(causal, Tensor) else (causal, None)
 
 
 def _kind(x: Any) -> Hashable:

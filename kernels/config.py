@@ -87,6 +87,7 @@ class FwdConfig:
     fixup: bool = False  # of a tile that CTAs share the last one merges the parts; without: a second kernel does
     ctas: int = 1  # of an SM, that share all keys
     cache: KvCache | None = None  # k and v are a cache, of whose rows only the device knows how many count
+    planned: bool = False  # a decode plan says where each CTA's part of all keys begins
 
     def __post_init__(self):
         assert self.dtype in DTYPES and self.layout in MODES
@@ -120,7 +121,7 @@ class FwdConfig:
         assert not self.shares or (self.cache and self.tile_m <= 128 and self.head_dim_splits == 1), "registers suffice"
         assert not self.shares or (self.overlap and not self.speculative), "a merge needs a row's running max"
         assert not self.shares or not (self.row_max or self.dropout), "of whole rows"
-        assert self.shares or (self.ctas, self.fixup) == (1, False), "who shares the keys"
+        assert self.shares or (self.ctas, self.fixup, self.planned) == (1, False, False), "who shares the keys"
         assert self.smem_bytes <= self.smem_most, f"{self} takes {self.smem_bytes} bytes of shared memory"
 
     @property
@@ -263,8 +264,11 @@ class FwdConfig:
         """That a launch needs, for the parts of tiles; 0: none."""
         if not self.shares:
             return 0
-        packs = self.packs(heads, heads_kv)
-        return self.scheduler.rows(packs, self.ctas * num_sms) * packs * 2 * self.part_bytes
+        return self.rows_of_ctas(num_sms, heads, heads_kv) * self.packs(heads, heads_kv) * 2 * self.part_bytes
+
+    def rows_of_ctas(self, num_sms: int, heads: int, heads_kv: int) -> int:
+        """Of those that share all keys, a row one for each pack of heads."""
+        return self.scheduler.rows(self.packs(heads, heads_kv), self.ctas * num_sms)
 
     @property
     def varlen(self) -> bool:
@@ -321,6 +325,7 @@ class FwdConfig:
             row_max=(_tensor(Float32, 2 if self.varlen else 3),) if self.row_max else (),  # like lse
             block_indices=tuple(block_indices),
             sequences=self._sequences(),
+            plan=(Int64(0),) if self.planned else (),  # address of (rows of CTAs, 4) int32
             split=(Int64(0),) if self.shares else (),  # address of the workspace
         )
 
@@ -347,7 +352,7 @@ class FwdConfig:
         tile += ("_redo" if self.speculative else "") + ("_constant" if self.constant_time else "")
         tile += f"_pack{self.pack}" if self.pack > 1 else ""
         tile += "_timeline" if self.timeline else ""
-        tile += f"_{self.cache.name}" if self.cache else ""
+        tile += (f"_{self.cache.name}" if self.cache else "") + ("_planned" if self.planned else "")
         features = [name for name in ("sinks", "dropout", "row_max", "sparse") if getattr(self, name)]
         kind = "_".join(filter(None, (self.mask.name, self.score.name, *features)))
         dims = f"d{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v else "")

@@ -148,19 +148,23 @@ class Cached(Varlen):
         return cute.make_layout(shape, stride=(Int64(of_each), Int64(seqlen_q), 1))
 
     def grid(self, counts, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, sequences) -> VarlenGrid:
-        cu_seqlens_q, seqlen_q, step_q, step_o, batch, seqlens, length, capacity, k_unit, v_unit, *where = sequences
+        strides = (strides_of(t, unit) for t, unit in zip((mK, mV), sequences[8:10], strict=True))
+        return self.grid_of(counts, Int32(mK.shape[3]), Int32(mK.shape[0]), *strides, sequences)
+
+    def grid_of(self, counts, pages: Int32, page_size: Int32, k: Strides, v: Strides, sequences) -> VarlenGrid:
+        """Of a cache of so many pages."""
+        cu_seqlens_q, seqlen_q, step_q, step_o, batch, seqlens, length, capacity, _, _, *where = sequences
         _, heads, ratio = counts
         total = cutlass.select_(cu_seqlens_q != 0, seqlen_q, batch * seqlen_q)
         causal = (where.pop(),) if self.config.mask.of_each else ()
         q = Queries(cu_seqlens_q, total, seqlen_q, step_q, step_o, *causal)
-        strides = strides_of(mK, k_unit), strides_of(mV, v_unit)
-        keys = Keys(seqlens, length, capacity, Int32(mK.shape[3]), *strides)
+        keys = Keys(seqlens, length, capacity, pages, k, v)
         if self.config.cache.paged:
-            k: Any = PagedKeys(keys, *where, cute.FastDivmodDivisorV2(Int32(mK.shape[0])))
+            of_keys: Any = PagedKeys(keys, *where, cute.FastDivmodDivisorV2(page_size))
         else:
-            k = BatchKeys(keys, *where)
+            of_keys = BatchKeys(keys, *where)
         l2_rows = Int32(L2_KV_BYTES // (2 * (self.config.head_dim + self.config.d_v)))
-        return VarlenGrid(q, k, Int32(heads), batch, Int32(ratio), l2_rows)
+        return VarlenGrid(q, of_keys, Int32(heads), batch, Int32(ratio), l2_rows)
 
     def place(self, problem: Problem):
         """What a CTA knows before it has waited for the stream."""

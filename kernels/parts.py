@@ -6,6 +6,7 @@ from .block_sparse import BlockSparse
 from .blocks import DiagonalFirst, Range, SplitRange
 from .cluster_split import ClusterSplit, NoSplit
 from .config import FwdConfig
+from .decode_plan import Planned
 from .dropout import Dropout, DropoutScale
 from .fixup import Fixup
 from .gemms import Gemms
@@ -60,7 +61,7 @@ def parts_of(c: FwdConfig) -> Parts:
 
 def _sequences(c: FwdConfig) -> type[Dense]:
     if c.cache:
-        return SharedCached if c.shares else Cached
+        return (Planned if c.planned else SharedCached) if c.shares else Cached
     return Varlen if c.varlen else Dense
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from .config import FwdConfig
+from .decode_plan import DecodePlanConfig, DecodePlanSm90
 from .flash_fwd_sm90 import FlashFwdSm90
 from .merge_sm90 import MergeConfig, MergeSm90
 
@@ -19,7 +20,11 @@ class KernelConfig(Protocol):
         """One value of each argument of the kernel's `__call__`, the stream among them, for its type."""
 
 
-KERNELS: dict[type, Callable[[Any], Callable]] = {FwdConfig: FlashFwdSm90, MergeConfig: MergeSm90}
+KERNELS: dict[type, Callable[[Any], Callable]] = {
+    FwdConfig: FlashFwdSm90,
+    MergeConfig: MergeSm90,
+    DecodePlanConfig: DecodePlanSm90,
+}
 
 
 def kernel_of(config: KernelConfig) -> Callable:

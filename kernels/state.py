@@ -68,6 +68,7 @@ class Arguments(NamedTuple):
     row_max: tuple = ()
     block_indices: tuple = ()
     sequences: tuple = ()
+    plan: tuple = ()
     split: tuple = ()
 
 

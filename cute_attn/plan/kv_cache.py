@@ -14,12 +14,16 @@ from .rule import Rule
 
 FEW_ROWS = 128  # of a K/V head and sequence: with more, tiles enough read the same keys
 WIDEST = 192  # columns of tiles of so many rows: with more the registers do not suffice
-KEYS = 64  # of a stage, where all CTAs share them
+KEYS, SHORT_KEYS = 64, 128  # of a stage, where all CTAs share them; of up to so many columns
+SHORT = 64
 GATHERED_STAGES = 4  # of rows that threads copy
 STAGES = 2  # that suffice where all CTAs share the keys: more are not faster, and slower over long sequences
+Q_IN_REGS = 128  # columns that leave registers for Q, beside O
+STAGES_OF_WHOLE = 4  # where a tile has two MMA warpgroups' heads of one query
 SOME_TILES = 32  # that share all SMs: with fewer of them each has many parts, which more CTAs merge sooner than one
 TWO_CTAS = 128  # columns at most: more leave them too few stages
-WHOLE_QUERIES = 16  # sequences whose tiles have 128 heads: fewer are better shared by CTAs of 64 heads
+MANY_SEQUENCES = 16  # whose tiles have 128 heads of a query: keys of fewer are better shared by CTAs of 64 heads
+SOME_SEQUENCES, MANY_KEYS = 4, 1 << 16  # or fewer sequences, if all of them have room for so many keys
 BOX_ROWS = 128  # at most, of a page
 LEAST_BOX = 8  # of smaller ones TMA loads fewer bytes a second than threads copy
 
@@ -32,15 +36,22 @@ def few_queries(problem: Problem, config: FwdConfig) -> bool:
 
 def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     """A CTA to an SM, and its memory for K and V. A tile has all rows, and one query's are no more than it has."""
-    wide = config.widest > WIDEST
-    many_heads = problem.ratio > config.pack == PACKS[-1] and problem.batch >= WHOLE_QUERIES
-    one = problem.seqlen_q == 1 and many_heads and not wide
-    pack = FEW_ROWS if one else config.pack
+    wide, whole = config.widest > WIDEST, whole_queries(problem, config)
+    pack = FEW_ROWS if whole else config.pack
     tile_m = 64 if problem.seqlen_q * pack <= 64 or wide else FEW_ROWS
     how: dict[str, Any] = dict(tile_m=tile_m, tile_n=KEYS, pack=pack, stages=1, q_stages=1)
-    how |= dict(pingpong=False, q_in_regs=False, speculative=False)
+    how |= dict(pingpong=whole, q_in_regs=whole and config.widest <= Q_IN_REGS, speculative=False)
     few = replace(config, **how, scheduler=EqualShares, cache=KvCache(KEYS))
-    return replace(few, stages=min(most_stages(few), STAGES))
+    if tile_m == 64 and config.widest <= SHORT and tiles(problem, few) < SMS:
+        few = replace(few, tile_n=SHORT_KEYS, cache=KvCache(SHORT_KEYS))
+    return replace(few, stages=min(most_stages(few), STAGES_OF_WHOLE if whole else STAGES))
+
+
+def whole_queries(problem: Problem, config: FwdConfig) -> bool:
+    """Whether a tile has 128 heads of a query. CTAs of 64 of them read all keys twice."""
+    many_heads = problem.ratio > config.pack == PACKS[-1] and problem.seqlen_q == 1 and config.widest <= WIDEST
+    many_keys = problem.batch >= SOME_SEQUENCES and problem.batch * problem.seqlen_k >= MANY_KEYS
+    return many_heads and (problem.batch >= MANY_SEQUENCES or many_keys)
 
 
 def most_stages(config: FwdConfig) -> int:
@@ -92,7 +103,8 @@ def tiles(problem: Problem, config: FwdConfig) -> int:
 
 
 def some_tiles(problem: Problem, config: FwdConfig) -> bool:
-    return config.shares and (tiles(problem, config) > SOME_TILES or config.pack > PACKS[-1])
+    most = SOME_TILES if config.pack <= PACKS[-1] else MANY_SEQUENCES
+    return config.shares and tiles(problem, config) > most
 
 
 def enough_tiles(problem: Problem, config: FwdConfig) -> bool:

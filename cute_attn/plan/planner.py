@@ -52,12 +52,13 @@ def kvcache(
     page_size: int | None = None,
     batch: int = 1,
     heads_kv: int = 1,
+    room: int = 1,
 ) -> FwdConfig:
     """The kernel over a K/V cache: varlen's, or, where no sequence has more than a few queries, one whose CTAs share
-    all keys.
+    all keys, of which a sequence has room for so many.
     """
     problem = candidates.unsized(head_dim, dtype, "thd", causal, key, head_dim_v)
-    problem = problem._replace(batch=batch, heads=ratio * heads_kv, heads_kv=heads_kv)
+    problem = problem._replace(batch=batch, heads=ratio * heads_kv, heads_kv=heads_kv, seqlen_k=max(room, 1))
     return plan(problem._replace(seqlen_q=max_seqlen_q or 0, page=page_size or 0), gpu)
 
 

@@ -21,7 +21,11 @@ PREBUILT_FEATURES = {
 
 CLASS = [name for name in tuned.DEFAULTS if name not in (*tuned.TUNED, "pack", "timeline", "overlap", "fixup", "ctas")]
 TILES = 1, kv_cache.SOME_TILES + 1, pack_gqa.SMS  # over a cache: kernels differ by them
-BATCHES = (kv_cache.WHOLE_QUERIES, 1), *((n, 1) for n in TILES), *((1, n) for n in TILES)  # sequences, K/V heads
+BATCHES = (  # sequences, K/V heads, and keys of a sequence that there is room for
+    *((kv_cache.SOME_SEQUENCES, 1, kv_cache.MANY_KEYS), (kv_cache.MANY_SEQUENCES + 1, 1)),
+    *((n, 1) for n in TILES),
+    *((1, n) for n in TILES),
+)
 _named: Any = namedtuple  # whose fields mypy would read here
 KernelClass = _named("KernelClass", CLASS)  # of FwdConfig's fields those that a caller chooses
 

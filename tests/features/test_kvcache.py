@@ -747,8 +747,15 @@ def test_warmup(monkeypatch):
     for d, ratio, page, causal in product((64, 128), (1, 6, 128), (None, 1, 16), (False, True)):
         assert plan.kvcache(d, "bf16", causal, ratio=ratio, page_size=page) in ready
         for longest in (1, 2, 3, 5, 7, 8, 11, 12, 16, 17, 22, 33, 64, 65, 100, 128, 129, 500, 4096):
-            for batch, heads_kv in ((1, 1), (1, 8), (9, 8), (100, 2), (70, 8), (3, 100)):
-                sizes = dict(max_seqlen_q=longest, page_size=page, batch=batch, heads_kv=heads_kv)
+            for batch, heads_kv, room in (
+                (1, 1, 90000),
+                (1, 8, 9),
+                (9, 8, 90000),
+                (100, 2, 1),
+                (70, 8, 1),
+                (3, 100, 1),
+            ):
+                sizes = dict(max_seqlen_q=longest, page_size=page, batch=batch, heads_kv=heads_kv, room=room)
                 config = plan.kvcache(d, "bf16", causal, ratio=ratio, **sizes)
                 assert config in ready, (d, ratio, page, causal, sizes)
     assert {config.mask.name for config in warmup(64, window=True, page_size=16, **how)} == {"window"}
@@ -795,11 +802,23 @@ def test_who_merges(batch, heads_kv, who, page):
         assert (windowed.fixup, windowed.ctas) == (config.fixup, 1)
 
 
-@pytest.mark.parametrize(("batch", "rows"), [(1, 64), (15, 64), (16, 128), (200, 128)])
-def test_the_tiles_of_many_heads(batch, rows):
-    """128 of one query in a tile, where there are tiles enough."""
-    config = plan.kvcache(128, "bf16", False, ratio=128, max_seqlen_q=1, batch=batch)
-    assert config.tile_m == config.pack == rows and config.fixup == (rows == 128)
+@pytest.mark.parametrize(
+    ("batch", "room", "rows"),
+    [(1, 1 << 20, 64), (3, 1 << 20, 64), (4, 1 << 13, 64), (4, 1 << 14, 128), (15, 1, 64), (16, 1, 128), (200, 1, 128)],
+)
+def test_the_tiles_of_many_heads(batch, room, rows):
+    """128 of one query in a tile, where there are tiles or keys enough."""
+    config = plan.kvcache(128, "bf16", False, ratio=128, max_seqlen_q=1, batch=batch, room=room)
+    assert config.tile_m == config.pack == rows and config.fixup == (batch > 16)
+    assert (config.pingpong, config.q_in_regs, config.stages) == ((True, True, 4) if rows == 128 else (False, False, 2))
+
+
+@pytest.mark.parametrize(("d", "batch", "keys"), [(64, 1, 128), (32, 8, 128), (64, 32, 64), (96, 1, 64)])
+def test_a_stage_of_few_columns_has_more_keys(d, batch, keys):
+    """But where two CTAs share an SM."""
+    for page in (None, 16, 64, 256):
+        config = plan.kvcache(d, "bf16", False, ratio=8, max_seqlen_q=1, page_size=page, batch=batch, heads_kv=8)
+        assert config.tile_n == keys and config.ctas == (2 if batch == 32 else 1)
 
 
 @pytest.mark.parametrize("ctas", [1, 2])

@@ -109,12 +109,12 @@ def test_the_config_is_the_compile_key():
     others |= dict(head_dim=64, pingpong=False, q_in_regs=True, cluster=2, q_stages=2, split=2, speculative=True)
     others |= dict(constant_time=True, timeline=True, overlap=False)
     others |= dict(score=Softcap(), sinks=True, dropout=True, row_max=True, sparse=SparseBlocks(128, 128, True), pack=8)
-    others |= dict(head_dim_v=64, cache=KvCache(64), fixup=True, ctas=2)
+    others |= dict(head_dim_v=64, cache=KvCache(64), fixup=True, ctas=2, planned=True)
     assert set(others) == {field.name for field in dataclasses.fields(FwdConfig)}
     few = FwdConfig(128, tile_m=64, scheduler=OneTile)  # the kind of kernel that may split its keys
     varlen = FwdConfig(128, layout="thd", scheduler=VarlenScheduler)
     shares = dataclasses.replace(varlen, tile_m=64, tile_n=64, stages=1, scheduler=EqualShares, cache=KvCache(64))
-    bases = dict.fromkeys(others, base) | dict(split=few, cache=varlen, fixup=shares, ctas=shares)
+    bases = dict.fromkeys(others, base) | dict(split=few, cache=varlen, fixup=shares, ctas=shares, planned=shares)
     configs = [
         base,
         few,

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, combinations, product
@@ -24,6 +24,7 @@ import cutlass
 
 from cute_attn import compile
 from cute_attn.kernels.config import FwdConfig, SparseBlocks
+from cute_attn.kernels.decode_plan import DecodePlanConfig
 from cute_attn.kernels.mask import CausalOfEach, WindowOfEach
 from cute_attn.kernels.merge_sm90 import ELEMENTS, LSE_LAYOUTS, MergeConfig
 from cute_attn.kernels.registry import KernelConfig
@@ -85,6 +86,8 @@ def planned() -> Iterator[FwdConfig]:
         for longest, page, batch in product((1, 12, 4096), (None, 1, 16), (1, 40, 200)):
             how = d, "bf16", causal, asked, None, d_v, 8, longest, page, batch
             yield from legal(lambda how=how: kvcache(*how))
+            if not asked:
+                yield from legal(lambda how=how: replace(kvcache(*how), planned=True))
     for causal in (False, True):
         yield from stages(Problem(4, 16, 16, 2048, 2048, 64, causal=causal))
         yield replace(plan(Problem(4, 16, 16, 2048, 2048, 64, causal=causal)), timeline=True)
@@ -105,7 +108,7 @@ def combination(c: FwdConfig) -> tuple:
         *(schedule(c), c.timeline, c.head_dim_splits > 1, bool(c.score.name), c.sinks, c.dropout, c.row_max),
         *(c.mask.windowed and not c.sparse, c.diagonal_first, sparse, c.varlen, c.pack > 1),
         *(c.cache and (c.cache.paged, c.cache.gathers), c.mask.of_each),
-        *(c.shares, c.row_blocks > 1 and c.shares, c.fixup, c.ctas),
+        *(c.shares, c.row_blocks > 1 and c.shares, c.fixup, c.ctas, c.planned),
     )
 
 
@@ -138,7 +141,14 @@ def chosen() -> dict[str, KernelConfig]:
         if new:
             seen |= new
             found[named(config)] = config
-    return found | {config.name: config for config in merges()}
+    return found | {config.name: config for config in (*merges(), *decode_plans(found.values()))}
+
+
+def decode_plans(found: Iterable[KernelConfig]) -> Iterator[DecodePlanConfig]:
+    """One for each mask, with pages and without, and number of rows."""
+    cached = [c for c in found if isinstance(c, FwdConfig) and c.shares and c.score.name == ""]
+    first = {(c.mask.name, c.cache and c.cache.paged, c.tile_m): c for c in reversed(cached)}
+    yield from (DecodePlanConfig(replace(config, planned=True)) for config in first.values())
 
 
 def merges() -> Iterator[MergeConfig]:

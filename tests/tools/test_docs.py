@@ -168,7 +168,10 @@ def test_a_missing_name_is_seen():
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in cute_attn.__all__ if callable(getattr(cute_attn, name))])
+MADE_BY_USERS = [name for name in cute_attn.__all__ if callable(getattr(cute_attn, name)) and name != "DecodePlan"]
+
+
+@pytest.mark.parametrize("name", MADE_BY_USERS)
 def test_every_argument_of_every_function_is_documented(name):
     arguments = inspect.signature(getattr(cute_attn, name)).parameters
     section = API.partition(f"\n## {name}\n")[2].partition("\n## ")[0]

@@ -89,7 +89,7 @@ class Spec:
             return None
         if p.page is None:
             return plan.plan(p, gpu).name
-        sizes = p.head_dim_v, p.ratio, p.seqlen_q, p.page or None, p.batch, p.heads_kv
+        sizes = p.head_dim_v, p.ratio, p.seqlen_q, p.page or None, p.batch, p.heads_kv, p.seqlen_k
         return plan.kvcache(p.head_dim, p.dtype, p.causal, p.features, gpu, *sizes).name
 
     def workload(self) -> Workload:
