@@ -1,14 +1,12 @@
-"""Runs the whole test suite on a Hopper GPU and records it: benchmarks/results/gpu_tests.json.
+"""Runs the GPU tests on a Hopper GPU and records them: benchmarks/results/gpu_tests.json.
 
-python benchmarks/gpu_tests.py [--out FILE] [--add FILE] [pytest arguments]
-python benchmarks/gpu_tests.py --two [--limit SECONDS] [--log FOLDER] [--out FILE] [pytest arguments]
+python benchmarks/gpu_tests.py [--two] [--limit SECONDS] [--log FOLDER] [--out FILE] [pytest arguments]
 
-Where the suite takes longer than a machine may be held for one command, it may run in parts: --add names the record of
-those before, of other tests and the same kernels, GPU and versions.
+First all tests side by side, then those that want a quiet GPU, one by one. What has ended is in FOLDER, also where the
+limit ends the run; the same command again goes on from there, on another machine of that kind too.
 
 --two is for two GPUs, and gpu_tests_two.json: the tests that need both, then all others on cuda:1 while cuda:0 is
-current in each call, then those that want a quiet GPU, one by one. What has ended is in FOLDER, also where the limit
-ends the run; the same command again goes on from there.
+current in each call.
 """
 
 import argparse
@@ -19,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
@@ -40,8 +37,12 @@ WANT_QUIET = [
     "tests/tools/test_tune.py::test_a_small_tune",
     "tests/tools/test_validate.py::test_on_the_gpu_every_gate_runs",
 ]
+ONE = {  # GPU: pytest's arguments, by part
+    "side by side": ["tests", "-m", "gpu", *(f"--deselect={test}" for test in WANT_QUIET)],
+    "alone": [*WANT_QUIET, "-m", "gpu"],
+}
 SECOND = ["-m", "gpu", "--device", "cuda:1"]
-PARTS = {  # of --two: pytest's arguments
+TWO = {
     "both": NEED_TWO,
     "second": ["tests", *SECOND, *(f"--deselect={test}" for test in (*NEED_TWO, *WANT_QUIET))],
     "alone": [*WANT_QUIET, *SECOND],
@@ -55,50 +56,15 @@ def where() -> dict:
     return dict(date=c["date"], gpu=c["gpu"], versions=versions, kernels_sha256=c["kernels_sha256"])
 
 
-def outcomes(junit: Path) -> dict:
-    """Counts, and the reason of every skip and failure, from pytest's JUnit report."""
-    suite = ET.parse(junit).getroot().find("testsuite")
-    assert suite is not None
-    total, failed = int(suite.get("tests", 0)), int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-    skips, failures = {}, []
-    for case in suite.iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        skip = case.find("skipped")
-        if skip is not None:
-            skips[name] = skip.get("message")
-        if case.find("failure") is not None or case.find("error") is not None:
-            failures.append(name)
-    return dict(passed=total - failed - len(skips), failed=failed, skipped=len(skips), skips=skips, failures=failures)
-
-
 def hold_alike(record: dict, before: dict) -> None:
     """Raises ValueError where two are not of the same kernels, GPU and versions; the message names what differs."""
     for name in ("kernels_sha256", "gpu", "versions"):
         if record[name] != before[name]:
-            raise ValueError(f"--add: {name} is {before[name]} there, and {record[name]} here")
-
-
-def together(record: dict, before: dict) -> dict:
-    """The sums of two parts; `date` is the later one's.
-
-    Raises:
-        ValueError: see `hold_alike`.
-    """
-    hold_alike(record, before)
-    counts = {name: record[name] + before[name] for name in ("passed", "failed", "skipped")}
-    command = f"{before['command']}; {record['command']}"
-    failures = [*before["failures"], *record["failures"]]
-    return {
-        **record,
-        **counts,
-        "command": command,
-        "skips": {**before["skips"], **record["skips"]},
-        "failures": failures,
-    }
+            raise ValueError(f"{name} is {before[name]} there, and {record[name]} here")
 
 
 def counts(outcomes: dict[str, dict]) -> dict:
-    """As `outcomes`, of a log; and how many launches there were while another GPU was current."""
+    """Of a log: how many passed, failed and were skipped, and why; launches while another GPU was current."""
     found = Counter(line["outcome"] for line in outcomes.values())
     launches: Counter[str] = Counter()
     for line in outcomes.values():
@@ -126,7 +92,7 @@ def run(arguments: list[str], seconds: float) -> bool:
             process.wait()
 
 
-def two(folder: Path, limit: float, rest: list[str]) -> dict:
+def in_parts(every: dict[str, list[str]], folder: Path, limit: float, rest: list[str]) -> dict:
     """The record of every part, as far as they have come in this run and those before.
 
     Raises:
@@ -139,7 +105,7 @@ def two(folder: Path, limit: float, rest: list[str]) -> dict:
         hold_alike(here, json.loads(of_before.read_text()))
     of_before.write_text(json.dumps(here))
     parts = {}
-    for name, chosen in PARTS.items():
+    for name, chosen in every.items():
         path, ended = folder / f"{name}.jsonl", folder / f"{name}.ended"
         how = [*chosen, *rest, *(["-n", "0"] if "-n" in rest and name == "alone" else [])]
         if not ended.exists() and _run_rest(path, how, end - time.monotonic()):
@@ -157,40 +123,27 @@ def _run_rest(path: Path, arguments: list[str], seconds: float) -> bool:
         return run([*arguments, f"--outcomes={path}", f"--but={known}"], seconds)
 
 
-def main_two(arguments: argparse.Namespace, rest: list[str]) -> int:
-    try:
-        record = two(arguments.log, arguments.limit, rest)
-    except ValueError as error:
-        sys.exit(f"{arguments.log} is of another state, remove it ({error})")
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="default: gpu_tests.json, gpu_tests_two.json in benchmarks/results")
+    parser.add_argument("--two", action="store_true", help="on two GPUs")
+    parser.add_argument("--limit", type=float, default=7200, help="seconds after which to end")
+    parser.add_argument("--log", type=Path, help="a folder of outcomes; default: none is kept")
+    arguments, rest = parser.parse_known_args()
+    if arguments.two and torch.cuda.device_count() < 2:
+        parser.error(f"--two: two GPUs are needed, torch sees {torch.cuda.device_count()}")
+    with tempfile.TemporaryDirectory() as directory:
+        folder = arguments.log or Path(directory)
+        try:
+            record = in_parts(TWO if arguments.two else ONE, folder, arguments.limit, rest)
+        except ValueError as error:
+            sys.exit(f"{folder} is of another state, remove it ({error})")
+    out = arguments.out or RESULTS / ("gpu_tests_two.json" if arguments.two else "gpu_tests.json")
+    out.write_text(json.dumps(record, indent=1) + "\n")
     for name, part in record["parts"].items():
         left = "" if part["ended"] else "; not at its end"
         print(f"{name}: {part['passed']} passed, {part['failed']} failed, {part['skipped']} skipped{left}")
     return 0 if record["ended"] and not record["failed"] else 1
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="default: gpu_tests.json, gpu_tests_two.json in benchmarks/results")
-    parser.add_argument("--add", type=Path, help="the record of a part that ran before")
-    parser.add_argument("--two", action="store_true", help="on two GPUs")
-    parser.add_argument("--limit", type=float, default=3600, help="with --two: seconds after which to end")
-    parser.add_argument("--log", type=Path, default=ROOT / ".gpu" / "two", help="with --two: a folder of outcomes")
-    arguments, rest = parser.parse_known_args()
-    arguments.out = arguments.out or RESULTS / ("gpu_tests_two.json" if arguments.two else "gpu_tests.json")
-    if arguments.two:
-        if torch.cuda.device_count() < 2:
-            parser.error(f"--two: two GPUs are needed, torch sees {torch.cuda.device_count()}")
-        return main_two(arguments, rest)
-    with tempfile.TemporaryDirectory() as directory:
-        junit = Path(directory) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", f"--junitxml={junit}", *rest]
-        status = subprocess.run(command, cwd=ROOT).returncode
-        record = {**where(), "command": "pytest " + " ".join(rest), **outcomes(junit)}
-    if arguments.add:
-        record = together(record, json.loads(arguments.add.read_text()))
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    return status
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cute_attn import reference
 from cute_attn.plan import HEAD_DIMS, Problem, plan, prebuilt, prebuilt_varlen
-from cute_attn.tools.benchmark import cells, frame, implementations, timing
+from cute_attn.tools.benchmark import cells, frame, implementations, report, timing
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -332,7 +332,7 @@ def test_a_good_run_is_recorded(accuracy, tmp_path, capsys):
     assert accuracy.finish(entries, tmp_path / "x.json", {"math": "1"}) == 0
     record, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr()
     assert {"date", "gpu", "versions", "kernels_sha256", "method", "peers"} <= set(record)
-    assert record["failed"] == [] and record["cells"] == entries
+    assert record["failed"] == [] and record["cells"] == report.rounded(entries)
     assert "1 of 1 cells are within what is allowed" in printed.out and f"{entries[0]['max_error']:.2e}" in printed.out
     assert printed.err == ""
 
@@ -412,7 +412,7 @@ def test_one_shape_below_the_bar_fails_the_run(odd_shapes, tmp_path, capsys, us,
     assert run.run() == status
     content, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr()
     assert content["schema"] == 2 and content["complete"] and content["conditions"] == {"bar": 0.85}
-    assert content["records"] == run.records and len(printed.err.splitlines()) == status
+    assert content["records"] == report.rounded(run.records) and len(printed.err.splitlines()) == status
     assert all("2,2,24,16 full: 0.849 of 2,2,32,16 full" in line for line in printed.err.splitlines())
     assert "2,2,24,16 full: cute_attn" in printed.out
 
@@ -483,19 +483,6 @@ def test_readme_reads_records_of_both_schemas(scripts, readme, tmp_path, monkeyp
     assert [x for name, _, x in readme.scores() if name.startswith("ALiBi")] == [0.1]
 
 
-def test_gpu_tests_in_parts(scripts):
-    together = scripts["gpu_tests"].together
-    where = dict(kernels_sha256="5eed", gpu="NVIDIA H200", versions=dict(torch="2"))
-    one = dict(where, date="1", command="pytest a", passed=3, failed=1, skipped=1, skips={"x": "why"}, failures=["y"])
-    two = dict(where, date="2", command="pytest b", passed=4, failed=0, skipped=0, skips={}, failures=[])
-    both = together(two, one)
-    assert (both["passed"], both["failed"], both["skipped"]) == (7, 1, 1)
-    assert both["command"] == "pytest a; pytest b" and both["date"] == "2"
-    assert both["skips"] == {"x": "why"} and both["failures"] == ["y"]
-    with pytest.raises(ValueError, match="--add: kernels_sha256 is 0ther there, and 5eed here"):
-        together(two, dict(one, kernels_sha256="0ther"))
-
-
 SUITE = """
 import os, pytest
 from pathlib import Path
@@ -531,15 +518,15 @@ def test_last():
 """
 
 
-def test_gpu_tests_on_two_go_on_where_a_run_was_cut_off(scripts, tmp_path, monkeypatch):
+def test_gpu_tests_go_on_where_a_run_was_cut_off(scripts, tmp_path, monkeypatch):
     gpu_tests = scripts["gpu_tests"]
     suite, folder = tmp_path / "test_suite.py", tmp_path / "log"
     suite.write_text(SUITE)
     here = dict(kernels_sha256="5eed", gpu="NVIDIA H200", versions=dict(torch="2"), date="1")
     monkeypatch.setattr(gpu_tests, "where", lambda: here)
-    monkeypatch.setattr(gpu_tests, "PARTS", {"both": [str(suite)], "alone": [str(suite), "-k", "last"]})
+    parts = {"both": [str(suite)], "alone": [str(suite), "-k", "last"]}
     rest = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={tmp_path}"]
-    first, second, third = (gpu_tests.two(folder, 600, rest) for _ in range(3))
+    first, second, third = (gpu_tests.in_parts(parts, folder, 600, rest) for _ in range(3))
     assert (first["passed"], first["failed"], first["skipped"], first["ended"]) == (3, 2, 1, False)
     assert first["parts"]["alone"]["ended"] and first["parts"]["alone"]["passed"] == 1
     part = second["parts"]["both"]
@@ -550,7 +537,7 @@ def test_gpu_tests_on_two_go_on_where_a_run_was_cut_off(scripts, tmp_path, monke
     assert (second["passed"], second["kernels_sha256"]) == (5, "5eed")
     monkeypatch.setattr(gpu_tests, "where", lambda: dict(here, kernels_sha256="0ther"))
     with pytest.raises(ValueError, match="kernels_sha256 is 5eed there, and 0ther here"):
-        gpu_tests.two(folder, 600, rest)
+        gpu_tests.in_parts(parts, folder, 600, rest)
 
 
 def test_gpu_tests_on_two_want_two(scripts, monkeypatch, capsys, tmp_path):

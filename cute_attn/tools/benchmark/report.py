@@ -298,16 +298,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     for key, value in content.items():
         text = json.dumps(value, indent=1, allow_nan=False).replace("\n", "\n ")
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            text = "[\n  " + ",\n  ".join(json.dumps(_rounded(item), allow_nan=False) for item in value) + "\n ]"
+            text = "[\n  " + ",\n  ".join(json.dumps(rounded(item), allow_nan=False) for item in value) + "\n ]"
         parts.append(f" {json.dumps(key)}: {text}")
     _write(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """As `write_json` writes the numbers of a record."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
