@@ -1,7 +1,8 @@
 """Exact attention for NVIDIA Hopper (sm_90a), in CuTe's Python DSL. Importing compiles nothing and needs no GPU."""
 
-from . import ops, ops_0_1, ops_merge  # noqa: F401  torch.ops.cute_attn.*
+from . import ops, ops_0_1, ops_append, ops_merge  # noqa: F401  torch.ops.cute_attn.*
 from .api import flash_fwd, warmup
+from .append import append_kv
 from .block_mask import BlockLists
 from .decode import DecodePlan, decode_plan
 from .explanation import explain
@@ -14,6 +15,7 @@ __all__ = [
     "BlockLists",
     "DecodePlan",
     "__version__",
+    "append_kv",
     "decode_plan",
     "explain",
     "flash_fwd",

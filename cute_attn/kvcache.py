@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from . import append
+from .append import Behind, Rotary
 from .decode import DecodePlan
 from .features import NONE
 from .kvcache_operands import Cached, of_each
@@ -31,11 +33,18 @@ def flash_fwd_kvcache(
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     aux: Sequence[Tensor | int | float] = (),
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    rotary_seqlens: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
 ) -> Any:
     """`flash_fwd` over a K/V cache, for decoding, chunked prefill and speculative decoding (FlashAttention's
-    flash_attn_with_kvcache; pages as of PagedAttention, arXiv:2309.06180). The new keys are in the cache before.
+    flash_attn_with_kvcache; pages as of PagedAttention, arXiv:2309.06180).
 
     Args:
         q: (B, Sq, H, D) bf16 or fp16, or (total_q, H, D) with cu_seqlens_q; D and devices as `flash_fwd` takes them.
@@ -58,6 +67,17 @@ def flash_fwd_kvcache(
             key). Or (B,) int32 on q's device, not 0 for the sequences that are causal.
         scale, window, softcap, alibi_slopes, sinks, score_mod, mask_mod, aux: as of `flash_fwd_varlen`, places counted
             within a sequence; score_mod and mask_mod in eager calls only.
+        k, v: new keys and values (B, S_new, Hk, D) and (B, S_new, Hk, Dv), or with cu_seqlens_k_new (total, Hk, D):
+            they are written into the cache, in place, behind the cache_seqlens[b] rows that each sequence has, and this
+            call sees them. Nothing else of the cache changes; what a sequence has no room for is not written. Default:
+            the new keys are in the cache before, and cache_seqlens counts them.
+        cu_seqlens_k_new: (B + 1,) int32: which rows of k and v are each sequence's.
+        rotary_cos, rotary_sin: with k and v, (places, R / 2), float32 or q's type, R a multiple of 16 up to D: the
+            first R columns of k, as it is appended, and of q are rotated (RoPE, arXiv:2104.09864), in float32 and
+            rounded once. The i-th new key is at place cache_seqlens[b] + i, and so is the i-th query if the call is
+            causal or has a window; else all queries are at cache_seqlens[b]. Places end with the table.
+        rotary_interleaved: columns 2i and 2i + 1 are a pair; False: columns i and i + R / 2, as in GPT-NeoX and Llama.
+        rotary_seqlens: (B,) int32: the first place of each sequence's new tokens, in place of cache_seqlens.
         return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (B, H, Sq), or
             (H, total_q).
         out: written in place and returned as o; like q, with v_cache's columns; it shares no memory with the others.
@@ -76,16 +96,22 @@ def flash_fwd_kvcache(
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    made = None
+    new = k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens
+    appends, made = not all(x is None for x in new) or rotary_interleaved is not True, None
     if type(cache_seqlens) is DecodePlan:
         made = cache_seqlens
+        if appends:
+            raise ValueError(
+                "k: given with a DecodePlan as cache_seqlens, whose lengths are fixed; append by append_kv"
+            )
         given = cache_leftpad, cu_seqlens_q, max_seqlen_q, causal, window
         cache_seqlens, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal, window = made.in_place_of(*given)
     causal, each = of_each(causal)
     places = cache_seqlens, page_table, cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q
     operands = Cached(q, k_cache, v_cache, out, *places, each, made)
     if (
-        window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None
+        not appends
+        and window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None
         and type(aux) is tuple
         and not aux
         and type(causal) is type(return_lse) is bool
@@ -104,4 +130,23 @@ def flash_fwd_kvcache(
         mask_mod=mask_mod,
         aux=aux,
     )
-    return request(operands, Outputs(return_lse), causal, scale, False, modifiers).run()
+    asked = request(operands, Outputs(return_lse), causal, scale, False, modifiers)
+    if not appends:
+        return asked.run()
+    rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens)
+    where = cache_seqlens, page_table, cache_batch_idx, cu_seqlens_q, cu_seqlens_k_new
+    spread = asked.causal or each is not None or window is not None
+    return _appending(Behind(q, k, v, k_cache, v_cache, *where, rotary, spread), asked)
+
+
+def _appending(new: Behind, asked: Request) -> Any:
+    """Everything is checked before anything is written."""
+    if append.traced(new.named()):
+        q, lengths = new.by_operator()
+    else:
+        asked.operands.check()
+        found = asked.prepared()
+        assert found is not None, "under torch.jit.trace the operator is recorded"
+        asked.checked(found)
+        q, lengths = new.run(append.prepared(new))
+    return asked._replace(operands=asked.operands._replace(q=q, cache_seqlens=lengths)).run()

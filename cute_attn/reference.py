@@ -314,3 +314,53 @@ def _rows(q, k, v, scale, seen, change, sink, thin):
     weights = p[:, :-1] / total
     o = ((weights if thin is None else thin(weights)) @ v).masked_fill(row_max == -torch.inf, 0.0)
     return o, (top + total.log()).squeeze(1), row_max.squeeze(1)
+
+
+def rotated(x, cos, sin, positions, interleaved):
+    """x (T, H, D), whose first R columns are turned by each token's row of cos and sin (places, R / 2): RoPE. Computed
+    in float32 and rounded once; positions end with the table.
+    """
+    at = positions.long().clamp(0, len(cos) - 1)
+    c, s = (t.float()[at][:, None] for t in (cos, sin))  # (T, 1, R / 2)
+    turned, rest = x.float().split([2 * c.shape[-1], x.shape[-1] - 2 * c.shape[-1]], dim=-1)
+    if interleaved:
+        a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((a * c - b * s, a * s + b * c), dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        turned = torch.cat((a * c - b * s, a * s + b * c), dim=-1)
+    return torch.cat((turned, rest), dim=-1).to(x.dtype)
+
+
+def append(k, v, k_cache, v_cache, slots):
+    """k and v (T, Hk, D) into the slots of a cache (pages, page_size, Hk, D); those that are none are passed over."""
+    page_size = k_cache.shape[1]
+    there = (slots >= 0) & (slots < len(k_cache) * page_size)
+    at = slots[there] // max(page_size, 1), slots[there] % max(page_size, 1)
+    k_cache[at], v_cache[at] = k[there], v[there]
+
+
+def next_slots(members, seqlens, capacity, page_size, *, page_table=None, cache_batch_idx=None):
+    """Of new tokens, `members`, their slots behind the rows that each sequence has; -1 beyond what it can have."""
+    found = []
+    for b, number in members:
+        row = max(int(seqlens[b]), 0) + number
+        if b < 0 or row >= capacity:
+            found.append(-1)
+        elif page_table is None:
+            page = b if cache_batch_idx is None else int(cache_batch_idx[b])
+            found.append(page * page_size + row if page >= 0 else -1)
+        else:
+            page = int(page_table[b, row // page_size])
+            found.append(page * page_size + row % page_size if page >= 0 else -1)
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def members(total, cu_seqlens=None, each=0):
+    """Of rows one behind the other: each one's sequence, -1 where it is in none, and its number there."""
+    if cu_seqlens is None:
+        return [divmod(i, max(each, 1)) for i in range(total)]
+    found = [(-1, 0)] * total
+    for b, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        found[start:end] = [(b, i) for i in range(end - start)]
+    return found

@@ -58,7 +58,7 @@ class Request(NamedTuple):
         Raises:
             TypeError, ValueError: before any launch; the message says how to mend it.
         """
-        q, k, v, out = self.operands[:4]
+        q, k, v = self.operands[:3]
         if is_compiling() or (
             (_dispatch_modes() or _function_modes() or forward_ad._current_level >= 0) and traced(self)
         ):
@@ -74,14 +74,11 @@ class Request(NamedTuple):
         found = self.prepared()
         if found is None:
             return self.by_operator()
-        scale = found.scale if self.scale is None else checks.scale(self.scale)
         if arrays.learns(q, k, v):
             for name, x in self.named().items():
                 arrays.tensor(name, x)
             return self.by_operator()
-        asked = features.fitted(self.features, found.problem, q.device)
-        if out is not None:
-            checks.out_memory(out, q, k, v, found.nbytes, self.operands.names)
+        scale, asked = self.checked(found)
         asked = features.started(asked, q)
         rng_state = None if asked.dropout is None else asked.dropout.rng_state
         if found.gpu is None:
@@ -89,6 +86,15 @@ class Request(NamedTuple):
         else:
             o, lse, row_max = self._on_gpu(found, scale, asked)
         return self.outputs.of(o, lse, row_max, rng_state, isinstance(self.operands, Ragged))
+
+    def checked(self, found: call.Call) -> tuple[float, Any]:
+        """The scale, and the features held against the problem; and out has memory of its own."""
+        q, k, v, out = self.operands[:4]
+        scale = found.scale if self.scale is None else checks.scale(self.scale)
+        asked = features.fitted(self.features, found.problem, q.device)
+        if out is not None:
+            checks.out_memory(out, q, k, v, found.nbytes, self.operands.names)
+        return scale, asked
 
     def named(self) -> dict[str, Any]:
         """q, k and v by their names."""

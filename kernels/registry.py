@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from .append_sm90 import AppendConfig, AppendSm90
 from .config import FwdConfig
 from .decode_plan import DecodePlanConfig, DecodePlanSm90
 from .flash_fwd_sm90 import FlashFwdSm90
@@ -24,6 +25,7 @@ KERNELS: dict[type, Callable[[Any], Callable]] = {
     FwdConfig: FlashFwdSm90,
     MergeConfig: MergeSm90,
     DecodePlanConfig: DecodePlanSm90,
+    AppendConfig: AppendSm90,
 }
 
 
