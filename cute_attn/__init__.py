@@ -6,6 +6,7 @@ from .append import append_kv
 from .block_mask import BlockLists
 from .decode import DecodePlan, decode_plan
 from .explanation import explain
+from .features.spans import spans
 from .kvcache import flash_fwd_kvcache
 from .merge import merge_states
 from .varlen import flash_fwd_varlen
@@ -22,5 +23,6 @@ __all__ = [
     "flash_fwd_kvcache",
     "flash_fwd_varlen",
     "merge_states",
+    "spans",
     "warmup",
 ]

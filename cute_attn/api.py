@@ -26,6 +26,9 @@ class Options(TypedDict, total=False):
     out: Tensor | None
     constant_time: bool
     window: tuple[int | None, int | None] | None
+    attention_chunk: int | None
+    spans: Tensor | None
+    draft_mask: Tensor | None
     softcap: float | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None
@@ -72,6 +75,9 @@ def flash_fwd(
     out=None,
     constant_time=False,
     window=None,
+    attention_chunk=None,
+    spans=None,
+    draft_mask=None,
     softcap=None,
     alibi_slopes=None,
     sinks=None,
@@ -102,6 +108,13 @@ def flash_fwd(
             of them; it rescales O in every step, and is slower. The same bound on errors.
         window: (left, right), each a number of keys or None for no bound: query i sees the keys from i + Sk - Sq - left
             to i + Sk - Sq + right. With causal, right is None or 0. Time follows the window, not Sk.
+        attention_chunk: a number of keys: keys and queries lie in chunks of so many places, counted from the first key,
+            and a query sees those of its own chunk (Llama 4); with causal, up to its own place.
+        spans: with causal or a window, int32 (B, places, 2), as `cute_attn.spans(span_ids)` makes it: the first place
+            and the end of the span that each place is in. A query also sees the keys of its own span, as tokens of an
+            image see each other inside a prompt (Gemma 3). Spans are intervals; places beyond the table are in none.
+        draft_mask: without causal, int32 (B, Sq, ceil(Sq / 32)): bit j % 32 of word j // 32 of row i says whether query
+            i sees the j-th of the last Sq keys; it sees all before them. Trees of speculative decoding.
         softcap: a score s, scaled, becomes softcap * tanh(s / softcap) (Gemma 2, arXiv:2408.00118).
         alibi_slopes: (H,) or (B, H) float32: a score then loses slope * |i + Sk - Sq - j| (ALiBi, arXiv:2108.12409).
         sinks: (H,) float32 logits, each of which joins the denominator of its head's rows and lse, as the score of a
@@ -142,6 +155,9 @@ def flash_fwd(
     """
     if (
         window
+        is attention_chunk
+        is spans
+        is draft_mask
         is softcap
         is alibi_slopes
         is sinks
@@ -162,6 +178,9 @@ def flash_fwd(
             return _plain(call, q, k, v, out, layout, causal, scale, return_lse)
     given = dict(
         window=window,
+        attention_chunk=attention_chunk,
+        spans=spans,
+        draft_mask=draft_mask,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,

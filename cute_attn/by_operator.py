@@ -26,7 +26,7 @@ def attention(request: Any) -> tuple:
     how = request.causal, request.scale, return_lse, *operands.operator_arguments()
     how = *how, request.constant_time, *features.operator_arguments(asked)
     rng_state = None if asked.dropout is None else asked.dropout.rng_state
-    more = operands.operator_keywords()
+    more = operands.operator_keywords() | features.operator_keywords(asked)
     if out is None:
         found = torch.ops.cute_attn.attention(q, k, v, *how, **more)
         return found[0], found[1], found[2], rng_state

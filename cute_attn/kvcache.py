@@ -28,6 +28,9 @@ def flash_fwd_kvcache(
     scale: float | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
+    attention_chunk: int | None = None,
+    spans: Tensor | None = None,
+    draft_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     score_mod: Callable | None = None,
@@ -65,8 +68,10 @@ def flash_fwd_kvcache(
             more are right all the same.
         causal: query i of Sq sees the keys up to i + Sk - Sq, Sk being how many the sequence has (aligned to the last
             key). Or (B,) int32 on q's device, not 0 for the sequences that are causal.
-        scale, window, softcap, alibi_slopes, sinks, score_mod, mask_mod, aux: as of `flash_fwd_varlen`, places counted
-            within a sequence; score_mod and mask_mod in eager calls only.
+        scale, window, attention_chunk, softcap, alibi_slopes, sinks, score_mod, mask_mod, aux: as of
+            `flash_fwd_varlen`, places counted within a sequence; score_mod and mask_mod in eager calls only.
+        spans, draft_mask: as of `flash_fwd`, spans of no more places than a sequence has room for; with cu_seqlens_q
+            draft_mask (total_q, words).
         k, v: new keys and values (B, S_new, Hk, D) and (B, S_new, Hk, Dv), or with cu_seqlens_k_new (total, Hk, D):
             they are written into the cache, in place, behind the cache_seqlens[b] rows that each sequence has, and this
             call sees them. Nothing else of the cache changes; what a sequence has no room for is not written. Default:
@@ -75,7 +80,8 @@ def flash_fwd_kvcache(
         rotary_cos, rotary_sin: with k and v, (places, R / 2), float32 or q's type, R a multiple of 16 up to D: the
             first R columns of k, as it is appended, and of q are rotated (RoPE, arXiv:2104.09864), in float32 and
             rounded once. The i-th new key is at place cache_seqlens[b] + i, and so is the i-th query if the call is
-            causal or has a window; else all queries are at cache_seqlens[b]. Places end with the table.
+            causal or has a window, chunks, spans or drafts; else all queries are at cache_seqlens[b]. Places end with
+            the table.
         rotary_interleaved: columns 2i and 2i + 1 are a pair; False: columns i and i + R / 2, as in GPT-NeoX and Llama.
         rotary_seqlens: (B,) int32: the first place of each sequence's new tokens, in place of cache_seqlens.
         return_lse: also return the natural log of each row's sum of exp(scale q k^T), float32 (B, H, Sq), or
@@ -111,7 +117,8 @@ def flash_fwd_kvcache(
     operands = Cached(q, k_cache, v_cache, out, *places, each, made)
     if (
         not appends
-        and window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None
+        and window is attention_chunk is spans is draft_mask is None
+        and softcap is alibi_slopes is sinks is score_mod is mask_mod is None
         and type(aux) is tuple
         and not aux
         and type(causal) is type(return_lse) is bool
@@ -123,6 +130,9 @@ def flash_fwd_kvcache(
             return (o, lse) if return_lse else o
     modifiers = dict(
         window=window,
+        attention_chunk=attention_chunk,
+        spans=spans,
+        draft_mask=draft_mask,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
@@ -135,7 +145,8 @@ def flash_fwd_kvcache(
         return asked.run()
     rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens)
     where = cache_seqlens, page_table, cache_batch_idx, cu_seqlens_q, cu_seqlens_k_new
-    spread = asked.causal or each is not None or window is not None
+    follow = attention_chunk, spans, draft_mask, window, each
+    spread = asked.causal or any(x is not None for x in follow)
     return _appending(Behind(q, k, v, k_cache, v_cache, *where, rotary, spread), asked)
 
 

@@ -171,6 +171,13 @@ def length(given: Any) -> Any:
     return found
 
 
+def no_other_mask(key: Any) -> None:
+    """Beside causal of each sequence."""
+    given = [name for name, x in dict(attention_chunk=key.chunks, spans=key.spans, draft_mask=key.drafts).items() if x]
+    if given:
+        raise ValueError(f"causal: a tensor came with {given[0]}; pass True or False, for every sequence")
+
+
 def planned(made: Any, call: Any) -> None:
     """A decode plan is of calls like this one."""
     if made != call:

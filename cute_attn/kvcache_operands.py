@@ -150,7 +150,7 @@ class Cached(NamedTuple):
         seqlen_q = q.shape[0 if self.packed else 1]
         sizes = self.batch, q.shape[-2], k.shape[2], seqlen_q, self.capacity, q.shape[-1]
         kind = checks.DTYPES[q.dtype], self.layout, causal, constant_time, features
-        return Problem(*sizes, *kind, checks.other_head_dim(q, v))
+        return Problem(*sizes, *kind, checks.other_head_dim(q, v), packed="q" if self.packed else "")
 
     def _check_places(self, q: Spec, k: Spec) -> None:
         """Where the keys of each sequence lie, and how many they are as far as the host knows."""
@@ -180,6 +180,7 @@ class Cached(NamedTuple):
         p, page_size = problem, None if self.page_table is None else max(self.k.shape[1], 1)
         longest, key = self.max_seqlen_q if self.packed else p.seqlen_q, p.features
         if self.causal_each is not None:
+            asked.no_other_mask(key)
             key = key.joined(causal_of_each=WindowOfEach() if key.window else CausalOfEach())
         kind = p.head_dim, p.dtype, p.causal, key, gpu, p.head_dim_v
         return plan.kvcache(*kind, p.ratio, longest, page_size, p.batch, p.heads_kv, p.seqlen_k)

@@ -259,7 +259,7 @@ class Ragged(NamedTuple):
         _no_kernel_of_varlen(constant_time, features)
         sizes = batch, q.shape[1], k.shape[1], q.shape[0], k.shape[0], q.shape[2]
         kind = checks.DTYPES[q.dtype], self.layout, causal, constant_time, features
-        return Problem(*sizes, *kind, checks.other_head_dim(q, v))
+        return Problem(*sizes, *kind, checks.other_head_dim(q, v), packed="qk")
 
     def config(self, problem: Problem, gpu: str | None) -> FwdConfig:
         p, hint = problem, self.max_seqlen_q

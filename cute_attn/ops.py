@@ -27,8 +27,9 @@ BASE = (
 )
 CACHES = "cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "causal_each"
 BEHIND = *(f"Tensor? {name}=None" for name in CACHES), "SymInt? cache_length=None"
-SCHEMA = f"({TENSORS}, {', '.join((*BASE, *features.SCHEMA, *BEHIND))}) -> (Tensor, Tensor, Tensor)"
-SCHEMA_OUT = f"({TENSORS}, Tensor(a!) out, {', '.join((*BASE, *features.SCHEMA, *BEHIND))}) -> (Tensor, Tensor)"
+OPTIONS = ", ".join((*BASE, *features.SCHEMA, *BEHIND, *features.SCHEMA_LATER))
+SCHEMA = f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
+SCHEMA_OUT = f"({TENSORS}, Tensor(a!) out, {OPTIONS}) -> (Tensor, Tensor)"
 
 
 def named(schema: str) -> Any:

@@ -55,6 +55,7 @@ class Problem(NamedTuple):
     features: FeatureKey = PLAIN
     head_dim_v: int = 0  # of v and o, where it is another than q's and k's
     page: int | None = None  # of a K/V cache: rows of a page, 0 where it has none
+    packed: str = ""  # which have no dimension of sequences: "qk" of varlen, "q" over a cache
 
     @property
     def d_v(self) -> int:

@@ -19,6 +19,9 @@ def attention(
     causal=False,
     scale=None,
     window=None,
+    attention_chunk=None,
+    spans=None,
+    draft_mask=None,
     softcap=None,
     alibi_slopes=None,
     sinks=None,
@@ -35,11 +38,12 @@ def attention(
 
     q (B, H, Sq, D), k (B, Hk, Sk, D) and v (B, Hk, Sk, Dv) with Hk dividing H; layout "bshd" swaps the two middle
     dimensions. causal is aligned to the last key, and so is window, (left, right): query i sees the keys from
-    i + Sk - Sq - left to i + Sk - Sq + right, None being no bound. softcap, alibi_slopes, sinks, score_mod and mask_mod
-    as of `flash_fwd`. With dropout_p weights are left out where `keep_mask` does not hold, and the others scaled up;
-    lse is without. Returns o (B, H, Sq, Dv) and lse (B, H, Sq), natural log, both in `dtype`. A row whose every score
-    is -inf, which no visible key implies, gives o = 0 and lse = -inf, or its sink. Where asked for, each row's largest
-    score (B, H, Sq) and each head's (H,) follow, no sinks among them, and -inf where there is no score.
+    i + Sk - Sq - left to i + Sk - Sq + right, None being no bound. attention_chunk, spans, draft_mask, softcap,
+    alibi_slopes, sinks, score_mod and mask_mod as of `flash_fwd`. With dropout_p weights are left out where `keep_mask`
+    does not hold, and the others scaled up; lse is without. Returns o (B, H, Sq, Dv) and lse (B, H, Sq), natural log,
+    both in `dtype`. A row whose every score is -inf, which no visible key implies, gives o = 0 and lse = -inf, or its
+    sink. Where asked for, each row's largest score (B, H, Sq) and each head's (H,) follow, no sinks among them, and
+    -inf where there is no score.
     """
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -55,8 +59,10 @@ def attention(
             for start in range(0, seqlen_q, rows):
                 part = slice(start, start + rows)
                 queries = q[b, h, part].to(dtype)
-                seen = _seen(start, len(queries), seqlen_q, seqlen_k, causal, window, q.device)
-                change = partial(_changed, b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod)
+                last = torch.arange(start, start + len(queries), device=q.device)[:, None] + seqlen_k - seqlen_q
+                seen = _seen(last, seqlen_k, causal, window, attention_chunk, None if spans is None else spans[b])
+                drafts = None if draft_mask is None else draft_mask[b, part]
+                change = partial(_changed, b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod, drafts)
                 sink = None if sinks is None else sinks[h].to(dtype)
                 thin = None if dropout_p == 0 else partial(_thinned, rng_state, dropout_p, b * heads + h, start)
                 found = _rows(queries, keys, values, scale, seen, change, sink, thin)
@@ -165,7 +171,8 @@ def gradients(grad, q, k, v, *, causal=False, scale=None, window=None, layout="b
         for start in range(0, seqlen_q, rows):
             part = slice(start, start + rows)
             queries, do = q[b, h, part].to(dtype), grad[b, h, part].to(dtype)
-            s = _scores(queries, keys, scale, _seen(start, len(do), seqlen_q, seqlen_k, causal, window, q.device))
+            place = torch.arange(start, start + len(do), device=q.device)[:, None] + seqlen_k - seqlen_q
+            s = _scores(queries, keys, scale, _seen(place, seqlen_k, causal, window, None, None))
             p = s.softmax(dim=1).masked_fill(s.amax(dim=1, keepdim=True) == -torch.inf, 0.0)
             dp = do @ values.T
             ds = scale * p * (dp - (p * dp).sum(dim=1, keepdim=True))
@@ -190,7 +197,7 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, seqused_q=None, seqused_k=Non
     """
     queries, keys = parts(cu_seqlens_q, seqused_q, len(q)), parts(cu_seqlens_k, seqused_k, len(k))
     for n, (a, b) in enumerate(zip(queries, keys, strict=True)):
-        found = attention(q[None, a], k[None, b], v[None, b], layout="bshd", **_of_sequence(n, **how))
+        found = attention(q[None, a], k[None, b], v[None, b], layout="bshd", **_of_sequence(n, a, b, **how))
         yield a, *(x[0] for x in found)
 
 
@@ -217,7 +224,9 @@ def kvcache(
     places = range(len(q)) if cu_seqlens_q is None else parts(cu_seqlens_q, None, len(q))
     for n, place in enumerate(places):
         length = int(cache_seqlens[n] if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens)
-        own = dict(_of_sequence(n, **how), causal=bool(causal[n]) if isinstance(causal, torch.Tensor) else causal)
+        own = dict(_of_sequence(n, place, None, **how), causal=causal)
+        if isinstance(causal, torch.Tensor):
+            own["causal"] = bool(causal[n])
         k, v = (cached(x, n, length, page_table, cache_batch_idx, cache_leftpad) for x in (k_cache, v_cache))
         found = attention(q[None, place], k[None], v[None], layout="bshd", **own)
         yield place, *(x[0] for x in found)
@@ -242,8 +251,12 @@ def _one_of(count, place, name, n):
     return place
 
 
-def _of_sequence(n, alibi_slopes=None, score_mod=None, mask_mod=None, **how):
-    """For `attention` of the n-th sequence alone, which is the 0-th there."""
+def _of_sequence(n, a, b, alibi_slopes=None, score_mod=None, mask_mod=None, spans=None, draft_mask=None, **how):
+    """For `attention` of the n-th sequence alone, which is the 0-th there; a, b: its rows, where they are packed."""
+    if spans is not None:
+        how["spans"] = (spans[n] if spans.dim() == 3 else spans[b])[None]
+    if draft_mask is not None:
+        how["draft_mask"] = (draft_mask[n] if draft_mask.dim() == 3 else draft_mask[a])[None]
     if alibi_slopes is not None:
         how["alibi_slopes"] = alibi_slopes if alibi_slopes.dim() == 1 else alibi_slopes[n]
     if score_mod is not None:
@@ -265,15 +278,30 @@ def varlen_gradients(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, **how):
     return tuple(found)
 
 
-def _seen(start, rows, seqlen_q, seqlen_k, causal, window, device):
-    """The first and the last key that each row from `start` on sees, (rows, 1) each; None: no bound."""
+def _seen(place, seqlen_k, causal, window, chunk, spans):
+    """The first and the last key that a row at each place (rows, 1) sees; None: no bound."""
     left, right = window or (None, None)
     right = 0 if causal else right
-    last = torch.arange(start, start + rows, device=device)[:, None] + seqlen_k - seqlen_q
-    return None if left is None else last - left, None if right is None else last + right
+    first, last = None if left is None else place - left, None if right is None else place + right
+    if chunk is not None:
+        first = place.div(chunk, rounding_mode="floor") * chunk
+        last = first + chunk - 1 if last is None else last
+    if spans is not None and seqlen_k:
+        there = (place >= 0) & (place < min(len(spans), seqlen_k))
+        span = spans[place[:, 0].clamp(0, len(spans) - 1)]
+        last = torch.where(there, torch.maximum(last, span[:, 1:] - 1), last)
+        first = None if first is None else torch.where(there, torch.minimum(first, span[:, :1]), first)
+    return first, last
 
 
-def _changed(b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod, s):
+def drafted(words, seqlen_q, seqlen_k):
+    """(rows, Sk): whether each row's bits (rows, words) let it see a key; all but the last Sq are seen."""
+    n = torch.arange(seqlen_k, device=words.device) - (seqlen_k - seqlen_q)
+    bits = words[:, (n.clamp(min=0) // 32).clamp(max=words.shape[1] - 1)] >> (n.clamp(min=0) % 32) & 1
+    return (n < 0) | ((bits != 0) & (n < 32 * words.shape[1]))
+
+
+def _changed(b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod, drafts, s):
     """Scaled scores (rows, Sk) of the queries from `start` on, with all that changes them."""
     rows, columns = (torch.arange(n, device=s.device) for n in s.shape)
     rows = rows[:, None] + start
@@ -285,6 +313,8 @@ def _changed(b, h, start, seqlen_q, softcap, alibi_slopes, score_mod, mask_mod, 
     places = *(torch.tensor(x, device=s.device) for x in (b, h)), rows, columns
     if score_mod is not None:
         s = torch.as_tensor(score_mod(s, *places), dtype=s.dtype, device=s.device).expand_as(s)
+    if drafts is not None:
+        s = s.masked_fill(~drafted(drafts, seqlen_q, s.shape[1]), -torch.inf)
     return s if mask_mod is None else s.masked_fill(~_truths(mask_mod(*places), s.device).expand_as(s), -torch.inf)
 
 

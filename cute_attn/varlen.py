@@ -27,6 +27,9 @@ def flash_fwd_varlen(
     return_lse: bool = False,
     out: Tensor | None = None,
     softcap: float | None = None,
+    attention_chunk: int | None = None,
+    spans: Tensor | None = None,
+    draft_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     score_mod: Callable | None = None,
@@ -46,7 +49,9 @@ def flash_fwd_varlen(
             has the heads that share a K/V head packed into a tile (PackGQA); longer sequences are right all the same.
         seqused_q, seqused_k: (B,) int32 on q's device, the length of each sequence in place of the distance to the next
             one's beginning.
-        causal, scale, window: as of `flash_fwd`; aligned to the last key of each sequence.
+        causal, scale, window, attention_chunk: as of `flash_fwd`; aligned to the last key of each sequence.
+        spans, draft_mask: as of `flash_fwd`, of packed keys and queries: int32 (total_k, 2), places counted within a
+            sequence, and (total_q, words), of as many words of 32 bits as the longest sequence of drafts needs.
         softcap, alibi_slopes, sinks, score_mod, mask_mod, aux: as of `flash_fwd`, with places counted within a
             sequence; b, and the first dimension of alibi_slopes (B, H), say which. Without gradients; score_mod and
             mask_mod in eager calls only.
@@ -72,7 +77,8 @@ def flash_fwd_varlen(
     """
     operands = Ragged(q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     if (
-        window is softcap is alibi_slopes is sinks is score_mod is mask_mod is None
+        window is attention_chunk is spans is draft_mask is None
+        and softcap is alibi_slopes is sinks is score_mod is mask_mod is None
         and return_row_max is return_max_logit is False
         and type(aux) is tuple
         and not aux
@@ -85,6 +91,9 @@ def flash_fwd_varlen(
             return (o, lse) if return_lse else o
     given = dict(
         window=window,
+        attention_chunk=attention_chunk,
+        spans=spans,
+        draft_mask=draft_mask,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,

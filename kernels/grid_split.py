@@ -242,7 +242,8 @@ class SharedCached(Cached):
         sequence = cutlass.min(b, g.batch - 1)
         q, k = g.q.of(sequence), g.k.of(sequence)
         rows = q.length * c.pack
-        own = self.with_slack(problem._replace(seqlen_q=q.length, seqlen_k=k.length), sequence)
+        own = problem._replace(seqlen_q=q.length, seqlen_k=k.length)
+        own = self.with_mask(own, sequence, q.start, Int32(0))
         seen = mask_ops.block_range(c.row_mask, Int32(0), cutlass.max(rows, 1), c.tile_n, own)
         each = Int32(seen.end - seen.first)
         blocks = (rows + c.tile_m - 1) // c.tile_m * each if b < g.batch else Int32(0)

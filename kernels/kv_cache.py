@@ -29,7 +29,7 @@ class Queries(NamedTuple):
 
     @cute.jit
     def slack(self, b: Int32) -> Int32:
-        """`Problem.slack` of a sequence."""
+        """0 of a sequence that is."""
         return cutlass.select_(cute.make_tensor(int32_at(self.causal) + b, 1)[0] != 0, Int32(0), Int32(SLACK))
 
     @cute.jit
@@ -189,13 +189,6 @@ class Cached(Varlen):
 
     def upcoming(self, index, tile: VarlenTile, gmem: Gmem, problem: Problem):
         return super().upcoming(index, gmem, problem)
-
-    def problem_of(self, tile: VarlenTile, problem: Problem) -> Problem:
-        return self.with_slack(super().problem_of(tile, problem), tile.batch)
-
-    def with_slack(self, problem: Problem, b) -> Problem:
-        """Of the mask of sequence b."""
-        return problem._replace(slack=problem.grid.q.slack(b)) if self.config.mask.of_each else problem
 
     def of_output(self, tile: VarlenTile, problem: Problem):
         return SeqlenInfo(problem.grid.q.start_o(tile), tile.seqlen_q)

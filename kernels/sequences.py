@@ -74,8 +74,12 @@ class Dense(Part):
         return self.of_tile(tile)[0]
 
     def problem_of(self, tile: Tile, problem: Problem) -> Problem:
-        """With the lengths of the tile's own sequence."""
-        return problem
+        """With the lengths of the tile's own sequence, and what the mask needs to know of it."""
+        return self.with_mask(problem, tile.batch, Int32(0), Int32(0))
+
+    def with_mask(self, problem: Problem, batch, start_q, start_k) -> Problem:
+        mask = self.config.mask
+        return problem._replace(of_mask=mask.own(problem, batch, start_q, start_k)) if mask.of_tile else problem
 
     def load_q(self, load, tile: Tile, q_state):
         """Each warpgroup's rows of a tile."""
@@ -147,7 +151,8 @@ class Varlen(Dense):
         return SeqlenInfo(tile.start_q, tile.seqlen_q), SeqlenInfo(tile.start_k, tile.seqlen_k)
 
     def problem_of(self, tile: VarlenTile, problem: Problem) -> Problem:
-        return problem._replace(seqlen_q=tile.seqlen_q, seqlen_k=tile.seqlen_k)
+        own = problem._replace(seqlen_q=tile.seqlen_q, seqlen_k=tile.seqlen_k)
+        return self.with_mask(own, tile.batch, tile.start_q, tile.start_k)
 
     @cute.jit
     def load_q(self, load: cutlass.Constexpr, tile: VarlenTile, q_state):

@@ -80,7 +80,7 @@ class Problem(NamedTuple):
     scale_log2: Float32  # |scale| * log2(e)
     q_sign: Float32  # 1, 0 or -1: the scale's sign, applied to Q
     args: Arguments
-    slack: Any = None  # of the mask `CausalOfEach`, 0 or SLACK
+    of_mask: Any = None  # what the mask needs to know of a tile's sequence
 
 
 class Rows(NamedTuple):

@@ -9,17 +9,23 @@ import torch
 from ..kernels.state import Arguments
 from ..problem import FeatureKey, Problem
 from .block_sparse import BlockSparseFeature
+from .chunks import ChunksFeature
 from .dropout import DropoutFeature
 from .feature import Feature as Feature
 from .per_head import AlibiFeature, SinksFeature
+from .per_query import DraftsFeature
 from .row_max import RowMaxFeature
 from .softcap import SoftcapFeature
+from .spans import SpansFeature
 from .user_functions import MaskModFeature, ScoreModFeature
 from .window import WindowFeature
 
 # The order of the kernels' arguments within a part, and of the torch operator's.
 FEATURES: tuple[Feature, ...] = (
     WindowFeature(),
+    ChunksFeature(),
+    SpansFeature(),
+    DraftsFeature(),
     SoftcapFeature(),
     AlibiFeature(),
     SinksFeature(),
@@ -32,7 +38,8 @@ FEATURES: tuple[Feature, ...] = (
 _named: Any = namedtuple  # whose fields mypy would read here
 Features = _named("Features", [feature.name for feature in FEATURES], defaults=[None] * len(FEATURES))
 NONE = Features()  # Features are the value of each feature in a call; these of one without any
-SCHEMA = tuple(chain.from_iterable(feature.schema for feature in FEATURES))
+SCHEMA = tuple(chain.from_iterable(feature.schema for feature in FEATURES if not feature.later))
+SCHEMA_LATER = tuple(chain.from_iterable(feature.schema for feature in FEATURES if feature.later))
 
 # Of keywords: their defaults, and whose they are, by place.
 DEFAULTS = {name: feature.defaults.get(name) for feature in FEATURES for name in feature.keywords}
@@ -119,8 +126,17 @@ def operator_arguments(features: Any) -> list:
     """As torch.ops.cute_attn.attention takes them, in the order of SCHEMA."""
     found: list = []
     for feature, value in zip(FEATURES, features, strict=True):
-        if feature.schema:
+        if feature.schema and not feature.later:
             found += feature.operator_arguments(value)
+    return found
+
+
+def operator_keywords(features: Any) -> dict[str, Any]:
+    """Those of SCHEMA_LATER that are there."""
+    found: dict[str, Any] = {}
+    for feature, value in present(features):
+        if feature.schema and feature.later:
+            found |= zip(feature.keywords, feature.operator_arguments(value), strict=True)
     return found
 
 

@@ -20,6 +20,7 @@ class Feature:
     defaults: dict[str, Any] = {}  # noqa: RUF012  of these, where it is not None; a class's own, never changed
     part: str = ""  # the field of kernels.state.Arguments that takes its run-time arguments
     schema: tuple[str, ...] = ()  # its arguments of torch.ops.cute_attn.attention; without any it passes no operator
+    later = False  # its arguments of the operator stand behind all others: programs of before go on
     differentiable = False
 
     def given(self, asked: dict[str, Any]) -> Any:

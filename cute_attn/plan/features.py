@@ -61,7 +61,7 @@ def mask_of(problem: Problem) -> Any:
 def score_of(key: FeatureKey, config: FwdConfig) -> Plain | Softcap | Alibi | UserScore:
     """A kernel's score with these features."""
     capped = Softcap() if key.softcap else Plain()
-    biased = Alibi(capped, config.mask.causal and not config.mask.of_each) if key.alibi else capped
+    biased = Alibi(capped, config.mask.causal and not config.mask.of_tile) if key.alibi else capped
     return UserScore(key.score_mod, biased) if key.score_mod else biased
 
 

@@ -42,9 +42,15 @@ def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     how: dict[str, Any] = dict(tile_m=tile_m, tile_n=KEYS, pack=pack, stages=1, q_stages=1)
     how |= dict(pingpong=whole, q_in_regs=whole and config.widest <= Q_IN_REGS, speculative=False)
     few = replace(config, **how, scheduler=EqualShares, cache=KvCache(KEYS))
-    if tile_m == 64 and config.widest <= SHORT and tiles(problem, few) < SMS:
+    if tile_m == 64 and config.widest <= SHORT and tiles(problem, few) < SMS and plain(few):
         few = replace(few, tile_n=SHORT_KEYS, cache=KvCache(SHORT_KEYS))
     return replace(few, stages=min(most_stages(few), STAGES_OF_WHOLE if whole else STAGES))
+
+
+def plain(config: FwdConfig) -> bool:
+    """Whether neither scores nor the mask take registers."""
+    few = isinstance(config.mask, (Full, Causal, CausalOfEach)) and not config.mask.windowed
+    return few and not config.score.name
 
 
 def whole_queries(problem: Problem, config: FwdConfig) -> bool:
@@ -109,9 +115,8 @@ def some_tiles(problem: Problem, config: FwdConfig) -> bool:
 
 def enough_tiles(problem: Problem, config: FwdConfig) -> bool:
     """For two CTAs of an SM, of 168 registers a thread: scores that take more would spill."""
-    plain = not config.score.name and not config.mask.windowed and isinstance(config.mask, (Full, Causal, CausalOfEach))
     few = config.row_blocks == 1 and config.widest <= TWO_CTAS and config.producer_warps < 4
-    return config.fixup and plain and few and tiles(problem, config) >= SMS
+    return config.fixup and plain(config) and few and tiles(problem, config) >= SMS
 
 
 RULES = (

@@ -372,7 +372,7 @@ def test_the_reach_of_a_cache_is_that_of_its_boxes():
 def test_a_sequence_that_is_not_causal_sees_the_last_of_most_keys():
     """By int32s, that of a row which is no query too: it counts for its tile's blocks."""
     every, queries = np.int32(SIZE_MAX), np.int32(5)
-    problem = SimpleNamespace(seqlen_q=queries, seqlen_k=every, slack=np.int32(SLACK))
+    problem = SimpleNamespace(seqlen_q=queries, seqlen_k=every, of_mask=np.int32(SLACK))
     with np.errstate(over="raise"):
         assert all(CausalOfEach().limit(row, problem) == SIZE_MAX for row in np.arange(64, dtype=np.int32))
 

@@ -17,7 +17,8 @@ from cute_attn.problem import PLAIN
 OTHERS = {"q", "k", "v", "causal", "scale", "layout", "return_lse", "out", "constant_time", "return_rng_state"}
 OF_VARLEN = {"cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k"}
 OF_KVCACHE = {"k_cache", "v_cache", "cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad"}
-OF_KVCACHE |= {"cu_seqlens_q", "max_seqlen_q"}
+OF_KVCACHE |= {"cu_seqlens_q", "max_seqlen_q", "cu_seqlens_k_new"}
+OF_KVCACHE |= {"rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_seqlens"}
 NAMES = {feature.name for feature in FEATURES}
 
 
@@ -43,7 +44,8 @@ def test_every_feature_says_where_its_arguments_go():
 def test_the_operators_have_each_argument_of_a_feature():
     """In one place; behind them is what was added later, for the sake of the programs before."""
     names = [x.name for x in torch.ops.cute_attn.attention.default._schema.arguments]
-    words = [text.partition("=")[0].split()[-1] for text in (*features.SCHEMA, *ops.BEHIND)]
+    every = *features.SCHEMA, *ops.BEHIND, *features.SCHEMA_LATER
+    words = [text.partition("=")[0].split()[-1] for text in every]
     assert words == names[-len(words) :]
     out = [x.name for x in torch.ops.cute_attn.attention_out.default._schema.arguments]
     assert out == [*names[:3], "out", *names[3:]] and ops.Arguments._fields == tuple(names)

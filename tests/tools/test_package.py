@@ -33,15 +33,8 @@ def test_importing_compiles_nothing_and_needs_no_gpu(tmp_path):
 
 
 def test_public_names():
-    functions = {
-        "decode_plan",
-        "explain",
-        "flash_fwd",
-        "flash_fwd_kvcache",
-        "flash_fwd_varlen",
-        "merge_states",
-        "warmup",
-    }
+    functions = {"append_kv", "decode_plan", "explain", "flash_fwd", "flash_fwd_kvcache", "flash_fwd_varlen"}
+    functions |= {"merge_states", "spans", "warmup"}
     assert set(cute_attn.__all__) == {"__version__", "BlockLists", "DecodePlan", *functions}
     assert re.fullmatch(r"\d+\.\d+\.\d+", cute_attn.__version__)
 
