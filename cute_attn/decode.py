@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import compile, device, features
+from . import arrays, compile, device, features
 from . import kvcache_checks as asked
 from .kernels.decode_plan import NUMBERS, DecodePlanConfig
 from .kvcache_operands import Cached, Kind, of_each
-from .problem import Problem
 from .request import Outputs, Request, request, traced
 
-IN_PLACE_OF = "cache_leftpad", "cu_seqlens_q", "max_seqlen_q", "causal", "window"  # of flash_fwd_kvcache's arguments
+# Of flash_fwd_kvcache's arguments
+IN_PLACE_OF = "cache_leftpad", "cu_seqlens_q", "max_seqlen_q", "causal", "window", "attention_chunk"
 
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """What `decode_plan` returns: pass it to `flash_fwd_kvcache` as cache_seqlens. It has copies of the lengths."""
+    """What `decode_plan` returns: pass it to `flash_fwd_kvcache` as cache_seqlens. It has copies of the lengths, which
+    nobody else may write: its entries would be of others.
+    """
 
     kind: Kind = field(repr=False)
     entries: Tensor | None  # (rows of CTAs, 4) int32; None: the kernel needs none
@@ -30,6 +32,7 @@ class DecodePlan:
     max_seqlen_q: int | None
     causal: bool | Tensor
     window: tuple[int | None, int | None] | None
+    attention_chunk: int | None
     key: str = field(init=False, repr=False)  # of `kind`, whose hash is slow
 
     def __post_init__(self):
@@ -39,6 +42,7 @@ class DecodePlan:
         """cache_seqlens, and IN_PLACE_OF: those of a call that has this plan."""
         own = tuple(getattr(self, name) for name in IN_PLACE_OF)
         for name, value, planned in zip(IN_PLACE_OF, given, own, strict=True):
+            value = tuple(value) if isinstance(value, list) else value
             if value is not None and value is not False and not _same(value, planned):
                 raise ValueError(
                     f"{name}: given with a DecodePlan as cache_seqlens, which was made with its own; omit it"
@@ -59,6 +63,8 @@ def decode_plan(
     max_seqlen_q: int | None = None,
     causal: bool | Tensor = False,
     window: tuple[int | None, int | None] | None = None,
+    attention_chunk: int | None = None,
+    draft_mask: Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -82,7 +88,8 @@ def decode_plan(
         in the order of the current stream, so later changes of the tensors need a new plan, or one written in place.
 
     Under CUDA graphs it is captured like any kernel: lengths are read when the graph is replayed. Layers with another
-    window, head dim or number of heads need a plan of their own.
+    window, head dim or number of heads need a plan of their own; those with `spans` have none. The first plan of a kind
+    compiles two kernels, which `warmup` does not: make one before a graph is captured.
 
     Raises:
         TypeError, ValueError: as `flash_fwd_kvcache` does; for an `out` of other calls; in a call that is traced.
@@ -92,6 +99,8 @@ def decode_plan(
     operands = Cached(q, k_cache, v_cache, None, *lengths, each)
     modifiers = dict(
         window=window,
+        attention_chunk=attention_chunk,
+        draft_mask=draft_mask,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
@@ -102,32 +111,40 @@ def decode_plan(
     made = request(operands, Outputs(), every, None, False, modifiers)
     if is_compiling() or traced(made):
         asked.no_plan_in_a_trace()
+    for name, x in made.named().items():
+        arrays.tensor(name, x)
+        arrays.real(name, x)
     operands.check()
-    return _made(made, causal, window, out)
+    return _made(made, causal, window, attention_chunk, out)
 
 
-def _made(of: Request, causal: Any, window: Any, out: DecodePlan | None) -> DecodePlan:
+@torch.compiler.disable
+def _made(of: Request, causal: Any, window: Any, chunk: int | None, out: DecodePlan | None) -> DecodePlan:
     problem, gpu, config, _ = of.planned()
-    operands = of.operands
-    kind, names = operands.kind(problem, config), ("cache_seqlens", "cache_leftpad", "cu_seqlens_q")
-    lengths = {name: getattr(operands, name) for name in names} | dict(causal=causal)
+    q, operands = of.operands.q, of.operands
+    of = of._replace(features=features.started(features.fitted(of.features, problem, q.device), q))
+    config = None if config is None or not config.shares or operands.nothing(problem) else config
+    kernel = None if config is None else compile.get(DecodePlanConfig(replace(config, planned=True)))
+    kind = operands.kind(problem, config)
+    lengths: dict[str, Any] = dict(cache_seqlens=operands.cache_seqlens, cache_leftpad=operands.cache_leftpad)
+    lengths |= dict(cu_seqlens_q=operands.cu_seqlens_q, causal=causal)
+    fixed: dict[str, Any] = dict(max_seqlen_q=operands.max_seqlen_q, attention_chunk=chunk)
+    fixed["window"] = None if window is None else tuple(window)
     if out is None:
-        own = {name: torch.empty_like(x) if isinstance(x, Tensor) else x for name, x in lengths.items()}
-        out = DecodePlan(
-            kind, _entries(operands.q, kind, gpu), **own, max_seqlen_q=operands.max_seqlen_q, window=window
-        )
+        own: dict[str, Any] = {name: torch.empty_like(x) if isinstance(x, Tensor) else x for name, x in lengths.items()}
+        out = DecodePlan(kind, _entries(q, kind, gpu), **own, **fixed)
     else:
-        _like(out, kind, dict(lengths, max_seqlen_q=operands.max_seqlen_q, window=window))
+        _like(out, kind, lengths | fixed)
     for name, x in lengths.items():
         if isinstance(x, Tensor):
             getattr(out, name).copy_(x)
-    if out.entries is not None:
-        _list(of, problem, gpu, out)
+    if kernel is not None:
+        _list(of, kernel, gpu, out)
     return out
 
 
 def _entries(q: Tensor, kind: Kind, gpu: device.Device | None) -> Tensor | None:
-    if gpu is None or kind.config is None or not kind.config.shares:
+    if gpu is None or kind.config is None:
         return None
     rows = kind.config.rows_of_ctas(gpu.num_sms, kind.heads, kind.heads_kv)
     return q.new_empty(rows, NUMBERS, dtype=torch.int32)
@@ -153,17 +170,14 @@ def _said(x: Any) -> str:
     return "a tensor" if isinstance(x, Tensor) else repr(x)
 
 
-def _list(of: Request, problem: Problem, gpu: device.Device, out: DecodePlan) -> None:
+def _list(of: Request, kernel: Callable, gpu: device.Device, out: DecodePlan) -> None:
     """Launches what writes the entries, by the copies of the lengths."""
-    q, config = of.operands.q, out.kind.config
-    assert config is not None and out.entries is not None
-    each = out.causal if isinstance(out.causal, Tensor) else None
+    kind, each = out.kind, out.causal if isinstance(out.causal, Tensor) else None
+    assert kind.config is not None
     own = dict(cache_seqlens=out.cache_seqlens, cache_leftpad=out.cache_leftpad, cu_seqlens_q=out.cu_seqlens_q)
     operands = of.operands._replace(**own, causal_each=each)
-    modifiers = features.started(features.fitted(of.features, problem, q.device), q)
-    packs = config.packs(problem.heads, problem.heads_kv)
-    kernel = compile.get(DecodePlanConfig(replace(config, planned=True)))
+    packs = kind.config.packs(kind.heads, kind.heads_kv)
     if device.current() != gpu.index:
         kernel = gpu.guarded(kernel)
-    arguments = *features.arguments(modifiers), *operands.arguments(q)
-    kernel(out.entries, packs, packs // problem.heads_kv, *arguments)
+    arguments = *features.arguments(of.features), *operands.arguments(operands.q)
+    kernel(out.entries, packs, packs // kind.heads_kv, *arguments)

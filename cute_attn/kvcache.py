@@ -57,7 +57,8 @@ def flash_fwd_kvcache(
             K beside V in one buffer. Without page_table and cache_batch_idx, B_cache is B.
         cache_seqlens: (B,) int32 on q's device, or an int for every sequence: sequence b's keys are the first
             cache_seqlens[b] rows of its part of the cache, no more than that has. Or a `decode_plan` of calls like this
-            one, which has cache_seqlens, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal and window: omit these.
+            one, which has cache_seqlens, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal, window and attention_chunk:
+            omit these.
         page_table: (B, pages_per_seq) int32 on q's device: the pages of each sequence's keys, in their order. Entries
             beyond a sequence's length are never read. Sequences may share pages.
         cache_batch_idx: (B,) int32: which row of a dense cache is each sequence's; default the b-th.
@@ -110,8 +111,9 @@ def flash_fwd_kvcache(
             raise ValueError(
                 "k: given with a DecodePlan as cache_seqlens, whose lengths are fixed; append by append_kv"
             )
-        given = cache_leftpad, cu_seqlens_q, max_seqlen_q, causal, window
-        cache_seqlens, cache_leftpad, cu_seqlens_q, max_seqlen_q, causal, window = made.in_place_of(*given)
+        given = cache_leftpad, cu_seqlens_q, max_seqlen_q, causal, window, attention_chunk
+        cache_seqlens, *planned = made.in_place_of(*given)
+        cache_leftpad, cu_seqlens_q, max_seqlen_q, causal, window, attention_chunk = planned
     causal, each = of_each(causal)
     places = cache_seqlens, page_table, cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q
     operands = Cached(q, k_cache, v_cache, out, *places, each, made)

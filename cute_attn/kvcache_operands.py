@@ -28,13 +28,17 @@ class Kind(NamedTuple):
     heads: int
     heads_kv: int
     room: int  # for keys, of a sequence
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    features: Any  # FeatureKey
     device: torch.device
     config: FwdConfig | None  # None: the CPU
 
     @property
     def text(self) -> str:
         queries = f"{self.queries} queries {'in all' if self.packed else 'each'}"
-        kernel = f", {self.config.name}" if self.config else ""
+        kernel = f", {self.config.name}" if self.config else f", D {self.head_dim}"
         heads = f"{self.heads} heads on {self.heads_kv}"
         return f"{self.batch} sequences of {queries}, {heads}, room for {self.room} keys, {self.device}{kernel}"
 
@@ -169,12 +173,14 @@ class Cached(NamedTuple):
         found = None if gpu is None else self._config(problem, gpu)
         if self.plan is not None:
             asked.planned(self.plan.kind, self.kind(problem, found))
-            found = replace(found, planned=True) if found and found.shares else found
+            found = found if self.plan.entries is None or found is None else replace(found, planned=True)
         return found
 
     def kind(self, problem: Problem, config: FwdConfig | None) -> Kind:
         p, device = problem, self.q.device
-        return Kind(p.batch, p.seqlen_q, self.packed, p.heads, p.heads_kv, p.seqlen_k, device, config)
+        kind = p.head_dim, p.d_v, p.dtype, p.features
+        config = config if config is not None and config.shares and not self.nothing(problem) else None
+        return Kind(p.batch, p.seqlen_q, self.packed, p.heads, p.heads_kv, p.seqlen_k, *kind, device, config)
 
     def _config(self, problem: Problem, gpu: str) -> FwdConfig:
         p, page_size = problem, None if self.page_table is None else max(self.k.shape[1], 1)

@@ -251,9 +251,9 @@ class SharedCached(Cached):
 
     @cute.jit
     def _seek(self, run: Run, problem: Problem) -> Run:
-        """Forward to the 32 sequences of its next block."""
+        """Forward to the 32 sequences of its next block; no further than there are, whatever the total says."""
         group, end, own, own_end = run.group, run.end, run.own, run.own_end
-        while (run.block >= end) & (end < run.total):
+        while (run.block >= end) & (end < run.total) & (group + LANES < problem.grid.batch):
             group = group + LANES
             own = self._lane(group, problem)
             own_end = end + running_sum(own.blocks)

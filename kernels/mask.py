@@ -158,12 +158,11 @@ class Spans(Mask):
         return "spans_window" if self.windowed else "spans"
 
     def signature(self) -> tuple:
-        return (*(Window().signature() if self.windowed else ()), Int64(0), Int64(0), Int32(0))
+        return (*(Window().signature() if self.windowed else ()), Int64(0), Int32(0), Int32(0))
 
     def own(self, problem, batch, start_q, start_k):
-        """The address of its first place's."""
-        address, stride, _ = self._arguments(problem)
-        return address + 4 * (batch * stride + 2 * Int64(start_k))
+        """Numbers before its first place's."""
+        return batch * self._arguments(problem)[1] + 2 * start_k
 
     def _arguments(self, problem):
         return problem.args.mask[2:5] if self.windowed else problem.args.mask[:3]
@@ -173,8 +172,9 @@ class Spans(Mask):
         """(first, end) of its place's, or of the place alone."""
         place = row + problem.seqlen_k - problem.seqlen_q
         first, end = place, place + 1
-        if (place >= 0) & (place < cutlass.min(self._arguments(problem)[2], problem.seqlen_k)):
-            span = cute.make_tensor(int32_at(problem.of_mask) + 2 * place, 2)
+        address, _, places = self._arguments(problem)
+        if (place >= 0) & (place < cutlass.min(places, problem.seqlen_k)):
+            span = cute.make_tensor(int32_at(address) + (problem.of_mask + 2 * place), 2)
             first = cutlass.min(first, span[0])
             end = cutlass.max(end, span[1])
         return first, end
@@ -205,10 +205,9 @@ class Drafts(Mask):
         return Int64(0), Int32(0), Int32(0)
 
     def own(self, problem, batch, start_q, start_k):
-        """The address of its first query's."""
-        address, words, rows = problem.args.mask[:3]
-        row = Int64(batch) * rows + Int64(cutlass.select_(rows == 0, Int32(start_q), Int32(0)))
-        return address + 4 * words * row
+        """Words before its first query's."""
+        _, words, rows = problem.args.mask[:3]
+        return words * (batch * rows + cutlass.select_(rows == 0, Int32(start_q), Int32(0)))
 
     def limit(self, row, problem):
         return problem.seqlen_k
@@ -233,9 +232,9 @@ class Drafts(Mask):
         return [Int32((low | high << 32) >> shift) for low, high in pairwise(found)]
 
     def _word(self, row, n, problem):
-        words = problem.args.mask[1]
-        at = row * words + cutlass.max(cutlass.min(n, words - 1), 0)
-        word = cute.make_tensor(int32_at(problem.of_mask) + at, 1)[0]
+        address, words = problem.args.mask[:2]
+        at = problem.of_mask + row * words + cutlass.max(cutlass.min(n, words - 1), 0)
+        word = cute.make_tensor(int32_at(address) + at, 1)[0]
         return cutlass.select_(n < 0, Int32(-1), cutlass.select_(n < words, word, Int32(0)))
 
 

@@ -10,6 +10,7 @@ from .chunks import alone
 from .feature import Feature
 
 WORD = 32
+REACH_MAX = 1 << 31  # numbers: counted by int32
 
 
 class DraftsFeature(Feature):
@@ -51,6 +52,10 @@ def numbers(name: str, x: Any, shape: tuple[int | None, ...], want: str, device:
     fits = len(x.shape) == len(shape)
     if not fits or any(n != m if m is not None else n == 0 for n, m in zip(x.shape, shape, strict=True)):
         raise ValueError(f"{name}: shape {tuple(x.shape)} came; {want} is needed")
+    if x.numel() and 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) >= REACH_MAX:
+        raise ValueError(
+            f"{name}: strides {tuple(x.stride())} reach over 2^31 numbers or more; use {name}.contiguous()"
+        )
     if x.device != device:
         raise ValueError(f"{name}: on {x.device}, but q is on {device}; move it with .to(device)")
     inner = x[0] if len(shape) == 3 and len(x) and shape[1] is None else x

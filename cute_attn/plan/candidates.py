@@ -53,10 +53,15 @@ RULES = (
 )
 
 
+def ends_differ(problem: Problem) -> bool:
+    """Whether tiles of one sequence have different blocks of keys."""
+    return bool(problem.causal or problem.features.window or problem.features.chunks)
+
+
 def rows(problem: Problem, gpu: str | None) -> tuple[tuned.Row, ...]:
     """Of the table, in the order of asking, the last one for any lengths; of a pair those of the wider head dim."""
     head_dim, head_dim_v = _dims(problem)
-    causal, widest = problem.features.window or problem.causal, max(head_dim, head_dim_v)
+    causal, widest = ends_differ(problem), max(head_dim, head_dim_v)
     if widest > HEAD_DIMS[-1]:
         return (tuned.Row(large(head_dim, head_dim_v, causal)),)
     return tuned.table(gpu).classes[widest, causal, problem.dtype]

@@ -9,7 +9,7 @@ from ..kernels.score import Alibi, Plain, Softcap, UserScore
 from ..kernels.tile_scheduler import DynamicLongest
 from ..kernels.varlen_scheduler import VarlenLongest, VarlenScheduler
 from ..problem import FeatureKey, Problem
-from .candidates import HEAD_DIMS, unsized
+from .candidates import HEAD_DIMS, ends_differ, unsized
 from .rule import Rule, Step, follow
 
 # registers_held from which two and three MMA warpgroups have none left for a feature that needs some throughout
@@ -110,7 +110,7 @@ def fit_registers(config: FwdConfig) -> FwdConfig:
 
 
 def for_varlen(problem: Problem, config: FwdConfig) -> FwdConfig:
-    scheduler = VarlenLongest if problem.causal or problem.features.window else VarlenScheduler
+    scheduler = VarlenLongest if ends_differ(problem) else VarlenScheduler
     return replace(config, layout="thd", scheduler=scheduler, cluster=1)
 
 

@@ -20,11 +20,12 @@ PREBUILT_FEATURES = {
 
 
 CLASS = [name for name in tuned.DEFAULTS if name not in (*tuned.TUNED, "pack", "timeline", "overlap", "fixup", "ctas")]
-TILES = 1, kv_cache.SOME_TILES + 1, pack_gqa.SMS  # over a cache: kernels differ by them
+LIMITS = kv_cache.SOME_TILES + 1, pack_gqa.SMS  # of tiles, over a cache: from so many on kernels are others
+COUNTS = sorted({-(-limit // packs) for limit in LIMITS for packs in range(1, pack_gqa.SMS + 1)})  # of heads' packs
 BATCHES = (  # sequences, K/V heads, and keys of a sequence that there is room for
     *((kv_cache.SOME_SEQUENCES, 1, kv_cache.MANY_KEYS), (kv_cache.MANY_SEQUENCES + 1, 1)),
-    *((n, 1) for n in TILES),
-    *((1, n) for n in TILES),
+    *((n, 1) for n in COUNTS),
+    *((1, n) for n in COUNTS),
 )
 _named: Any = namedtuple  # whose fields mypy would read here
 KernelClass = _named("KernelClass", CLASS)  # of FwdConfig's fields those that a caller chooses
@@ -57,7 +58,7 @@ def prebuilt(
 
 def prebuilt_kvcache(problem: Problem, ratio: int, page_size: int, gpu: str | None = None) -> list[FwdConfig]:
     """Every kernel over a cache of such pages, 0: without pages, that calls like the problem with any queries reach."""
-    p, longest = problem, (*(1 << n for n in range(8)), None)  # more queries are as many as are not known
+    p, longest = problem, (*(1 << n for n in range(8)), 65, 192, None)  # more queries are as many as are not known
     kind = p.head_dim, p.dtype, p.causal, p.features, gpu, p.head_dim_v, ratio
     return list(dict.fromkeys(kvcache(*kind, most, page_size or None, *n) for most, n in product(longest, BATCHES)))
 

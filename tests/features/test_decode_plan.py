@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cute_attn import DecodePlan, decode_plan, explain, flash_fwd_kvcache, plan
 from cute_attn.kernels.decode_plan import DecodePlanConfig
@@ -138,7 +139,8 @@ def test_a_plan_of_other_calls(case):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(window=(3, 0)), r"window: \(3, 0\) came, and out was made with None; omit out"),
+        (dict(window=(3, 0)), "out: a DecodePlan of 5 sequences"),
+        (dict(max_seqlen_q=3, cu_seqlens_q=int32([0] * 6, "cpu"), q=CASE.q[:, 0]), "out: a DecodePlan of 5 sequences"),
         (dict(cache_seqlens=3), "cache_seqlens: 3 came, and out was made with a tensor"),
         (dict(q=CASE.q[:, :1]), "out: a DecodePlan of 5 sequences of 3 queries each.* this call has 5 sequences of 1"),
         (dict(out=CASE.q), "out: Tensor came; a DecodePlan is needed"),
@@ -148,6 +150,69 @@ def test_a_plan_that_is_not_like_out(changes, words):
     call = dict(q=CASE.q, k_cache=CASE.k_cache, v_cache=CASE.v_cache, **BOTH)
     with pytest.raises((TypeError, ValueError), match=words):
         decode_plan(**call | dict(out=made(CASE, BOTH)) | changes)
+
+
+def test_a_call_that_raises_leaves_out_as_it_was():
+    case = paged([300, 0, 17, 129, 64], 16, heads=4)
+    with interpreted(num_sms=11):
+        found = made(case, case.how, alibi_slopes=torch.ones(4))
+        lengths, entries = found.cache_seqlens.clone(), found.entries.clone()
+        shorter = dict(case.how, cache_seqlens=int32([1, 0, 2, 3, 4], "cpu"))
+        with pytest.raises(ValueError, match="alibi_slopes: shape"):
+            made(case, shorter, alibi_slopes=torch.ones(3), out=found)
+    assert torch.equal(lengths, found.cache_seqlens) and torch.equal(entries, found.entries)
+
+
+def test_a_window_is_copied():
+    case, sides = paged([300, 20], 16), [100, 0]
+    found = made(case, case.how, window=sides)
+    sides[0] = 3
+    want = run(case, **case.how, window=(100, 0))
+    table = dict(page_table=case.how["page_table"])
+    for how in ({}, dict(window=(100, 0)), dict(window=[100, 0])):
+        assert torch.equal(run(case, cache_seqlens=found, **table, **how)[0], want[0])
+
+
+@interpreter
+def test_nothing_to_list():
+    """No sequences, no heads: nothing is launched."""
+    case = paged([30, 20], 16)
+    none = dict(cache_seqlens=int32([], "cpu"), page_table=case.how["page_table"][:0])
+    packed = dict(none, cu_seqlens_q=int32([0], "cpu"), max_seqlen_q=1)
+    for q, how in ((case.q[:0], none), (case.q[:0, 0], packed), (case.q[:, :, :0], case.how)):
+        with interpreted() as configs:
+            found = decode_plan(q, case.k_cache, case.v_cache, **how)
+            table = dict(page_table=how["page_table"])
+            o = flash_fwd_kvcache(q, case.k_cache, case.v_cache, cache_seqlens=found, **table)
+        assert o.shape == q.shape and found.entries is None and not configs
+
+
+@interpreter
+def test_no_fake_tensors_beside_real_lengths():
+    case = paged([30, 20], 16)
+    fake = FakeTensorMode()
+    q, k, v = (fake.from_tensor(x) for x in case[:3])
+    with interpreted() as configs, pytest.raises(TypeError, match=r"q: a .*FakeTensor came beside tensors with memory"):
+        decode_plan(q, k, v, **case.how)
+    assert not configs
+
+
+def test_of_another_head_dim_on_the_cpu():
+    case, other = paged([30, 20], 16), paged([30, 20], 16, d=128)
+    with pytest.raises(ValueError, match=r"cache_seqlens: a DecodePlan of .* D 64 came, and this call has .* D 128"):
+        run(other, cache_seqlens=made(case, case.how), page_table=other.how["page_table"])
+    with pytest.raises(ValueError, match="alibi_slopes: shape"):
+        made(case, case.how, alibi_slopes=torch.ones(3))
+
+
+def test_beside_a_compiled_function():
+    """Which calls it where its graph breaks."""
+
+    def function(q):
+        torch._dynamo.graph_break()
+        return made(CASE._replace(q=q * 1), BOTH).cache_seqlens
+
+    assert torch.equal(torch.compile(function, backend="eager")(CASE.q), BOTH["cache_seqlens"])
 
 
 def test_not_in_a_trace():

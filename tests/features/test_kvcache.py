@@ -742,9 +742,9 @@ def test_warmup(monkeypatch):
     compiled = []
     monkeypatch.setattr(compile, "get", compiled.append)
     how = dict(dtype="bf16", ratio=(1, 6, 128), causal=(False, True))
-    ready = warmup((64, 128), page_size=(0, 1, 16), **how)
+    ready = warmup((64, 128), page_size=(0, 1, 16), **how | dict(ratio=(1, 2, 6, 128, 200)))
     assert ready == compiled and all(config.cache for config in ready)
-    for d, ratio, page, causal in product((64, 128), (1, 6, 128), (None, 1, 16), (False, True)):
+    for d, ratio, page, causal in product((64, 128), (1, 2, 6, 128, 200), (None, 1, 16), (False, True)):
         assert plan.kvcache(d, "bf16", causal, ratio=ratio, page_size=page) in ready
         for longest in (1, 2, 3, 5, 7, 8, 11, 12, 16, 17, 22, 33, 64, 65, 100, 128, 129, 500, 4096):
             for batch, heads_kv, room in (

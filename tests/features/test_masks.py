@@ -240,7 +240,7 @@ OWN = Chunks(True), Chunks(False), Spans(True), Spans(False), Drafts()
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("own", OWN, ids=lambda own: own.name)
 def test_the_machine_code(own, head_dim):
-    key = FeatureKey(**{type(own).__name__.lower(): own})
+    key = FeatureKey(**{type(own).__name__.lower(): own}, window=own == Spans(True))
     causal = own in (Chunks(True), Spans(False))
     problem = Problem(4, 16, 16, 4096, 4096, head_dim, causal=causal, features=key)
     few = plan.kvcache(head_dim, "bf16", causal, key, ratio=8, max_seqlen_q=8, page_size=64, batch=9, heads_kv=8)
