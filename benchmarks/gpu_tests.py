@@ -38,7 +38,7 @@ WANT_QUIET = [
     "tests/tools/test_validate.py::test_on_the_gpu_every_gate_runs",
 ]
 ONE = {  # GPU: pytest's arguments, by part
-    "side by side": ["tests", "-m", "gpu", *(f"--deselect={test}" for test in WANT_QUIET)],
+    "together": ["tests", "-m", "gpu", *(f"--deselect={test}" for test in WANT_QUIET)],
     "alone": [*WANT_QUIET, "-m", "gpu"],
 }
 SECOND = ["-m", "gpu", "--device", "cuda:1"]

@@ -1,11 +1,12 @@
 """Runs compute-sanitizer's memcheck, initcheck and racecheck over a small case of every prebuilt kernel; records it.
 
-python benchmarks/sanitize.py [--out FILE] [--logs FOLDER] [--tools racecheck ...] [--add RECORD]
+python benchmarks/sanitize.py [--caches] [--out FILE] [--logs FOLDER] [--tools racecheck ...] [--add RECORD]
 
 Each kernel gets a case with more tiles than an H200 has SMs, so that CTAs reuse their buffers (those for few tiles
 aside), and partial tiles and blocks, GQA, rows without keys, an LSE, and a scale of either sign. So do those for varlen
-sequences and over K/V caches, and of those for lists of blocks and functions of the user one of each head dim. The runs
-of RECORD, of other tools and the same kernels, GPU and versions, are kept beside these.
+sequences and over K/V caches, and of those for lists of blocks and functions of the user one of each head dim. Beside
+the caches' run those that append to them, list their parts and merge states. The runs of RECORD, of other tools and the
+same kernels, GPU and versions, are kept beside these. --caches: no others, and sanitizer_caches.json.
 """
 
 import argparse
@@ -25,9 +26,18 @@ import torch
 from caches import over_keys, page_table
 from gpu_tests import hold_alike, where
 
-from cute_attn import BlockLists, decode_plan, flash_fwd, flash_fwd_kvcache, flash_fwd_varlen
+from cute_attn import (
+    BlockLists,
+    append_kv,
+    decode_plan,
+    flash_fwd,
+    flash_fwd_kvcache,
+    flash_fwd_varlen,
+    merge_states,
+)
 from cute_attn.block_mask import as_lists
 from cute_attn.kernels.config import DTYPES, FwdConfig
+from cute_attn.kernels.mask import Drafts
 from cute_attn.mods import prepare
 from cute_attn.operands import o_like
 from cute_attn.plan import (
@@ -77,13 +87,18 @@ def problems(head_dim: int, head_dim_v: int = 0) -> list[Problem]:
     return list(found.values())
 
 
-def run_cases(head_dim: int, head_dim_v: int, part: int) -> None:
+def run_cases(head_dim: int, head_dim_v: int, part: int, caches: bool = False) -> None:
     """What one sanitized process runs: of pairs of head dims dense calls only."""
-    runs: list[Callable[[], FwdConfig]] = [partial(run_problem, p) for p in problems(head_dim, head_dim_v)]
-    if head_dim == head_dim_v <= HEAD_DIMS[-1]:
+    runs: list[Callable[[], FwdConfig]] = []
+    equal = head_dim == head_dim_v <= HEAD_DIMS[-1]
+    if not caches:
+        runs += [partial(run_problem, p) for p in problems(head_dim, head_dim_v)]
+    if equal and not caches:
         runs += [partial(run_varlen, head_dim, dtype, mask) for dtype, mask in product(DTYPES, MASKS)]
         runs += [partial(run_lists, head_dim)]
+    if equal:
         runs += [partial(run_cache, head_dim, *which) for which in CACHES]
+        runs += [partial(run_step, head_dim, page_size) for page_size in (0, 1, 16)]
     print("kernels:", *sorted({run().name for run in runs[part::PARTS]}))
 
 
@@ -154,6 +169,28 @@ def run_cache(head_dim: int, heads_kv: int, ratio: int, tokens: int, page_size: 
     return cache_kernel(head_dim, heads_kv, ratio, tokens, page_size)
 
 
+def run_step(head_dim: int, page_size: int) -> FwdConfig:
+    """Drafts that are rotated and appended, by the call and by slots, and two states that are merged."""
+    batch, tokens, heads_kv, rows = 3, 9, 4, 400
+    q = torch.randn(batch, tokens, 3 * heads_kv, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    k, v = (torch.randn(batch, tokens, heads_kv, head_dim, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    pages = rows // page_size if page_size else 1
+    shape = (batch * pages, page_size or rows, heads_kv, head_dim)
+    k_cache, v_cache = (torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    table = torch.randperm(batch * pages, device=DEVICE).int().view(batch, pages) if page_size else None
+    lengths = torch.tensor([0, 130, rows - 4], dtype=torch.int32, device=DEVICE)  # the last has no room for all
+    angles = torch.randn(rows, 8, device=DEVICE)
+    turn = dict(rotary_cos=angles.cos(), rotary_sin=angles.sin())
+    bits = torch.full((batch, tokens, 1), -1, dtype=torch.int32, device=DEVICE)
+    how = dict(cache_seqlens=lengths, page_table=table, k=k, v=v, draft_mask=bits, return_lse=True, **turn)
+    o, lse = flash_fwd_kvcache(q, k_cache, v_cache, **how, out=torch.full_like(q, torch.nan))
+    places = torch.arange(batch * tokens, dtype=torch.int32, device=DEVICE)
+    append_kv(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, places.long() - 1, **turn, rotary_positions=places)
+    whole(*merge_states([o, o], [lse, lse], layout="bshd", out=torch.full_like(o, torch.nan)))
+    key, sizes = FeatureKey(drafts=Drafts()), dict(ratio=3, max_seqlen_q=tokens, batch=batch, heads_kv=heads_kv)
+    return kvcache(head_dim, "bf16", False, key, page_size=page_size or None, room=rows, **sizes)
+
+
 def cache_kernel(head_dim: int, heads_kv: int, ratio: int, tokens: int, page_size: int) -> FwdConfig:
     sizes = dict(ratio=ratio, max_seqlen_q=tokens, batch=len(CACHE_LENGTHS), heads_kv=heads_kv)
     return kvcache(head_dim, "bf16", True, page_size=page_size or None, **sizes)
@@ -164,15 +201,16 @@ def whole(o: torch.Tensor, lse: torch.Tensor) -> None:
     assert not lse.isnan().any()
 
 
-def case(dims: tuple[int, int], part: int) -> list[str]:
-    return [sys.executable, str(Path(__file__)), "--case", *map(str, (*dims, part))]
+def case(dims: tuple[int, int], part: int, caches: bool) -> list[str]:
+    words = ["--caches"] if caches else []
+    return [sys.executable, str(Path(__file__)), *words, "--case", *map(str, (*dims, part))]
 
 
-def sanitize(tool: str, dims: tuple[int, int], part: int, logs: Path) -> dict:
+def sanitize(tool: str, dims: tuple[int, int], part: int, logs: Path, caches: bool = False) -> dict:
     command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]  # libraries that probe the driver are not on trial
-    command += case(dims, part)
+    command += case(dims, part, caches)
     log = logs / f"{tool}_d{dims[0]}v{dims[1]}_{part}.log"
     with log.open("w") as file:
         try:
@@ -207,43 +245,48 @@ def kept(add: Path | None, here: dict, tools: list[str]) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sanitizer.json")
+    parser.add_argument("--caches", action="store_true", help="what runs over K/V caches alone")
+    parser.add_argument("--out", type=Path, help="default: sanitizer.json, sanitizer_caches.json in benchmarks/results")
     parser.add_argument("--logs", type=Path, default=Path("."))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--add", type=Path, metavar="RECORD")
     text = "run this part of the cases of these head dims, q's and v's, unsanitized, in this process"
     parser.add_argument("--case", type=int, nargs=3, metavar=("D", "DV", "PART"), help=text)
     arguments = parser.parse_args()
+    caches = arguments.caches
     if arguments.case:
-        run_cases(*arguments.case)
+        run_cases(*arguments.case, caches)
         return 0
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"sanitizer{'_caches' if caches else ''}.json"
     here = where()
     runs = kept(arguments.add, here, arguments.tools)
-    parts = list(product(CASES, range(PARTS)))
+    parts = list(product([(d, d) for d in HEAD_DIMS] if caches else CASES, range(PARTS)))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) - 2) as pool:
-        for done in pool.map(lambda part: subprocess.run(case(*part), cwd=ROOT), parts):  # into the disk cache
+        for done in pool.map(lambda part: subprocess.run(case(*part, caches), cwd=ROOT), parts):  # into the disk cache
             done.check_returncode()
-        sanitized = ((tool, *part, arguments.logs) for tool, part in product(arguments.tools, parts))
+        sanitized = ((tool, *part, arguments.logs, caches) for tool, part in product(arguments.tools, parts))
         for run in pool.map(lambda run: sanitize(*run), sanitized):
             print(run["tool"], run["head_dim"], run["head_dim_v"], run["summary"], flush=True)
             runs.append(run)
-            record = {**here, "runs": runs, "not_clean": not_clean(runs)}
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+            record = {**here, "runs": runs, "not_clean": not_clean(runs, caches)}
+            out.write_text(json.dumps(record, indent=1) + "\n")
     return 1 if record["not_clean"] else 0
 
 
-def not_clean(runs: list[dict]) -> list[list[str]]:
+def not_clean(runs: list[dict], caches: bool = False) -> list[list[str]]:
     """Tools and prebuilt kernels of which no run was clean."""
     seen = {(run["tool"], name) for run in runs if run["clean"] for name in run["kernels"]}
-    return sorted([tool, name] for tool, name in product(TOOLS, kernels()) if (tool, name) not in seen)
+    return sorted([tool, name] for tool, name in product(TOOLS, kernels(caches)) if (tool, name) not in seen)
 
 
 @lru_cache
-def kernels() -> list[str]:
+def kernels(caches: bool = False) -> list[str]:
     """The names of all that must be clean."""
+    over_caches = [cache_kernel(d, *which).name for d, which in product(HEAD_DIMS, CACHES)]
+    if caches:
+        return over_caches
     pairs = [plan(p) for dims in OTHER_HEAD_DIMS for p in problems(*dims)]
-    caches = [cache_kernel(d, *which) for d, which in product(HEAD_DIMS, CACHES)]
-    return [config.name for config in (*prebuilt(), *prebuilt_varlen(), *pairs, *caches)]
+    return [*(config.name for config in (*prebuilt(), *prebuilt_varlen(), *pairs)), *over_caches]
 
 
 if __name__ == "__main__":

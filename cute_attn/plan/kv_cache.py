@@ -15,7 +15,7 @@ from .rule import Rule
 FEW_ROWS = 128  # of a K/V head and sequence: with more, tiles enough read the same keys
 WIDEST = 192  # columns of tiles of so many rows: with more the registers do not suffice
 KEYS, SHORT_KEYS = 64, 128  # of a stage, where all CTAs share them; of up to so many columns
-SHORT = 64
+SHORT, LONG_KEYS = 64, 4096  # if a sequence has room for so many
 GATHERED_STAGES = 4  # of rows that threads copy
 STAGES = 2  # that suffice where all CTAs share the keys: more are not faster, and slower over long sequences
 Q_IN_REGS = 128  # columns that leave registers for Q, beside O
@@ -42,7 +42,8 @@ def shared(problem: Problem, config: FwdConfig) -> FwdConfig:
     how: dict[str, Any] = dict(tile_m=tile_m, tile_n=KEYS, pack=pack, stages=1, q_stages=1)
     how |= dict(pingpong=whole, q_in_regs=whole and config.widest <= Q_IN_REGS, speculative=False)
     few = replace(config, **how, scheduler=EqualShares, cache=KvCache(KEYS))
-    if tile_m == 64 and config.widest <= SHORT and tiles(problem, few) < SMS and plain(few):
+    short = config.widest <= SHORT and problem.seqlen_k >= LONG_KEYS
+    if short and tile_m == 64 and tiles(problem, few) < SMS and plain(few):
         few = replace(few, tile_n=SHORT_KEYS, cache=KvCache(SHORT_KEYS))
     return replace(few, stages=min(most_stages(few), STAGES_OF_WHOLE if whole else STAGES))
 

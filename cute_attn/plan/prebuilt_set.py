@@ -23,9 +23,9 @@ CLASS = [name for name in tuned.DEFAULTS if name not in (*tuned.TUNED, "pack", "
 LIMITS = kv_cache.SOME_TILES + 1, pack_gqa.SMS  # of tiles, over a cache: from so many on kernels are others
 COUNTS = sorted({-(-limit // packs) for limit in LIMITS for packs in range(1, pack_gqa.SMS + 1)})  # of heads' packs
 BATCHES = (  # sequences, K/V heads, and keys of a sequence that there is room for
-    *((kv_cache.SOME_SEQUENCES, 1, kv_cache.MANY_KEYS), (kv_cache.MANY_SEQUENCES + 1, 1)),
-    *((n, 1) for n in COUNTS),
-    *((1, n) for n in COUNTS),
+    *((kv_cache.SOME_SEQUENCES, 1, kv_cache.MANY_KEYS), (kv_cache.MANY_SEQUENCES + 1, 1, 1)),
+    *((n, 1, room) for n, room in product(COUNTS, (1, kv_cache.MANY_KEYS))),
+    *((1, n, room) for n, room in product(COUNTS, (1, kv_cache.MANY_KEYS))),
 )
 _named: Any = namedtuple  # whose fields mypy would read here
 KernelClass = _named("KernelClass", CLASS)  # of FwdConfig's fields those that a caller chooses

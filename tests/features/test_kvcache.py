@@ -815,10 +815,11 @@ def test_the_tiles_of_many_heads(batch, room, rows):
 
 @pytest.mark.parametrize(("d", "batch", "keys"), [(64, 1, 128), (32, 8, 128), (64, 32, 64), (96, 1, 64)])
 def test_a_stage_of_few_columns_has_more_keys(d, batch, keys):
-    """But where two CTAs share an SM."""
-    for page in (None, 16, 64, 256):
-        config = plan.kvcache(d, "bf16", False, ratio=8, max_seqlen_q=1, page_size=page, batch=batch, heads_kv=8)
-        assert config.tile_n == keys and config.ctas == (2 if batch == 32 else 1)
+    """But where two CTAs share an SM, or a sequence has few."""
+    for page, room in product((None, 16, 64, 256), (1024, 4096)):
+        sizes = dict(ratio=8, max_seqlen_q=1, page_size=page, batch=batch, heads_kv=8, room=room)
+        config = plan.kvcache(d, "bf16", False, **sizes)
+        assert config.tile_n == (keys if room == 4096 else 64) and config.ctas == (2 if batch == 32 else 1)
 
 
 @pytest.mark.parametrize("ctas", [1, 2])

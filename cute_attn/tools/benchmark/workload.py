@@ -18,7 +18,9 @@ from ...problem import Problem
 FLOP_FORMULA = "2 (D + Dv) for each visible (query, key) pair of each head"
 BYTES_FORMULA = "q, k, v read once, o and lse written once; keys that no query sees are left out"
 LSE_BYTES = 4
-FIELDS = tuple(name for name in Problem._fields if name not in ("features", "page"))  # of a problem, in a record
+FIELDS = tuple(
+    name for name in Problem._fields if name not in ("features", "page", "packed")
+)  # of a problem, in a record
 
 
 class Peak(NamedTuple):
