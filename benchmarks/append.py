@@ -33,9 +33,9 @@ BATCHES, DRAFTS, TOKENS = (1, 8, 32, 128), (8, 64), (1024, 4096, 16384)
 # A new token
 def with_new(cache: Cache, function: Callable, rotary: bool, new: bool) -> Prepared:
     """The last key of each sequence is the new one; angles of 0, so that the truth is attention's."""
-    p, device = cache.spec.problem, cache.q.device
-    angles = torch.zeros(p.seqlen_k, p.head_dim // 2, device=device)
-    turn = dict(rotary_cos=angles.cos(), rotary_sin=angles, rotary_interleaved=False) if rotary else {}
+    p = cache.spec.problem
+    sin = cache.q.new_zeros(p.seqlen_k, p.head_dim // 2)
+    turn = dict(rotary_cos=torch.ones_like(sin), rotary_sin=sin, rotary_interleaved=False) if rotary else {}
     how: dict[str, Any] = dict(causal=True, page_table=cache.page_table, cache_seqlens=cache.seqlens - int(new)) | turn
     page = cache.page_table[:, -1].long()  # type: ignore[index]
     row = (cache.seqlens - 1).long() % PAGE

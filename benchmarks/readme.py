@@ -57,6 +57,7 @@ def text(sweep: dict) -> str:
             *shapes(),
             *features(),
             *serving(),
+            *steps(),
         ]
     )
 
@@ -150,15 +151,46 @@ def serving() -> list[str]:
     if not kinds:
         return []
     c = record("serving")["conditions"]
+    dates = " and ".join(run["date"][:10] for run in c.get("runs", [c]))
     heading = [
         "",
-        f"K/V caches (`serving.json`: bf16, {c['gpu']}, {c['date'][:10]}, torch {c['torch']}, nvidia-cutlass-dsl",
+        f"K/V caches (`serving.json`: bf16, {c['gpu']}, {dates}, torch {c['torch']}, nvidia-cutlass-dsl",
         f"{c['cutlass_dsl']}), in CUDA-graph replays with K and V from memory:",
         "",
         "| heads of q/k, head dim, new tokens | cells | TB/s | TFLOPS | times as fast as the best other | least |",
         "|---|---|---|---|---|---|",
     ]
     return [*heading, *(serving_row(kind, found) for kind, found in kinds.items())]
+
+
+def steps() -> list[str]:
+    """Of a decode step what surrounds attention."""
+    times: dict[tuple, dict[str, float]] = defaultdict(dict)
+    for r in record("append")["records"]:
+        if r["mode"] == "graph" and r["p50_us"]:
+            times[r["case"], r["batch"], r["seqlen_q"], r["seqlen_k"]][r["contender"]] = r["p50_us"]
+    if not times:
+        return []
+    lines = [
+        "",
+        f"New tokens (`append.json`, {record('append')['conditions']['date'][:10]}; 64 heads on 8, d128, pages of 64):",
+        "",
+        "| in a call of `flash_fwd_kvcache`, or of `append_kv` | us | beside |",
+        "|---|---|---|",
+    ]
+    for (case, batch, queries, keys), us in times.items():
+        ours = us["cute_attn"]
+        if case == "decode":
+            what, more = f"{batch} sequences, 8k keys: a token appended", "rotated too"
+            appended, rotated = (us[f"cute_attn_append{x}"] for x in ("", "_rotary"))
+            theirs = f"FlashAttention-3 {us['fa3']:.1f}, appended {us['fa3_append']:.1f}" if "fa3_append" in us else ""
+            lines.append(f"| {what}; {more} | {ours:.1f}, {appended:.1f}; {rotated:.1f} | {theirs} |")
+        elif case == "tree":
+            words = f"{batch} sequences, 8k keys: a tree of {queries} drafts"
+            lines.append(f"| {words} | {ours:.1f} | a causal call {us['causal']:.1f} |")
+        else:
+            lines.append(f"| `append_kv` of {keys} tokens | {ours:.1f} | a copy {us['copy']:.1f} |")
+    return lines
 
 
 def serving_row(kind: str, found: list[dict]) -> str:

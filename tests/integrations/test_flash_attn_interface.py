@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from cute_attn import api, reference
-from cute_attn.flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+from cute_attn import api, flash_fwd_kvcache, reference
+from cute_attn.flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+)
 from cute_attn.tools.benchmark.edges import sdpa
 from tests.support.attention import bound, inputs
 
@@ -23,6 +28,13 @@ SIGNATURES = {
     flash_attn_func: f"(q, k, v, {REST})",
     flash_attn_varlen_func: f"(q, k, v, {LENGTHS}{REST})",
 }
+KVCACHE = (
+    "(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+    "cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None, "
+    "max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, "
+    "causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
+    "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False, sinks=None)"
+)
 functions = pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
 
 
@@ -83,12 +95,18 @@ def test_windows(window_size, causal, window, asked):
 
 def test_what_flash_fwd_is_asked_for(asked):
     flash_attn_func(*bshd())
-    assert asked.pop() == dict(causal=False, scale=None, window=None, softcap=None, layout="bshd", return_lse=False)
+    assert asked.pop() == dict(
+        causal=False, scale=None, window=None, softcap=None, layout="bshd", return_lse=False, attention_chunk=None
+    )
     flash_attn_func(*bshd(), 0.3, True, softcap=20.0, return_attn_probs=True)
-    assert asked.pop() == dict(causal=True, scale=0.3, window=None, softcap=20.0, layout="bshd", return_lse=True)
+    assert asked.pop() == dict(
+        causal=True, scale=0.3, window=None, softcap=20.0, layout="bshd", return_lse=True, attention_chunk=None
+    )
     for hint in (dict(num_splits=0), dict(num_splits=4), dict(pack_gqa=True), dict(pack_gqa=False), dict(sm_margin=8)):
         flash_attn_func(*bshd(), **hint)
-        assert asked.pop() == dict(causal=False, scale=None, window=None, softcap=None, layout="bshd", return_lse=False)
+        assert asked.pop() == dict(
+            causal=False, scale=None, window=None, softcap=None, layout="bshd", return_lse=False, attention_chunk=None
+        )
 
 
 WRONG = [
@@ -96,14 +114,14 @@ WRONG = [
     (dict(q_descale=torch.ones(1)), NotImplementedError, "q_descale: not supported; FP8"),
     (dict(k_descale=torch.ones(1)), NotImplementedError, "k_descale: not supported; FP8"),
     (dict(v_descale=torch.ones(1)), NotImplementedError, "v_descale: not supported; FP8"),
-    (dict(attention_chunk=64), NotImplementedError, "attention_chunk: not supported; use window_size"),
+    (dict(attention_chunk=-64), TypeError, "attention_chunk: -64 came; a number of keys is needed, 0 for no chunks"),
     (dict(window_size=(-2, -1)), ValueError, "window_size: -2 is below -1"),
     (dict(window_size=("1", -1)), TypeError, "window_size: '1' came; an int"),
     (dict(window_size=(-1, True)), TypeError, "window_size: True came; an int"),
     (dict(deterministic="x"), TypeError, "deterministic: a bool is needed, 'x' came"),
     (dict(causal=0), TypeError, "causal: a bool is needed, 0 came"),
     (dict(return_attn_probs=1), TypeError, "return_attn_probs: a bool is needed, 1 came"),
-    (dict(attention_chunk=None), TypeError, "attention_chunk: None came; 0 is needed"),
+    (dict(attention_chunk=None), TypeError, "attention_chunk: None came; a number of keys"),
     (dict(attention_chunk=False), TypeError, "attention_chunk: False came"),
     (dict(softcap=False), TypeError, "softcap: False came; a number is needed, 0.0 for no cap"),
     (dict(softcap=None), TypeError, "softcap: None came"),
@@ -218,3 +236,86 @@ def test_packed_sequences_on_the_cpu(causal, window_size, window, one_thread):
 @pytest.mark.parametrize(("causal", "window_size", "window"), PACKED)
 def test_packed_sequences_on_the_gpu(causal, window_size, window):
     packed("cuda", causal, window_size, window)
+
+
+# Over a cache
+def test_the_signature_over_a_cache():
+    assert words(flash_attn_with_kvcache) == KVCACHE
+
+
+CALL = dict(page_table=torch.tensor([[2, 0, 3], [1, 4, -1]], dtype=torch.int32), causal=True)
+
+
+def cache(where="cpu"):
+    """q, caches of five pages of 16, and new tokens."""
+    torch.manual_seed(1)
+    q, *caches = (torch.randn(*s, 64, device=where).bfloat16() for s in ((2, 3, 4), (5, 16, 2), (5, 16, 2)))
+    new = dict(zip("kv", (torch.randn(2, 3, 2, 64, device=where).bfloat16() for _ in range(2)), strict=True))
+    seqlens = torch.tensor([33, 5], dtype=torch.int32, device=where)
+    return q, caches, dict(cache_seqlens=seqlens, page_table=CALL["page_table"].to(where)), new
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_over_a_cache(where):
+    """As flash_fwd_kvcache, in the same words and others; appended and rotated."""
+    q, caches, places, new = cache(where)
+    angles = torch.rand(60, 16, device=where)
+    turn = dict(rotary_cos=angles.cos(), rotary_sin=angles.sin(), rotary_interleaved=False)
+    sinks = torch.rand(4, device=where)
+    ours = [x.clone() for x in caches]
+    how = dict(causal=True, softcap=2.0, sinks=sinks)
+    want = flash_fwd_kvcache(q, *ours, **places, **new, **turn, **how, scale=0.2, window=(20, 0), return_lse=True)
+    found = flash_attn_with_kvcache(
+        q, *caches, **places, **new, **turn, **how, softmax_scale=0.2, window_size=[20, -1], return_softmax_lse=True
+    )
+    for x, y in zip((*found, *caches), (*want, *ours), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_defaults_over_a_cache():
+    """Full caches, no lse; chunks and a window by a tensor."""
+    q, caches, _, _ = cache()
+    two = [x[:2] for x in caches]
+    want = flash_fwd_kvcache(q, *two, cache_seqlens=16)
+    assert torch.equal(flash_attn_with_kvcache(q, *two), want)
+    whole = flash_fwd_kvcache(q, *caches, cache_seqlens=48, page_table=CALL["page_table"].abs(), attention_chunk=10)
+    how = dict(page_table=CALL["page_table"].abs(), attention_chunk=10)
+    assert torch.equal(flash_attn_with_kvcache(q, *caches, **how), whole)
+    near = flash_fwd_kvcache(q, *two, cache_seqlens=16, window=(3, 1))
+    assert torch.equal(flash_attn_with_kvcache(q, *two, window_size=torch.tensor([3, 1])), near)
+
+
+def test_no_scheduler_metadata_is_needed():
+    q, caches, places, _ = cache()
+    made = get_scheduler_metadata(2, 3, 48, 4, 2, 64, places["cache_seqlens"], torch.bfloat16, causal=True)
+    assert made is None
+    assert flash_attn_with_kvcache(q, *caches, **places, scheduler_metadata=made).shape == q.shape
+    with pytest.raises(ValueError, match="scheduler_metadata: get_scheduler_metadata gives None here"):
+        flash_attn_with_kvcache(q, *caches, **places, scheduler_metadata=torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (dict(qv=torch.zeros(1)), NotImplementedError, "qv: not supported"),
+        (dict(k_descale=torch.zeros(1)), NotImplementedError, "k_descale: not supported; FP8"),
+        (dict(num_splits=-1), ValueError, "num_splits: -1 came"),
+        (dict(return_softmax_lse=1), TypeError, "return_softmax_lse: a bool is needed"),
+        (dict(rotary_cos=torch.ones(3, 8)), ValueError, "k: None came with rotary_cos"),
+        (dict(window_size=(3, 3), attention_chunk=4), ValueError, "attention_chunk: given with window"),
+    ],
+)
+def test_what_is_wrong_over_a_cache(wrong, error, message):
+    q, caches, places, _ = cache()
+    with pytest.raises(error, match=message):
+        flash_attn_with_kvcache(q, *caches, **places, **wrong)
+
+
+def test_chunks_of_dense_and_packed_sequences():
+    q, k, v = bshd()
+    want = api.flash_fwd(q, k, v, layout="bshd", attention_chunk=9, causal=True)
+    assert torch.equal(flash_attn_func(q, k, v, causal=True, attention_chunk=9), want)
+    cu_q, cu_k = (torch.arange(3, dtype=torch.int32) * n for n in (37, 53))
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    found = flash_attn_varlen_func(*packed, cu_q, cu_k, 37, 53, causal=True, attention_chunk=9)
+    assert torch.equal(found.view_as(want), want)
