@@ -123,7 +123,7 @@ class Slots(NamedTuple):
         )
 
     def key(self) -> tuple:
-        return append_kv, self.rotary.interleaved
+        return append_kv, self.rotary.interleaved, type(self.rotary.interleaved)
 
     def by_operator(self) -> None:
         r = self.rotary
@@ -131,7 +131,7 @@ class Slots(NamedTuple):
 
     def run(self) -> None:
         found = prepared(self)
-        asked.own_memory(**self.named())
+        asked.memory(self.named())
         if found.gpu is None:
             self._on_cpu()
         elif found.kernel is not None:
@@ -174,7 +174,7 @@ class Behind(NamedTuple):
         )
 
     def key(self) -> tuple:
-        return Behind, self.rotary.interleaved, type(self.cache_seqlens)
+        return Behind, self.rotary.interleaved, type(self.rotary.interleaved), type(self.cache_seqlens)
 
     @property
     def batch(self) -> int:
@@ -194,18 +194,16 @@ class Behind(NamedTuple):
 
     def run(self, found: Prepared) -> tuple[Tensor, Tensor]:
         """q, rotated where that is asked for, and how many rows each sequence has now."""
-        asked.own_memory(**self.named())
+        asked.memory(self.named())
+        asked.room(self.cache_seqlens, self.k, self.cu_seqlens_k_new, self.capacity)
         seqlens = self.q.new_empty(self.batch, dtype=torch.int32)
         if found.gpu is None:
             notices.once(f"flash_fwd_kvcache: {notices.CPU}")
             return self._on_cpu(seqlens), seqlens
         q = self.q if self.rotary.cos is None else torch.empty_like(self.q)
         if found.kernel is not None:
-            queries = (
-                ()
-                if self.rotary.cos is None
-                else (self._outer(self.q, self.cu_seqlens_q), self._outer(q, self.cu_seqlens_q))
-            )
+            both = () if self.rotary.cos is None else (self.q, q)
+            queries = (self._outer(x, self.cu_seqlens_q) for x in both)
             new = (self._outer(x, self.cu_seqlens_k_new) for x in (self.k, self.v))
             found.launch(*new, self.k_cache, self.v_cache, *queries, *self.rotary.tensors, *self._numbers(seqlens))
         return q, seqlens
@@ -226,6 +224,8 @@ class Behind(NamedTuple):
         return *before, self.capacity, _address(pages), stride, seqlens.data_ptr(), *queries
 
     def _on_cpu(self, seqlens: Tensor) -> Tensor:
+        if not self.batch:
+            return self.q
         k, v, q = (x.flatten(0, -3) for x in (self.k, self.v, self.q))
         every = self.cache_seqlens
         lengths = torch.full((self.batch,), every) if isinstance(every, int) else every
@@ -244,7 +244,8 @@ class Behind(NamedTuple):
 
     def made(self) -> Prepared:
         """The attention's request has checked q, the caches and what says where they lie."""
-        specs = asked.behind(self.named(), self.batch, self.capacity, self.cache_seqlens)
+        specs = asked.behind(self.named(), self.batch)
+        asked.room(self.cache_seqlens, self.k, self.cu_seqlens_k_new, self.capacity)
         asked.rotary(self.rotary.interleaved, specs, "rotary_seqlens", self.batch)
         how = dict(where="batch" if self.page_table is None else "pages", queries=self.rotary.cos is not None)
         return _made(self.named(), _gpu(specs["k"]), self.rotary.config(self.k.dtype) | how if self.batch else None)

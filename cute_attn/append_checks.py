@@ -31,8 +31,8 @@ def slots(named: dict[str, torch.Tensor]) -> dict[str, Spec]:
     return specs
 
 
-def behind(named: dict[str, torch.Tensor], batch: int, capacity: int, length: Any) -> dict[str, Spec]:
-    """Of what `flash_fwd_kvcache` appends; length: cache_seqlens."""
+def behind(named: dict[str, torch.Tensor], batch: int) -> dict[str, Spec]:
+    """Of what `flash_fwd_kvcache` appends."""
     for name in ("k", "v"):
         if name not in named:
             given = "v" if name == "k" else "k"
@@ -47,27 +47,36 @@ def behind(named: dict[str, torch.Tensor], batch: int, capacity: int, length: An
         checks.lengths("cu_seqlens_k_new", specs["cu_seqlens_k_new"], batch + 1, specs["q"])
     elif k.shape[0] != batch:
         raise ValueError(f"k: {k.shape[0]} sequences came with q's {batch}; k is (B, S_new, Hk, D) with q's B")
-    elif isinstance(length, int) and length + k.shape[1] > capacity:
-        what = f"{length} rows and {k.shape[1]} new ones came, and {capacity} lie in a sequence's part of the cache"
-        raise ValueError(f"cache_seqlens: {what}; use a larger cache")
     count(k, specs["v"], specs["q"])
     return specs
+
+
+def room(length: Any, k: torch.Tensor, cu_seqlens_k_new: torch.Tensor | None, capacity: int) -> None:
+    """For as many new rows of each sequence, as far as the host knows."""
+    if isinstance(length, int) and cu_seqlens_k_new is None and length + k.shape[1] > capacity:
+        what = f"{length} rows and {k.shape[1]} new ones came, and {capacity} lie in a sequence's part of the cache"
+        raise ValueError(f"cache_seqlens: {what}; use a larger cache")
 
 
 def _specs(named: dict[str, torch.Tensor]) -> dict[str, Spec]:
     for name, x in named.items():
         arrays.tensor(name, x)
-    if torch.is_grad_enabled():
-        for name, x in named.items():
-            if x.requires_grad:
-                what = "requires grad, and what is written to a cache has no backward"
-                raise ValueError(f"{name}: {what}; pass {name}.detach(), or call under torch.no_grad()")
+    _nothing_learns(named)
     specs = {name: Spec.of(x) for name, x in named.items()}
     where = specs["k"].device
     for name, spec in specs.items():
         if spec.device != where:
             raise ValueError(f"{name}: on {spec.device}, but k is on {where}; move one with .to(device)")
     return specs
+
+
+def _nothing_learns(named: dict[str, torch.Tensor]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, x in named.items():
+        if x.requires_grad:
+            what = "requires grad, and what is written to a cache has no backward"
+            raise ValueError(f"{name}: {what}; pass {name}.detach(), or call under torch.no_grad()")
 
 
 def rows(specs: dict[str, Spec], shape: str, dims: int) -> None:
@@ -169,12 +178,13 @@ def aligned(named: dict[str, torch.Tensor]) -> None:
             checks.aligned(name, x)
 
 
-def own_memory(k, v, k_cache, v_cache, **others) -> None:
-    """The caches share no element with what is read."""
-    for name, x in dict(k=k, v=v, **others).items():
-        for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            if _meet(x, cache) and checks.overlap(x, cache):
-                raise ValueError(f"{name}: shares memory with {cache_name}, which is written; pass {name}.clone()")
+def memory(named: dict[str, torch.Tensor]) -> None:
+    """What no look-up says: nothing learns, and the caches share no element with what is read."""
+    _nothing_learns(named)
+    for name in named.keys() - {"k_cache", "v_cache"}:
+        for cache in ("k_cache", "v_cache"):
+            if _meet(named[name], named[cache]) and checks.overlap(named[name], named[cache]):
+                raise ValueError(f"{name}: shares memory with {cache}, which is written; pass {name}.clone()")
 
 
 def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:

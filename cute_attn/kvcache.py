@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Proxy
 
 from . import append
 from .append import Behind, Rotary
 from .decode import DecodePlan
 from .features import NONE
+from .kvcache_checks import length
 from .kvcache_operands import Cached, of_each
 from .request import Outputs, Request, request, seen_before
 
@@ -146,7 +148,8 @@ def flash_fwd_kvcache(
     if not appends:
         return asked.run()
     rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens)
-    where = cache_seqlens, page_table, cache_batch_idx, cu_seqlens_q, cu_seqlens_k_new
+    lengths = cache_seqlens if isinstance(cache_seqlens, (Tensor, Proxy)) else length(cache_seqlens)
+    where = lengths, page_table, cache_batch_idx, cu_seqlens_q, cu_seqlens_k_new
     follow = attention_chunk, spans, draft_mask, window, each
     spread = asked.causal or any(x is not None for x in follow)
     return _appending(Behind(q, k, v, k_cache, v_cache, *where, rotary, spread), asked)

@@ -1,5 +1,6 @@
 """Appending: `append_kv`, and `flash_fwd_kvcache` with new keys, values and rotary embeddings."""
 
+import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -225,6 +226,33 @@ def test_nothing_is_written_where_a_call_is_wrong(case):
     with pytest.raises(ValueError, match=words):
         flash_fwd_kvcache(**NEW.case.call | NEW.given | changes)
     assert torch.equal(before.view(torch.int16), NEW.case.k_cache.view(torch.int16))
+
+
+def test_what_a_call_like_one_before_is_asked_anew():
+    """Whether there is room by a number, whether something learns, whether memory is shared."""
+    new = beside([20, 20], [2, 2], 24, seqlen_q=2)
+    call = new.case.call | new.given
+    with interpreted(kernel=lambda *_: None):
+        flash_fwd_kvcache(**call | dict(cache_seqlens=np.int64(22)))
+        for changes, words in (
+            (dict(cache_seqlens=23), "cache_seqlens: 23 rows and 2 new ones came, and 24"),
+            (dict(k=new.given["k"].clone().requires_grad_()), "k: requires grad"),
+            (dict(k=new.case.k_cache[:, 3:5]), "k: shares memory with k_cache"),
+            (dict(rotary_interleaved=1), "rotary_interleaved: a bool is needed"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=words):
+                flash_fwd_kvcache(**call | dict(cache_seqlens=20) | changes)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_sequences(packed):
+    q = torch.zeros(*((0,) if packed else (0, 1)), 2, 64).bfloat16()
+    cu = dict(cu_seqlens_q=int32([0], "cpu"), cu_seqlens_k_new=int32([0], "cpu")) if packed else {}
+    how = dict(cache_seqlens=int32([], "cpu"), cache_batch_idx=int32([], "cpu"), **cu)
+    cache = torch.zeros(2, 8, 2, 64).bfloat16()
+    new = torch.zeros(*((5,) if packed else (0, 1)), 2, 64).bfloat16()
+    o = flash_fwd_kvcache(q, cache, cache.clone(), **how, k=new, v=new, **rotary(16, "cpu"))
+    assert o.shape == q.shape and (cache == 0).all()
 
 
 # Traced
