@@ -36,7 +36,7 @@ class DecodePlan:
     key: str = field(init=False, repr=False)  # of `kind`, whose hash is slow
 
     def __post_init__(self):
-        object.__setattr__(self, "key", str(self.kind))
+        object.__setattr__(self, "key", repr(tuple(self.kind)))  # of a NamedTuple itself torch._dynamo makes an error
 
     def in_place_of(self, *given: Any) -> tuple:
         """cache_seqlens, and IN_PLACE_OF: those of a call that has this plan."""
@@ -118,7 +118,6 @@ def decode_plan(
     return _made(made, causal, window, attention_chunk, out)
 
 
-@torch.compiler.disable
 def _made(of: Request, causal: Any, window: Any, chunk: int | None, out: DecodePlan | None) -> DecodePlan:
     problem, gpu, config, _ = of.planned()
     q, operands = of.operands.q, of.operands

@@ -47,7 +47,7 @@ def test_on_the_cpu(kind, turn):
 
 @interpreter
 @pytest.mark.machine_code
-@pytest.mark.parametrize(("kind", "turn"), sample(4, KINDS, TURNS))
+@pytest.mark.parametrize(("kind", "turn"), sample(2, KINDS, TURNS))
 def test_interpreted(kind, turn):
     new, asked = KINDS[kind]("cpu")
     with interpreted(num_sms=9) as configs:
@@ -102,7 +102,7 @@ def test_slots_on_the_cpu(storage):
 
 @interpreter
 @pytest.mark.machine_code
-@pytest.mark.parametrize(("storage", "turn"), sample(3, STORAGE, [None, "neighbours", "halves"]))
+@pytest.mark.parametrize(("storage", "turn"), sample(2, STORAGE, [None, "neighbours", "halves"]))
 def test_slots_interpreted(storage, turn):
     k, v, *rest, slots = tokens([s for s in SLOTS if s < 100], 5, d=96, d_v=32, storage=storage)
     how = {} if turn is None else dict(positions=torch.arange(len(k), dtype=torch.int32) * 90) | TURNS[turn]("cpu")
@@ -314,7 +314,7 @@ CONFIGS = [
 
 
 @pytest.mark.machine_code
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+@pytest.mark.parametrize("config", sample(4, CONFIGS), ids=lambda config: config.name)
 def test_machine_code(config):
     """16 bytes at a time, and no registers in memory."""
     build = inspect.build(config)

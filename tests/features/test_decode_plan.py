@@ -64,7 +64,7 @@ def test_on_the_cpu(kind):
 
 @interpreter
 @pytest.mark.machine_code
-@pytest.mark.parametrize("kind", sample(3, KINDS))
+@pytest.mark.parametrize("kind", sample(2, KINDS))
 def test_interpreted(kind):
     """The list, its reader, and the kernel that finds the same alone."""
     with interpreted(num_sms=7 if kind == "many" else 11) as configs:
