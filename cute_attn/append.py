@@ -4,17 +4,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _is_torch_function_mode_enabled as _function_modes
-from torch._C import _is_tracing as _jit_traces
-from torch._C import _len_torch_dispatch_stack as _dispatch_modes
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from . import append_checks as asked
-from . import arrays, call, checks, compile, device, notices, reference
+from . import call, checks, compile, device, notices, reference
+from . import kvcache_checks as of_cache
 from .checks import Spec
 from .kernels.append_sm90 import AppendConfig
-from .request import UNKEYED, recorded
+from .kvcache_operands import Cached
+from .request import seen_by_tracer
 
 INSTEAD = "k_cache.view(-1, Hk, D)[slot_mapping] = k"
 
@@ -62,7 +59,7 @@ def append_kv(
     asked.no_scales(k_scale=k_scale, v_scale=v_scale)
     rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, rotary_positions)
     new = Slots(k, v, k_cache, v_cache, slot_mapping, rotary)
-    if traced(new.named()):
+    if seen_by_tracer(new.named()):
         new.by_operator()
     else:
         new.run()
@@ -89,7 +86,15 @@ class Rotary(NamedTuple):
         """x (T, H, D), by torch."""
         return x if self.cos is None else reference.rotated(x, self.cos, self.sin, places, self.interleaved)
 
-    def config(self, dtype: torch.dtype) -> dict[str, Any]:
+    def named(self, where: str) -> dict[str, Tensor]:
+        """Those that are given, by their arguments' names."""
+        pairs = ("rotary_cos", self.cos), ("rotary_sin", self.sin), (where, self.where)
+        return {name: x for name, x in pairs if x is not None}
+
+    def key(self) -> tuple:
+        return self.interleaved, type(self.interleaved)
+
+    def config(self) -> dict[str, Any]:
         """As AppendConfig has it."""
         if self.cos is None:
             return {}
@@ -103,8 +108,7 @@ class Prepared(NamedTuple):
     kernel: Any  # a Callable; None: the CPU, or nothing to do
 
     def launch(self, *arguments) -> None:
-        kernel = self.kernel if device.current() == self.gpu.index else self.gpu.guarded(self.kernel)
-        kernel(*arguments)
+        device.launcher(self.gpu, self.kernel)(*arguments)
 
 
 class Slots(NamedTuple):
@@ -118,19 +122,17 @@ class Slots(NamedTuple):
     rotary: Rotary
 
     def named(self) -> dict[str, Any]:
-        return _named(
-            zip(("k", "v", "k_cache", "v_cache", "slot_mapping"), self, strict=False), self.rotary, "positions"
-        )
+        tensors = dict(zip(("k", "v", "k_cache", "v_cache", "slot_mapping"), self, strict=False))
+        return tensors | self.rotary.named("rotary_positions")
 
     def key(self) -> tuple:
-        return append_kv, self.rotary.interleaved, type(self.rotary.interleaved)
+        return append_kv, *self.rotary.key(), *_seen(self.named())
 
     def by_operator(self) -> None:
-        r = self.rotary
-        torch.ops.cute_attn.append_kv(*self[:5], r.cos, r.sin, r.interleaved, r.where)
+        torch.ops.cute_attn.append_kv(*self[:5], *self.rotary)
 
     def run(self) -> None:
-        found = prepared(self)
+        found = call.looked_up(self.key, self.made)
         asked.memory(self.named())
         if found.gpu is None:
             self._on_cpu()
@@ -148,65 +150,61 @@ class Slots(NamedTuple):
         asked.rotary(self.rotary.interleaved, specs, "rotary_positions", specs["k"].shape[0])
         gpu = _gpu(specs["k"])
         nothing = 0 in (*specs["k"].shape, *specs["k_cache"].shape)
-        return _made(self.named(), gpu, None if nothing else self.rotary.config(self.k.dtype))
+        return _made(self.named(), gpu, None if nothing else self.rotary.config())
 
 
 class Behind(NamedTuple):
     """`flash_fwd_kvcache`'s new tokens, behind the rows that each sequence has; q is rotated beside them."""
 
-    q: Any
+    into: Cached  # the attention that follows, as it is asked for
     k: Any
     v: Any
-    k_cache: Any
-    v_cache: Any
-    cache_seqlens: Any  # a tensor, or one number for every sequence
-    page_table: Any
-    cache_batch_idx: Any
-    cu_seqlens_q: Any
     cu_seqlens_k_new: Any
     rotary: Rotary
     spread: bool  # a sequence's queries follow each other; or all are at the first one's place
 
+    @property
+    def by_tensor(self) -> bool:
+        """Whether cache_seqlens is one, or one number for every sequence."""
+        return isinstance(self.into.cache_seqlens, (Tensor, torch.fx.Proxy))
+
     def named(self) -> dict[str, Any]:
-        pairs = ((name, x) for name, x in zip(self._fields, self, strict=True) if name not in ("rotary", "spread"))
-        return _named(
-            ((name, x) for name, x in pairs if x is not None and not isinstance(x, int)), self.rotary, "seqlens"
-        )
+        into = self.into
+        tensors = dict(q=into.q, k=self.k, v=self.v, k_cache=into.k, v_cache=into.v, page_table=into.page_table)
+        tensors |= dict(cache_seqlens=into.cache_seqlens if self.by_tensor else None)
+        tensors |= dict(cache_batch_idx=into.cache_batch_idx, cu_seqlens_q=into.cu_seqlens_q)
+        tensors |= dict(cu_seqlens_k_new=self.cu_seqlens_k_new)
+        return {name: x for name, x in tensors.items() if x is not None} | self.rotary.named("rotary_seqlens")
 
     def key(self) -> tuple:
-        return Behind, self.rotary.interleaved, type(self.rotary.interleaved), type(self.cache_seqlens)
-
-    @property
-    def batch(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
-
-    @property
-    def capacity(self) -> int:
-        pages, page_size = self.k_cache.shape[:2]
-        return 0 if pages == 0 else page_size * (1 if self.page_table is None else self.page_table.shape[1])
+        return Behind, self.by_tensor, *self.rotary.key(), *_seen(self.named())
 
     def by_operator(self) -> tuple[Tensor, Tensor]:
-        r, by_tensor = self.rotary, isinstance(self.cache_seqlens, (Tensor, torch.fx.Proxy))
-        lengths = (self.cache_seqlens, None) if by_tensor else (None, self.cache_seqlens)
-        how = r.cos, r.sin, r.interleaved, r.where, self.spread
-        q, seqlens = torch.ops.cute_attn.append_behind(*self[:5], *lengths, *self[6:10], *how)
-        return (self.q if r.cos is None else q), seqlens
+        into, length = self.into, self.into.cache_seqlens
+        lengths = (length, None) if self.by_tensor else (None, of_cache.length(length))
+        where = into.page_table, into.cache_batch_idx, into.cu_seqlens_q, self.cu_seqlens_k_new
+        new = into.q, self.k, self.v, into.k, into.v
+        q, seqlens = torch.ops.cute_attn.append_behind(*new, *lengths, *where, *self.rotary, self.spread)
+        return (into.q if self.rotary.cos is None else q), seqlens
 
-    def run(self, found: Prepared) -> tuple[Tensor, Tensor]:
+    def run(self) -> tuple[Tensor, Tensor]:
         """q, rotated where that is asked for, and how many rows each sequence has now."""
+        found = call.looked_up(self.key, self.made)
         asked.memory(self.named())
-        asked.room(self.cache_seqlens, self.k, self.cu_seqlens_k_new, self.capacity)
-        seqlens = self.q.new_empty(self.batch, dtype=torch.int32)
+        self._check_room()
+        q = self.into.q
+        seqlens = q.new_empty(self.into.batch, dtype=torch.int32)
         if found.gpu is None:
             notices.once(f"flash_fwd_kvcache: {notices.CPU}")
             return self._on_cpu(seqlens), seqlens
-        q = self.q if self.rotary.cos is None else torch.empty_like(self.q)
+        turned = q if self.rotary.cos is None else torch.empty_like(q)
         if found.kernel is not None:
-            both = () if self.rotary.cos is None else (self.q, q)
-            queries = (self._outer(x, self.cu_seqlens_q) for x in both)
+            both = () if self.rotary.cos is None else (q, turned)
+            queries = (self._outer(x, self.into.cu_seqlens_q) for x in both)
             new = (self._outer(x, self.cu_seqlens_k_new) for x in (self.k, self.v))
-            found.launch(*new, self.k_cache, self.v_cache, *queries, *self.rotary.tensors, *self._numbers(seqlens))
-        return q, seqlens
+            caches = self.into.k, self.into.v
+            found.launch(*new, *caches, *queries, *self.rotary.tensors, *self._numbers(seqlens))
+        return turned, seqlens
 
     def _outer(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """(B, S, H, D), or of packed sequences (1, total, H, D)."""
@@ -214,47 +212,51 @@ class Behind(NamedTuple):
 
     def _numbers(self, seqlens: Tensor) -> tuple:
         """As of kernels.append_sm90.Sequences."""
+        into, length = self.into, self.into.cache_seqlens
         new = self.k.shape[0 if self.cu_seqlens_k_new is not None else 1]
-        lengths = (0, self.cache_seqlens) if isinstance(self.cache_seqlens, int) else (self.cache_seqlens.data_ptr(), 0)
-        pages, stride = self.cache_batch_idx, 0
-        if self.page_table is not None:
-            pages, stride = self.page_table, self.page_table.stride(0)
-        before = self.batch, _address(self.cu_seqlens_k_new), new, *lengths, _address(self.rotary.where)
-        queries = _address(self.cu_seqlens_q), self.q.shape[0 if self.cu_seqlens_q is not None else 1], int(self.spread)
-        return *before, self.capacity, _address(pages), stride, seqlens.data_ptr(), *queries
+        lengths = (length.data_ptr(), 0) if self.by_tensor else (0, int(length))
+        pages, stride = into.cache_batch_idx, 0
+        if into.page_table is not None:
+            pages, stride = into.page_table, into.page_table.stride(0)
+        before = into.batch, _address(self.cu_seqlens_k_new), new, *lengths, _address(self.rotary.where)
+        queries = _address(into.cu_seqlens_q), into.q.shape[0 if into.packed else 1], int(self.spread)
+        return *before, into.capacity, _address(pages), stride, seqlens.data_ptr(), *queries
 
     def _on_cpu(self, seqlens: Tensor) -> Tensor:
-        if not self.batch:
-            return self.q
-        k, v, q = (x.flatten(0, -3) for x in (self.k, self.v, self.q))
-        every = self.cache_seqlens
-        lengths = torch.full((self.batch,), every) if isinstance(every, int) else every
+        into, length = self.into, self.into.cache_seqlens
+        if not into.batch:
+            return into.q
+        k, v, q = (x.flatten(0, -3) for x in (self.k, self.v, into.q))
+        lengths = length if self.by_tensor else torch.full((into.batch,), int(length))
         of_k = reference.members(len(k), self.cu_seqlens_k_new, self.k.shape[1])
-        of_q = reference.members(len(q), self.cu_seqlens_q, self.q.shape[1])
-        where = dict(page_table=self.page_table, cache_batch_idx=self.cache_batch_idx)
-        slots = reference.next_slots(of_k, lengths, self.capacity, self.k_cache.shape[1], **where)
+        of_q = reference.members(len(q), into.cu_seqlens_q, into.q.shape[1])
+        where = dict(page_table=into.page_table, cache_batch_idx=into.cache_batch_idx)
+        slots = reference.next_slots(of_k, lengths, into.capacity, into.k.shape[1], **where)
         angles = (lengths if self.rotary.where is None else self.rotary.where).tolist()
         turned = self.rotary.of(k, torch.tensor([angles[b] + i for b, i in of_k]))
-        reference.append(turned, v, self.k_cache, self.v_cache, slots)
-        new = torch.tensor([sum(b == n for b, _ in of_k) for n in range(self.batch)])
-        seqlens.copy_((lengths.clamp(min=0) + new).clamp(max=self.capacity))
+        reference.append(turned, v, into.k, into.v, slots)
+        new = torch.tensor([sum(b == n for b, _ in of_k) for n in range(into.batch)])
+        seqlens.copy_((lengths.clamp(min=0) + new).clamp(max=into.capacity))
         places = torch.tensor([angles[b] + i * self.spread for b, i in of_q])
         inside = torch.tensor([b >= 0 for b, _ in of_q])
-        return torch.where(inside[:, None, None], self.rotary.of(q, places), q).view_as(self.q)
+        return torch.where(inside[:, None, None], self.rotary.of(q, places), q).view_as(into.q)
+
+    def _check_room(self) -> None:
+        """As far as the host knows."""
+        if not self.by_tensor and self.cu_seqlens_k_new is None:
+            asked.room(int(self.into.cache_seqlens), self.k.shape[1], self.into.capacity)
 
     def made(self) -> Prepared:
         """The attention's request has checked q, the caches and what says where they lie."""
-        specs = asked.behind(self.named(), self.batch)
-        asked.room(self.cache_seqlens, self.k, self.cu_seqlens_k_new, self.capacity)
-        asked.rotary(self.rotary.interleaved, specs, "rotary_seqlens", self.batch)
-        how = dict(where="batch" if self.page_table is None else "pages", queries=self.rotary.cos is not None)
-        return _made(self.named(), _gpu(specs["k"]), self.rotary.config(self.k.dtype) | how if self.batch else None)
+        into, specs = self.into, asked.behind(self.named(), self.into.batch)
+        asked.rotary(self.rotary.interleaved, specs, "rotary_seqlens", into.batch)
+        self._check_room()
+        how = dict(where="batch" if into.page_table is None else "pages", queries=self.rotary.cos is not None)
+        return _made(self.named(), _gpu(specs["k"]), self.rotary.config() | how if into.batch else None)
 
 
-def _named(pairs: Any, rotary: Rotary, where: str) -> dict[str, Any]:
-    """The tensors of a call, by its arguments' names."""
-    named = dict(rotary_cos=rotary.cos, rotary_sin=rotary.sin) | {f"rotary_{where}": rotary.where}
-    return dict(pairs) | {name: x for name, x in named.items() if x is not None}
+def _seen(named: dict[str, Any]) -> list[tuple]:
+    return [(n, x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for n, x in named.items()]
 
 
 def _address(x: Tensor | None) -> int:
@@ -271,29 +273,3 @@ def _made(named: dict[str, Any], gpu: device.Device | None, how: dict[str, Any] 
         return Prepared(gpu, None)
     asked.aligned(named)
     return Prepared(gpu, compile.get(AppendConfig(checks.DTYPES[named["k"].dtype], **how)))
-
-
-def prepared(new: Slots | Behind) -> Prepared:
-    """Checked and compiled; a look-up where the like has come before."""
-    try:
-        seen = ((n, x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for n, x in new.named().items())
-        whole = *new.key(), *seen
-        found = call.known.get(whole)
-    except UNKEYED:
-        return new.made()
-    if found is None:
-        found = new.made()
-        if found.kernel is not None:
-            call.keep(whole, found)
-    return found
-
-
-def traced(named: dict[str, Any]) -> bool:
-    """Whether something records what is done with tensors: it gets the operator then."""
-    if is_compiling():
-        return True
-    watched = _dispatch_modes() or _function_modes() or _jit_traces() or forward_ad._current_level >= 0
-    if watched and recorded(**named):
-        return True
-    kinds = {type(x) for x in named.values()}
-    return kinds != {Tensor} and (torch.fx.Proxy in kinds or arrays.stands_in(**named))

@@ -51,10 +51,10 @@ def behind(named: dict[str, torch.Tensor], batch: int) -> dict[str, Spec]:
     return specs
 
 
-def room(length: Any, k: torch.Tensor, cu_seqlens_k_new: torch.Tensor | None, capacity: int) -> None:
-    """For as many new rows of each sequence, as far as the host knows."""
-    if isinstance(length, int) and cu_seqlens_k_new is None and length + k.shape[1] > capacity:
-        what = f"{length} rows and {k.shape[1]} new ones came, and {capacity} lie in a sequence's part of the cache"
+def room(rows: int, new: int, capacity: int) -> None:
+    """Of each sequence."""
+    if rows + new > capacity:
+        what = f"{rows} rows and {new} new ones came, and {capacity} lie in a sequence's part of the cache"
         raise ValueError(f"cache_seqlens: {what}; use a larger cache")
 
 

@@ -29,9 +29,7 @@ class Call(NamedTuple):
     def launch(self, tensors, lse, scale: float, arguments: tuple) -> None:
         """q, k, v and o as TMA takes them, and the kernel's arguments behind the stream."""
         gpu: device.Device = self.gpu
-        kernel: Callable = self.kernel
-        if device.current() != gpu.index:
-            kernel = gpu.guarded(kernel)
+        kernel = device.launcher(gpu, self.kernel)
         address = 0 if lse is None else lse.data_ptr()
         counters = gpu.counters(self.counters)
         if not self.workspace:
@@ -41,8 +39,23 @@ class Call(NamedTuple):
         kernel(*tensors, address, counters, scale, gpu.num_sms, *arguments, memory.data_ptr())
 
 
-known: dict[Hashable, Any] = {}  # Calls, and what `merge` prepares
+known: dict[Hashable, Any] = {}  # Calls, and what `merge` and `append` prepare
+UNKEYED = AttributeError, IndexError, RuntimeError, TypeError, ValueError  # of a key: no tensors, or tracers'
 KNOWN_MAX = 4096  # looked up; with one more all are forgotten
+
+
+def looked_up(key: Callable[[], Hashable], made: Callable[[], Any]) -> Any:
+    """What was prepared for the like before, or is now; kept if it has a kernel."""
+    try:
+        whole = key()
+        found = known.get(whole)
+    except UNKEYED:
+        return made()
+    if found is None:
+        found = made()
+        if found.kernel is not None:
+            keep(whole, found)
+    return found
 
 
 def keep(key: Hashable, call: Any) -> None:

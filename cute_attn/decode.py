@@ -176,7 +176,5 @@ def _list(of: Request, kernel: Callable, gpu: device.Device, out: DecodePlan) ->
     own = dict(cache_seqlens=out.cache_seqlens, cache_leftpad=out.cache_leftpad, cu_seqlens_q=out.cu_seqlens_q)
     operands = of.operands._replace(**own, causal_each=each)
     packs = kind.config.packs(kind.heads, kind.heads_kv)
-    if device.current() != gpu.index:
-        kernel = gpu.guarded(kernel)
     arguments = *features.arguments(of.features), *operands.arguments(operands.q)
-    kernel(out.entries, packs, packs // kind.heads_kv, *arguments)
+    device.launcher(gpu, kernel)(out.entries, packs, packs // kind.heads_kv, *arguments)

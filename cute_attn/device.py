@@ -98,6 +98,11 @@ class Device:
         return launch
 
 
+def launcher(gpu: Device, kernel: Callable) -> Callable:
+    """The kernel on this GPU, for a call whichever device is current."""
+    return kernel if current() == gpu.index else gpu.guarded(kernel)
+
+
 _devices: dict[int, Device] = {}
 _lock = threading.Lock()
 

@@ -186,9 +186,7 @@ def flash_attn_with_kvcache(
     flags(return_softmax_lse=return_softmax_lse)
     hints(num_splits, pack_gqa, sm_margin)
     if scheduler_metadata is not None:
-        raise ValueError(
-            "scheduler_metadata: get_scheduler_metadata gives None here; pass that, or decode_plan's result"
-        )
+        raise ValueError("scheduler_metadata: get_scheduler_metadata gives None here; pass that, nothing else serves")
     if cache_seqlens is None:
         pages = 1 if page_table is None else page_table.shape[1]
         cache_seqlens = k_cache.shape[1] * pages

@@ -4,15 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Proxy
 
-from . import append
 from .append import Behind, Rotary
 from .decode import DecodePlan
 from .features import NONE
-from .kvcache_checks import length
 from .kvcache_operands import Cached, of_each
-from .request import Outputs, Request, request, seen_before
+from .request import Outputs, Request, request, seen_before, seen_by_tracer
 
 
 def flash_fwd_kvcache(
@@ -105,8 +102,8 @@ def flash_fwd_kvcache(
     Raises:
         TypeError, ValueError: before any launch, for whatever is not as above; the message says how to mend it.
     """
-    new = k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens
-    appends, made = not all(x is None for x in new) or rotary_interleaved is not True, None
+    appends = not (k is v is cu_seqlens_k_new is rotary_cos is rotary_sin is rotary_seqlens is None)
+    made = None
     if type(cache_seqlens) is DecodePlan:
         made = cache_seqlens
         if appends:
@@ -148,21 +145,19 @@ def flash_fwd_kvcache(
     if not appends:
         return asked.run()
     rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens)
-    lengths = cache_seqlens if isinstance(cache_seqlens, (Tensor, Proxy)) else length(cache_seqlens)
-    where = lengths, page_table, cache_batch_idx, cu_seqlens_q, cu_seqlens_k_new
     follow = attention_chunk, spans, draft_mask, window, each
     spread = asked.causal or any(x is not None for x in follow)
-    return _appending(Behind(q, k, v, k_cache, v_cache, *where, rotary, spread), asked)
+    return _appending(Behind(operands, k, v, cu_seqlens_k_new, rotary, spread), asked)
 
 
 def _appending(new: Behind, asked: Request) -> Any:
     """Everything is checked before anything is written."""
-    if append.traced(new.named()):
+    if seen_by_tracer(new.named()):
         q, lengths = new.by_operator()
     else:
         asked.operands.check()
         found = asked.prepared()
         assert found is not None, "under torch.jit.trace the operator is recorded"
         asked.checked(found)
-        q, lengths = new.run(append.prepared(new))
+        q, lengths = new.run()
     return asked._replace(operands=asked.operands._replace(q=q, cache_seqlens=lengths)).run()

@@ -6,16 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _is_torch_function_mode_enabled as _function_modes
-from torch._C import _is_tracing as _jit_traces
-from torch._C import _len_torch_dispatch_stack as _dispatch_modes
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from . import arrays, call, checks, compile, device, notices, reference, states, strides
 from .checks import Spec
 from .kernels.merge_sm90 import STATES_MAX, MergeConfig
-from .request import recorded
+from .request import seen_by_tracer
 from .states import States
 
 INSTEAD = "cute_attn.reference.merge_states"
@@ -97,7 +92,7 @@ class Merge(NamedTuple):
 
     def run(self) -> tuple[Tensor, Tensor]:
         """What merge_states returns."""
-        if self.traced():
+        if seen_by_tracer(self.named()):
             return self.by_operator()
         found = self.prepared()
         if arrays.learns(*self.o.tensors, *self.lse.tensors):
@@ -114,17 +109,6 @@ class Merge(NamedTuple):
         elif found.kernel is not None:
             self.launch(found, out, out_lse)
         return out, out_lse
-
-    def traced(self) -> bool:
-        """Whether something records what is done with tensors: it gets the operator then."""
-        if is_compiling():
-            return True
-        watched = _dispatch_modes() or _function_modes() or _jit_traces() or forward_ad._current_level >= 0
-        if watched and recorded(**self.named()):
-            return True
-        if {type(x) for x in self.tensors} == {Tensor}:
-            return False
-        return self.symbolic or arrays.stands_in(**self.named())
 
     @property
     def symbolic(self) -> bool:
@@ -145,18 +129,12 @@ class Merge(NamedTuple):
 
     def prepared(self) -> Prepared:
         """Checked and compiled; a look-up where the like has come before."""
+        return call.looked_up(self.key, self.made)
+
+    def key(self) -> tuple:
         given = self.o.stacked, self.lse.stacked, self.out is None, self.out_lse is None
-        try:
-            seen = [(x.shape, x.stride(), x.dtype, x.get_device()) for x in self.tensors]
-            key = merge_states, self.layout, given, len(self.o.tensors), *seen
-            found = call.known.get(key)
-        except (AttributeError, RuntimeError, TypeError):  # no tensor, one without strides, or what has no hash
-            return self.made()
-        if found is None:
-            found = self.made()
-            if found.kernel is not None:
-                call.keep(key, found)
-        return found
+        seen = [(x.shape, x.stride(), x.dtype, x.get_device()) for x in self.tensors]
+        return merge_states, self.layout, given, len(self.o.tensors), *seen
 
     def made(self) -> Prepared:
         first = states.check(self.o, self.lse, self.out, self.out_lse, self.layout)
@@ -177,7 +155,7 @@ class Merge(NamedTuple):
             out_lse.copy_(lse)
 
     def launch(self, found: Prepared, out: Tensor, out_lse: Tensor) -> None:
-        kernel = found.kernel if device.current() == found.gpu.index else found.gpu.guarded(found.kernel)
+        kernel = device.launcher(found.gpu, found.kernel)
         to_log2, of_log2 = (1.0, 1.0) if self.base2 else (math.log2(math.e), math.log(2))
         if self.o.number <= STATES_MAX:
             tensors = [x for pair in zip(self.o.each(), self.lse.each(), strict=True) for x in pair]

@@ -2,8 +2,8 @@
 
 import torch
 
-from . import append
 from .append import Behind, Rotary, Slots
+from .kvcache_operands import Cached
 from .operator import operator
 
 NEW = "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache"
@@ -25,13 +25,35 @@ def append_kv_op(*arguments) -> None:
     Slots._make([*tensors, Rotary(cos, sin, interleaved, positions)]).run()
 
 
-def _batch(q, cu_seqlens_q):
-    return q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+def _behind(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    seqlens,
+    length,
+    table,
+    index,
+    cu_seqlens_q,
+    cu_seqlens_k_new,
+    cos,
+    sin,
+    interleaved,
+    where,
+    spread,
+) -> Behind:
+    """Of the operator's arguments."""
+    lengths = seqlens if length is None else length
+    into = Cached(q, k_cache, v_cache, None, lengths, table, index, None, cu_seqlens_q, None, None)
+    return Behind(into, k, v, cu_seqlens_k_new, Rotary(cos, sin, interleaved, where), spread)
 
 
-def _fake_behind(q, k, v, k_cache, v_cache, seqlens, length, table, index, cu_seqlens_q, cu_seqlens_k_new, cos, *rest):
-    q_out = q.new_empty(0) if cos is None else torch.empty_like(q)
-    return q_out, q.new_empty(_batch(q, cu_seqlens_q), dtype=torch.int32)
+def _fake_behind(*arguments):
+    new = _behind(*arguments)
+    q = new.into.q
+    q_out = q.new_empty(0) if new.rotary.cos is None else torch.empty_like(q)
+    return q_out, q.new_empty(new.into.batch, dtype=torch.int32)
 
 
 @operator(_fake_behind, SCHEMA_BEHIND)
@@ -39,10 +61,6 @@ def append_behind_op(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """(q, cache_seqlens) of `flash_fwd_kvcache` with k and v, for the attention that follows; q without elements where
     it is not rotated.
     """
-    *new, seqlens, length, table, index, cu_seqlens_q, cu_seqlens_k_new, cos, sin, interleaved, where, spread = (
-        arguments
-    )
-    places = seqlens if length is None else length, table, index, cu_seqlens_q, cu_seqlens_k_new
-    behind = Behind._make([*new, *places, Rotary(cos, sin, interleaved, where), spread])
-    q, seqlens = behind.run(append.prepared(behind))
-    return (q.new_empty(0) if cos is None else q), seqlens
+    new = _behind(*arguments)
+    q, seqlens = new.run()
+    return (q.new_empty(0) if new.rotary.cos is None else q), seqlens

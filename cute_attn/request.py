@@ -12,12 +12,11 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import arrays, by_operator, call, checks, compile, features, notices, reference, strides
+from .call import UNKEYED
 from .features import NONE
 from .integrations import dlpack
 from .operands import Dense, Operands, Ragged, gpu_of
 from .problem import PLAIN
-
-UNKEYED = AttributeError, IndexError, RuntimeError, TypeError, ValueError  # of `Operands.key`
 
 
 class Outputs(NamedTuple):
@@ -233,6 +232,17 @@ def traced(request: Request) -> bool:
     tensors = dict(zip(request.operands.names, request.operands.tensors, strict=True))
     tensors |= {name: x for name, x in features.by_name(request.features).items() if isinstance(x, Tensor)}
     return recorded(**tensors)
+
+
+def seen_by_tracer(named: dict[str, Any]) -> bool:
+    """Whether something records what a function other than attention does with tensors: it gets the operator then."""
+    if is_compiling():
+        return True
+    watched = _dispatch_modes() or _function_modes() or _jit_traces() or forward_ad._current_level >= 0
+    if watched and recorded(**named):
+        return True
+    kinds = {type(x) for x in named.values()}
+    return kinds != {Tensor} and (torch.fx.Proxy in kinds or arrays.stands_in(**named))
 
 
 def recorded(**tensors) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..arrays import memory, type_word
+from ..checks import Spec, extent
 from ..kernels.mask import Drafts
 from .chunks import alone
 from .feature import Feature
@@ -52,7 +53,7 @@ def numbers(name: str, x: Any, shape: tuple[int | None, ...], want: str, device:
     fits = len(x.shape) == len(shape)
     if not fits or any(n != m if m is not None else n == 0 for n, m in zip(x.shape, shape, strict=True)):
         raise ValueError(f"{name}: shape {tuple(x.shape)} came; {want} is needed")
-    if x.numel() and 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) >= REACH_MAX:
+    if x.numel() and extent(Spec.of(x).dims) >= REACH_MAX:
         raise ValueError(
             f"{name}: strides {tuple(x.stride())} reach over 2^31 numbers or more; use {name}.contiguous()"
         )

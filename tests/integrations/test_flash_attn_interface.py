@@ -285,6 +285,13 @@ def test_defaults_over_a_cache():
     assert torch.equal(flash_attn_with_kvcache(q, *two, window_size=torch.tensor([3, 1])), near)
 
 
+def test_pairs_of_columns_without_rotary():
+    """As there, no word of them is needed."""
+    q, caches, places, _ = cache()
+    found = (flash_attn_with_kvcache(q, *caches, **places, rotary_interleaved=x) for x in (True, False))
+    assert torch.equal(*found)
+
+
 def test_no_scheduler_metadata_is_needed():
     q, caches, places, _ = cache()
     made = get_scheduler_metadata(2, 3, 48, 4, 2, 64, places["cache_seqlens"], torch.bfloat16, causal=True)
